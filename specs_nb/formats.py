@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'CORRUPTIONS', 'TagFormat', 'boxed', 'BoxedFormat', 'LineFormat', 'JsonFormat', 'drop_all_tags',
-           'drop_answer_tags', 'drop_think_tags', 'plain_answer', 'shift_tags', 'find_answer']
+           'drop_answer_tags', 'drop_think_tags', 'plain_answer', 'shift_tags', 'strip_tags', 'find_answer']
 
 # %% ../nbs/20_formats.ipynb #ac5eafff
 import json, re
@@ -196,6 +196,12 @@ _SAYS = re.compile(r"(?:final answer|answer)(?: is|:)\s*", re.I)
 _TAGS = re.compile(r"</?(?:think|answer)>|\[/?(?:reason|final)\]")
 _OPEN = re.compile(r"(?:<answer>|\[final\])")
 
+def strip_tags(
+    text:str,  # any text
+)->str:        # each tag of a `TagFormat` replaced by a line break
+    "Text without the tags of our formats."
+    return _TAGS.sub("\n", text)
+
 def find_answer(
     text:str,  # any completion
 )->str:        # the answer as written, or None
@@ -205,5 +211,5 @@ def find_answer(
     if (m := list(_OPEN.finditer(text))): text = text[m[-1].end():].split("<")[0].split("[/")[0]
     elif (found := boxed(text)): return found[-1].strip() or None
     elif (m := list(_SAYS.finditer(text))): text = text[m[-1].end():].splitlines()[0] if text[m[-1].end():] else ""
-    lines = [line for line in _TAGS.sub("\n", text).splitlines() if line.strip()]
+    lines = [line for line in strip_tags(text).splitlines() if line.strip()]
     return lines[-1].strip() if lines else None
