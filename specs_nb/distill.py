@@ -20,14 +20,13 @@ def mend(
     text:str,  # a completion in any form
 )->tuple:      # (reasoning, answer), or None if one of them can't be told
     "Reasoning and answer of a completion that doesn't keep the format."
-    for f in FORMATS.values():
-        if (parts := f.parse(text)): return parts
-    answer = find_answer(text)
-    if not answer: return None
-    before = text[:text.rindex(answer)]
-    reasoning = strip_tags(before.removesuffix("\\boxed{")).strip()
-    reasoning = reasoning.removesuffix("Answer:").strip()
-    return (reasoning, answer) if reasoning else None
+    parts = next((p for f in FORMATS.values() if (p := f.parse(text))), None)
+    if not parts:
+        answer = find_answer(text)
+        if not answer: return None
+        parts = text[:text.rindex(answer)].removesuffix("\\boxed{"), answer
+    reasoning = strip_tags(parts[0]).strip().removesuffix("Answer:").strip()
+    return (reasoning, parts[1]) if reasoning else None
 
 # %% ../nbs/50_distill.ipynb #4f9c21b9
 def judge(
@@ -46,6 +45,7 @@ def judge(
     if right is None: return "ungradable", None
     if not right: return "wrong", None
     if verdict == "mended" and not mending: return "malformed", None
+    if not format.parse(format.render(*parts)): return "unmendable", None
     if check_consistency and consistent(*parts, row["kind"], row["choices"]) is False: return "inconsistent", None
     return verdict, parts
 

@@ -4,7 +4,7 @@ from pathlib import Path
 os.environ["DISABLE_MKDOCS_2_WARNING"] = "true"  # an advertisement of Material's in the output
 from fastcore.docments import docments
 from latex2mathml.converter import convert
-from nb2md import ROOT, relink, to_markdown
+from nb2md import ROOT, outside_code, relink, to_markdown
 
 def title(text, default): return m[1] if (m := re.search(r"^# (.+)$", text, re.M)) else default
 
@@ -39,7 +39,7 @@ class Site:
         page = self.known[path]
         name = Path(page).stem
         text, files = to_markdown(ROOT/path, self.target(page), f"{name}_files/", "{ .python }", "{ .python .exported }", "{ .text .output }")
-        module = re.search(r"#\s*\|\s*default_exp\s+(\S+?)\\?[\"n\s]", (ROOT/path).read_text())
+        module = re.search(r"#\s*\|\s*default_exp\s+([\w.]+?)(?=\\n|\")", (ROOT/path).read_text())
         if module and (ROOT/f"specs_nb/{module[1]}.py").exists():
             up = "../" * page.count("/")
             text = re.sub(r"^(# .+\n(?:\n> .+\n)?)", rf"\1\nModule [`specs_nb.{module[1]}`]({up}api/{module[1]}.md) · a blue edge marks code that is exported to it\n", text, count=1)
@@ -60,6 +60,8 @@ class Site:
         for g in self.guide: self.write(self.known[g], relink((ROOT/g).read_text(), "docs", self.target(self.known[g])))
         for asset in (ROOT/"docs/assets").iterdir(): self.write(f"assets/{asset.name}", "", {f"assets/{asset.name}": asset.read_bytes()})
         titles = {n: self.notebook(n) for n in self.notebooks}
+        missing = {p.stem for p in (ROOT/"specs_nb").glob("[a-z]*.py")} - set(self.modules)
+        if missing: raise SystemExit(f"no API page for {', '.join(sorted(missing))}: no notebook exports it")
         main = [{titles[n]: self.known[n]} for n in self.notebooks if "/examples/" not in n]
         examples = [{titles[n]: self.known[n]} for n in self.notebooks if "/examples/" in n]
         guide = [{title((ROOT/g).read_text(), Path(g).stem): self.known[g]} for g in self.guide]
@@ -106,8 +108,10 @@ def entry(obj, name, level=2):
     out = [f"{'#' * level} `{name}` {{ #{name} }}", f"```{{ .python .signature }}\n{sig}\n```", (inspect.getdoc(obj) or "").replace("<", "&lt;")]
     if ret and not inspect.isclass(obj) and (ret.docment or short(ret.anno) not in ("", "None")): rows.append(("returns", short(ret.anno), "", ret.docment))
     if rows:
-        out.append("| Parameter | Type | Default | Meaning |\n|---|---|---|---|\n" + "\n".join(
-            f"| {'*returns*' if n == 'returns' else code(n)} | {code(t)} | {code(v)} | {prose(d)} |" for n, t, v, d in rows))
+        table = [("Parameter", "Type", "Default", "Meaning"), ("---",) * 4,
+                 *[("*returns*" if n == "returns" else code(n), code(t), code(v), prose(d)) for n, t, v, d in rows]]
+        columns = [c for c in zip(*table) if any(c[2:])]  # without those that are empty
+        out.append("\n".join("| " + " | ".join(row) + " |" for row in zip(*columns)))
     if inspect.isclass(obj):
         for m, f in vars(obj).items():
             f = getattr(f, "__func__", f)
@@ -130,6 +134,14 @@ def shown(o):
     return text if len(text) < 200 else text[:197] + "…"
 
 # ---- hooks: mkdocs.yml names this file
+
+def on_page_markdown(text, page, config, files):
+    "Lists as everyone else reads them: Python-Markdown wants an empty line before and four spaces a level"
+    item = r"(?:[-*+]|\d+[.)]) "
+    def lists(part):
+        part = re.sub(rf"^((?!{item}|\s).+\n)(?={item})", r"\1\n", part, flags=re.M)
+        return re.sub(rf"^( {{2,3}})(?={item})", "    ", part, flags=re.M)
+    return outside_code(lists, text)
 
 def on_page_content(html, page, config, files):
     "Formulas as MathML: browsers draw it without any script or font from elsewhere"

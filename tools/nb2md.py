@@ -8,6 +8,11 @@ _LINK = re.compile(r"(\]\(|(?:src|href)=\")([^)\"\s#]+)")  # Markdown or HTML: o
 _CODE = re.compile(r"(^(`{3,}|~{3,}).*?^\2|`[^`\n]+`)", re.M | re.S)
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
+def outside_code(f, text):
+    "`f` on all of a Markdown text but its code"
+    parts = _CODE.split(text)  # text, code, fence, text, …
+    return "".join(f(p) if i % 3 == 0 else p if i % 3 == 1 else "" for i, p in enumerate(parts))
+
 def relink(
     text:str,   # Markdown
     folder:str, # where it stands, relative to the project, such as `nbs`
@@ -17,8 +22,7 @@ def relink(
     def new(m):
         if re.match(r"[a-z][a-z0-9+.-]*:|/", m[2]): return m[0]
         return m[1] + target(posixpath.normpath(posixpath.join(folder, m[2])))
-    parts = _CODE.split(text)  # text, code, fence, text, …
-    return "".join(_LINK.sub(new, p) if i % 3 == 0 else p if i % 3 == 1 else "" for i, p in enumerate(parts))
+    return outside_code(lambda part: _LINK.sub(new, part), text)
 
 def _fence(text, info=""):
     ticks = "`" * max(3, 1 + max((len(m) for m in re.findall(r"`+", text)), default=0))
