@@ -85,7 +85,7 @@ def prompt_text(
     "The user's words for a row."
     q = row["question"]
     if row["choices"] and "(A)" not in q: q = f"{q} {world.lettered(row['choices'])}"
-    return f"{q}\n{instruction}"
+    return f"{q}\n{instruction}" if instruction else q
 
 def conversation(
     row:dict,        # of the schema

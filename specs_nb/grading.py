@@ -67,26 +67,47 @@ _WORDS = {w: i for i, w in enumerate("zero one two three four five six seven eig
 _LARGE = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 # %% ../nbs/21_grading.ipynb #1ad5a804
-UNITS = {}  # name → (dimension, factor)
-for dim, names in {"length": "mm=1/1000 cm=1/100 dm=1/10 m=1 km=1000 in=127/5000 inch=127/5000 inches=127/5000 ft=381/1250 foot=381/1250 feet=381/1250 mi=1609344/1000 mile=1609344/1000 miles=1609344/1000 meter=1 meters=1 metre=1 metres=1 centimeter=1/100 centimeters=1/100 centimetres=1/100 kilometer=1000 kilometers=1000 kilometres=1000",
-                   "mass": "mg=1/1000 g=1 kg=1000 t=1000000 gram=1 grams=1 kilogram=1000 kilograms=1000 lb=45359237/100000 lbs=45359237/100000 pounds=45359237/100000",
-                   "time": "ms=1/1000 s=1 sec=1 second=1 seconds=1 min=60 minute=60 minutes=60 h=3600 hr=3600 hour=3600 hours=3600 day=86400 days=86400",
-                   "volume": "ml=1/1000 mL=1/1000 l=1 L=1 liter=1 liters=1 litre=1 litres=1", "percent": "%=1/100 percent=1/100 pct=1/100",
-                   "angle": "°=1 degree=1 degrees=1 deg=1", "celsius": "°C=1", "fahrenheit": "°F=1", "radian": "rad=1 radian=1 radians=1",
-                   "dollar": "$=1 dollar=1 dollars=1 USD=1 usd=1 cents=1/100 cent=1/100", "euro": "€=1 euro=1 euros=1 EUR=1", "pound": "£=1 GBP=1", "yen": "¥=1 yen=1",
-                   "speed": "m/s=1 km/h=5/18 kph=5/18 mph=1397/3125", "kelvin": "K=1", "force": "N=1 kN=1000", "energy": "J=1 kJ=1000", "power": "W=1 kW=1000",
-                   "voltage": "V=1 mV=1/1000", "current": "A=1 mA=1/1000", "resistance": "Ω=1 kΩ=1000", "frequency": "Hz=1 kHz=1000"}.items():
-    for name, _, factor in (n.partition("=") for n in names.split()): UNITS[name] = dim, Fraction(factor)
-for name, (dim, f) in list(UNITS.items()):
-    if dim == "length":
-        for p, d in ((2, "area"), (3, "volume")): UNITS[f"{name}^{p}"] = d, f**p * (1000 if p == 3 else 1)  # a litre is 1, so a m³ is 1000
+_TABLE_OF_UNITS = """
+length   mm 1/1000 cm 1/100 centimeter 1/100 centimetre 1/100 dm 1/10 m 1 meter 1 metre 1 km 1000 kilometer 1000 kilometre 1000
+length   in 127/5000 inch 127/5000 inches 127/5000 ft 381/1250 foot 381/1250 feet 381/1250 mi 201168/125 mile 201168/125
+mass     mg 1/1000 g 1 gram 1 kg 1000 kilogram 1000 t 1000000 lb 45359237/100000 lbs 45359237/100000
+time     ms 1/1000 s 1 sec 1 second 1 min 60 minute 60 h 3600 hr 3600 hour 3600 day 86400
+volume   ml 1/1000 mL 1/1000 l 1 L 1 liter 1 litre 1
+percent  % 1/100 percent 1/100 pct 1/100
+angle    ° 1 degree 1 deg 1
+radian   rad 1 radian 1
+celsius  °C 1
+fahrenheit °F 1
+kelvin   K 1
+dollar   $ 1 dollar 1 USD 1 cent 1/100
+euro     € 1 euro 1 EUR 1
+pound    £ 1 GBP 1
+yen      ¥ 1 yen 1
+speed    m/s 1 km/h 5/18 kph 5/18 mph 1397/3125
+force    N 1 kN 1000
+energy   J 1 kJ 1000
+power    W 1 kW 1000
+voltage  V 1 mV 1/1000
+current  A 1 mA 1/1000
+resistance Ω 1 kΩ 1000
+frequency Hz 1 kHz 1000"""
+
+def _units(table):
+    units = {}
+    for dim, *pairs in map(str.split, table.strip().splitlines()):
+        for name, factor in zip(pairs[::2], map(Fraction, pairs[1::2])):
+            units[name] = units[f"{name}s"] = dim, factor
+            if dim == "length": units[f"{name}^2"], units[f"{name}^3"] = ("area", factor**2), ("volume", factor**3 * 1000)  # 1 is a litre
+    return units
+
+UNITS = _units(_TABLE_OF_UNITS)  # name → (dimension, factor)
 
 # %% ../nbs/21_grading.ipynb #28aa7d77
 _DIGITS = 300  # more digits than this are no answer
 _PLAIN = re.compile(rf"[-+]?(?:\d{{1,{_DIGITS}}}(?:\.(\d{{1,{_DIGITS}}}))?|\.(\d{{1,{_DIGITS}}}))", re.A)
 _INT = r"[1-9]\d{0,2}(?:,\d{2,3})*,\d{3}(?!\d)|[1-9]\d{0,2}(?: \d{3})+(?!\d)|[1-9]\d{0,2}(?:\.\d{3}){2,}(?!\d)|\d+"
 _DEC = rf"(?P<dec>(?:{_INT})(?:\.\d+)?|\.\d+|\d+,\d+)"
-_FRAC = r"(?:(?P<whole>\d+) ?)?\\frac ?(?:\{(?P<n1>-?\d+)\} ?\{(?P<d1>\d+)\}|(?P<n2>\d)(?P<d2>\d))|(?:(?P<whole2>\d+) )?\(?(?P<n3>\d+) ?/ ?(?P<d3>\d+)\)?"
+_FRAC = r"(?:(?P<whole>\d+) ?)?\\frac ?(?:\{(?P<n1>-?\d+)\} ?\{(?P<d1>\d+)\}|(?P<n2>\d)(?P<d2>\d))|(?:(?P<whole2>\d+) )?\(?(?P<n3>\d+)(?: ?/ ?|:(?!\d\d))(?P<d3>\d+)\)?"
 _SCI = r"(?:[eE](?P<e1>[-+]?\d{1,4})|(?P<x> ?× ?10 ?\^ ?\{?(?P<e2>[-+]?\d{1,4})\}?))"
 _NUMBER = re.compile(rf"(?P<sign>[-+]?) ?(?P<cur>[$€£¥]?) ?(?P<sign2>-?)(?:{_FRAC}|10\^\{{?(?P<e3>[-+]?\d{{1,4}})\}}?|{_DEC}{_SCI}?(?![\d.,]*\d))(?P<tail>.*)", re.A | re.S)
 _TAIL = re.compile(r" ?(?:(?P<large>thousand|million|billion|trillion)\b)? ?(?P<unit>.*)", re.S)
@@ -105,6 +126,7 @@ def _tidy(text):
         for k, v in _VULGAR.items(): text = re.sub(rf"(\d?) ?{k}", lambda m: f"{m[1]} {v}".strip(), text)
     return re.sub(r"\s+", " ", text).strip()
 
+# %% ../nbs/21_grading.ipynb #1d78ff6d
 def _fraction(m):
     "(value, places) of a match of `_NUMBER`, or None"
     if m["e3"]: return Fraction(10) ** max(-400, min(400, int(m["e3"]))), 0
@@ -117,14 +139,14 @@ def _fraction(m):
     dec = dec.replace(",", "").replace(" ", "")
     return Fraction(dec) * Fraction(10) ** exp, max(0, len(dec.partition(".")[2]) - exp)
 
-# %% ../nbs/21_grading.ipynb #1d78ff6d
+# %% ../nbs/21_grading.ipynb #7bb6146d
 def read_number(
     text:str,  # unwrapped
 )->Number:     # or None
     "The number that `text` is: plain, grouped, fraction, scientific, percent, money, with a unit, or a word up to twenty."
     if (m := _PLAIN.fullmatch(text)): return Number(Fraction(text), len(m[1] or m[2] or ""))
     if len(text) > _DIGITS: return None
-    text = re.sub(r"^[A-Za-z](?:_\w)? ?= ?", "", _tidy(text))
+    text = re.sub(r"^(?:[A-Za-z](?:_\w)? ?= ?|[=≈] ?|\\approx ?)", "", _tidy(text))
     if (word := re.match(r"(minus )?([a-z]+)\b(?![ -](?:third|quarter|hal|fourth|fifth|hundred|thousand|[mb]illion|dozen|and|point))", text, re.I)) and word[2].lower() in _WORDS:
         sign, value, places, tail = word[1], Fraction(_WORDS[word[2].lower()]), 0, text[word.end():]
     elif (m := _NUMBER.fullmatch(text)) and (read := _fraction(m)):
@@ -132,6 +154,7 @@ def read_number(
     else: return None
     return _with_unit(-value if sign else value, places, tail)
 
+# %% ../nbs/21_grading.ipynb #87caa692
 def _with_unit(value, places, tail):
     m = _TAIL.fullmatch(tail)
     if m["large"]: value, places = value * _LARGE[m["large"]], max(0, (places or 0) - 12)
@@ -152,10 +175,11 @@ def find_number(
     "The number of a sentence that states exactly one; after a last `=` only what follows counts."
     if (number := read_number(text)) or len(text) > 2000: return number
     if "=" in text: return read_number(text.rpartition("=")[2].strip())
-    if re.search(r"[\\^*×+<>]", text) or _HEDGE.search(text): return None
+    if re.search(r"[\\^*×+<>]|-\(", text) or _HEDGE.search(text): return None
     found = numbers_in(text)
     return found[0] if found and found[0] and len(set(found)) == 1 else None
 
+# %% ../nbs/21_grading.ipynb #c74381a1
 def numbers_in(
     text:str,  # a sentence
 )->list:       # of `Number`; None for what only starts like one
@@ -256,6 +280,7 @@ def read_letters(
 def _by_text(text, choices):
     return tuple(chr(65 + i) for i, c in enumerate(choices or ()) if plain_words(c) == plain_words(text))
 
+# %% ../nbs/21_grading.ipynb #1893444d
 def _labelled(letter, text, choices):
     others = _by_text(text, choices)
     more = [c for c in _CAPITAL.findall(re.sub(r"\bI\b", "", text)) if re.search(rf"[\(\[]{c}[\)\]]|\b{c}[.:)]", text)]
@@ -276,6 +301,7 @@ def _gold_letters(g, choices):
     found = tuple(c for c in g if c.isupper()) if _LETTERS.fullmatch(g) else read_letters(g, choices)
     return found if found and all(ord(c) - 65 < len(choices or "A" * 26) for c in found) else ()
 
+# %% ../nbs/21_grading.ipynb #1b45ef54
 def _grade_choice(p, g, choices=None, **kw):
     gold = _gold_letters(unwrap(g), choices)
     if gold is None: return None, "the gold answer is a letter and also another choice's text"
@@ -296,6 +322,7 @@ def _depth(text, opening="{(["):
         elif c in "})]": deep -= 1
     return most
 
+# %% ../nbs/21_grading.ipynb #d067c7d3
 def _tower(text):
     "How many powers stand on each other's shoulders"
     level, most, stack = 0, 0, []
@@ -307,6 +334,7 @@ def _tower(text):
         elif c == "^": most = max(most, level + 1)
     return most
 
+# %% ../nbs/21_grading.ipynb #26edbdf7
 def too_hard(
     text:str,  # LaTeX
 )->str:        # why it isn't worth parsing, or None
@@ -400,7 +428,7 @@ def read_latex(
     if not text or "$" in text: return None, "it is no single expression"
     _warm()
     try: found = limited(seconds, _parse, text)  # a `TimeoutError` passes through, so that it isn't cached
-    except RecursionError: return None, "it is nested too deep"
+    except RecursionError: return None, "it is nested too deep or too big"
     return (found, None) if found is not None else (None, "it is no mathematics")
 
 # %% ../nbs/21_grading.ipynb #7a79c687
@@ -411,11 +439,25 @@ def _warm():
     for name in ("math_verify.parser", "math_verify.grader"): logging.getLogger(name).setLevel(logging.ERROR)
     for text in (r"\frac{1}{2}", "x^2+1", r"(1,2)"): _parse(text)
 
+# %% ../nbs/21_grading.ipynb #8bf070c3
 def _parse(text):
     from math_verify import LatexExtractionConfig, parse
     from sympy import Basic, MatrixBase
     found = parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None)
-    return next((f for f in found if isinstance(f, (Basic, MatrixBase))), None)
+    expr = next((f for f in found if isinstance(f, (Basic, MatrixBase))), None)
+    if isinstance(expr, Basic) and _explodes(expr): raise RecursionError("a power or factorial too big to write down")
+    return expr
+
+# %% ../nbs/21_grading.ipynb #d7ee3458
+def _explodes(expr):
+    "Would working out a power or a factorial in `expr` take more than two million bits? Measured in floats, which is safe"
+    from sympy import Pow, binomial, factorial, preorder_traversal
+    bits = lambda e: 0 if e.free_symbols or not (v := e.evalf(5)).is_Float else max(abs(sum(v._mpf_[2:])), 1)
+    for e in preorder_traversal(expr):
+        if isinstance(e, Pow) and (n := bits(e.exp)): 
+            if n > 21 or bits(e.base) * 2**n > 2e6: return True
+        if isinstance(e, (factorial, binomial)) and bits(e.args[0]) > 14: return True
+    return False
 
 # %% ../nbs/21_grading.ipynb #7e9cc69e
 _POINTS = ("0.7310585786", "1.9221157883", "-0.4501660026", "2.6182374461", "-1.3702918517")
@@ -424,9 +466,11 @@ def _value(expr, point=None, names=()):
     "A complex number of 30 digits, or None"
     import sympy
     if point: expr = expr.subs({s: sympy.Float(point, 40) * (1 + sympy.Rational(i, 7)) for i, s in enumerate(names)})
-    v = expr.doit().evalf(30)
+    v = expr.evalf(30)
+    if not v.is_number: v = expr.doit().evalf(30)  # an integral or a sum that closes
     return v if v.is_number and v.is_finite else None
 
+# %% ../nbs/21_grading.ipynb #7da6b5f7
 def _near(a, b, rel=1e-12):
     return a == b or abs(a - b) <= rel * max(abs(a), abs(b))
 
@@ -460,6 +504,7 @@ def same_relation(
     constant = all(_near(r, ratios[0], 1e-9) for r in ratios)
     return bool(constant and (isinstance(g, (Eq, Ne)) or ratios[0].is_real and ratios[0] > 0))
 
+# %% ../nbs/21_grading.ipynb #96b9f56d
 def _compare(g, p):
     "Compare two SymPy objects; None: can't tell"
     from sympy import Basic, Expr, MatrixBase, Tuple, Set
@@ -518,6 +563,7 @@ def _all(verdicts):
     verdicts = list(verdicts)
     return False if False in verdicts else None if None in verdicts else True
 
+# %% ../nbs/21_grading.ipynb #f61edd2d
 def _grade_set(p, g, **kw):
     gold, said = read_set(g), read_set(p)
     if gold is None: return None, "the gold answer is no set"
@@ -538,6 +584,7 @@ def _bound(text):
     if text.strip("+-").lower() in (_INF, "inf", "infinity", "oo"): return float("-inf" if text.startswith("-") else "inf")
     return n.value if (n := read_number(unwrap(text))) else text
 
+# %% ../nbs/21_grading.ipynb #8e32cabd
 def _chain(text):
     "Pieces of `1 < x ≤ 2`, `x > 3`, `x ≠ 2`"
     parts = [s.strip() for s in _REL.split(text)]
@@ -555,7 +602,7 @@ def _chain(text):
     if ops[0] == "ne": return [(-inf, True, b, True), (b, True, inf, True)]
     return [(b, "=" not in ops[0], inf, True)] if ops[0][0] == ">" else [(-inf, True, b, "=" not in ops[0])]
 
-# %% ../nbs/21_grading.ipynb #8e32cabd
+# %% ../nbs/21_grading.ipynb #eb6dbc7d
 def read_interval(
     text:str,  # unwrapped
 )->list:       # of (low, open?, high, open?), joined and in order, or None
@@ -572,6 +619,7 @@ def read_interval(
         pieces += found
     return _joined(pieces) if len(pieces) <= 20 else None
 
+# %% ../nbs/21_grading.ipynb #c3c5ade9
 def _joined(pieces):
     "Sort, drop empty pieces and join those that touch, where all bounds are numbers"
     pieces = [(a, ao or a == -float("inf"), b, bo or b == float("inf")) for a, ao, b, bo in pieces]
@@ -661,6 +709,7 @@ def _grade_box(p, g, iou_at=.5, **kw):
     fits = [[j for j, (b, lb) in enumerate(said) if la in (None, lb) and iou(a, b) >= iou_at] for a, la in gold]
     return _matched(fits), f"matched at an overlap of {iou_at}"
 
+# %% ../nbs/21_grading.ipynb #5fe5ee6b
 def _matched(fits):
     "Can every row have a column of its own? (augmenting paths)"
     taken = {}
@@ -701,6 +750,7 @@ def _grade_latex(p, g, **kw):
     try: return bool(limited(.45, _leaf, gold, said, a, b)), "compared by computer algebra"
     except Exception as e: return None, f"computer algebra gave up: {type(e).__name__}"
 
+# %% ../nbs/21_grading.ipynb #331fe3e7
 def _in_time(text):
     try: return read_latex(text)
     except TimeoutError: return None, "it takes too long to read"
@@ -711,11 +761,12 @@ _TIME = re.compile(r"\d{1,2}:\d\d(?::\d\d)?(?: ?[ap]\.?m\.?)?", re.I)
 def _named(text):
     "(`x`, `5`) of `x = 5`; (None, text) of anything else"
     m = _NAME.fullmatch(text)
-    return (m[1].replace(" ", ""), m[2].strip()) if m else (None, text)
+    return (re.sub(r"[{} ]", "", m[1]), m[2].strip()) if m else (None, text)
 
 def _letters(text):
     return "".join(sorted(set(re.findall(r"(?<![A-Za-z\\])[A-Za-z]", re.sub(r"\\[A-Za-z]+(?:\s*\{[a-z]*matrix\})?", " ", text)))))
 
+# %% ../nbs/21_grading.ipynb #6a7efdf0
 def _leaf(gold, said, a, b):
     "Compare expressions; a decimal on one side may be a rounding of the other"
     from sympy import Expr
@@ -729,7 +780,7 @@ def _number(expr):
     if v is None or not v.is_real or abs(sum(v._mpf_[2:])) > 1500: return None  # exponent and size of the mantissa, in bits
     return Number(Fraction(str(v)), None)
 
-# %% ../nbs/21_grading.ipynb #331fe3e7
+# %% ../nbs/21_grading.ipynb #15d0ded2
 def _structured(g):
     "The grader for the structure of a gold answer, if it has one"
     g = re.sub(r"\\(?:left|right)(?![a-z])", "", g).strip()
@@ -739,6 +790,7 @@ def _structured(g):
     if re.fullmatch(r"\[.*\]", g, re.S) and _PIECE.fullmatch(g): return _grade_tuple
     if "\\begin" not in g and (len(split_parts(g)) > 1 or re.search(r"\\pm|±", g)): return _grade_set
 
+# %% ../nbs/21_grading.ipynb #5583eed0
 def _grade_tuple(p, g, **kw):
     strip = lambda t: re.sub(r"\\(?:left|right)(?![a-z])", "", unwrap(t)).strip()
     p, g = strip(re.sub(r"^\s*\(?[A-Za-z](?:\s*,\s*[A-Za-z])*\)?\s*(?:=|\\in)\s*", "", p)), strip(g)
@@ -769,7 +821,7 @@ def explain_grade(
 
 @lru_cache(maxsize=16384)
 def _cached(p, g, kind, choices, tol, precision, iou_at):
-    _budget.left = .9
+    _budget.left = .8
     try: return KINDS[kind](p, g, choices=choices, tol=tol, precision=precision, iou_at=iou_at)
     finally: _budget.left = None
 
@@ -818,6 +870,7 @@ def conclusion(
     if kind == "choice": return next((c for t in (last, text) if t for c in [_last_letter(t, choices)] if c), None)
     return last
 
+# %% ../nbs/21_grading.ipynb #62da88b3
 def _last_number(text):
     found = [n for n in numbers_in(text) if n]
     return str(found[-1].value) + f" {found[-1].unit}".rstrip() if found else None

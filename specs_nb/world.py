@@ -174,7 +174,6 @@ def ask_compare(
     na, nb = (sum(o in s for o in scene.objects()) for s in (a, b))
     right = "the same" if na == nb else str(a if na > nb else b)
     choices = [str(a), str(b), "the same"]
-    rng.shuffle(choices)
     text = f"Which are more, {a} or {b}? {lettered(choices)}"
     return Question(scene, "compare", text, chr(65 + choices.index(right)), tuple(choices), (a, b))
 
