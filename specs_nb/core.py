@@ -223,7 +223,6 @@ class Run:
         except OSError as e: raise SpecsError(f"the run folder {folder} can't be made ({e.strerror}): choose another with --run-dir") from None
         self._lock()
         self.config = config or self._stored()
-        self._save_config()
 
     def _lock(self):
         import fcntl
@@ -238,7 +237,8 @@ class Run:
         path = self.dir / "config.yaml"
         return load_config(path) if path.exists() else Config()
 
-    def _save_config(self):
+    def save_config(self):
+        "Store the configuration, once it has been checked."
         import yaml
         with atomic(self.dir / "config.yaml") as part: part.write_text(yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False, allow_unicode=True))
 

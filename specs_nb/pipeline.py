@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'OUTPUTS', 'DO', 'EXAMPLES', 'HELP', 'keys', 'do_grpo', 'do_pairs', 'do_coldstart', 'do_eval', 'do_report',
-           'run_stages', 'parser', 'config_of', 'main']
+           'check_names', 'run_stages', 'parser', 'config_of', 'main']
 
 # %% ../nbs/80_pipeline.ipynb #15da276c
 import argparse, os, sys
@@ -104,13 +104,31 @@ def do_report(
 
 DO = dict(zero=do_grpo, pairs=do_pairs, coldstart=do_coldstart, final=do_grpo, eval=do_eval, report=do_report)
 
+# %% ../nbs/80_pipeline.ipynb #1238a33a
+def check_names(
+    config:Config,  # of the run
+):
+    "Raise `SpecsError` for names that TRL or this package doesn't know."
+    from trl import DPOConfig, GRPOConfig
+    from specs_nb.core import nearest
+    from specs_nb.formats import CORRUPTIONS
+    from specs_nb.grpo import check_trainer_keys, resolve_rewards
+    for name in ("zero", "final"):
+        check_trainer_keys(GRPOConfig, getattr(config, name).trainer, f"{name}.trainer")
+        resolve_rewards(getattr(config, name).rewards)
+    check_trainer_keys(DPOConfig, config.coldstart.trainer, "coldstart.trainer")
+    for f in (config.data.format, *config.data.ood_formats): _format(config, f)
+    if not config.distill.corruptions: raise SpecsError(f"distill.corruptions is empty: name at least one of {', '.join(CORRUPTIONS)}")
+    for c in config.distill.corruptions:
+        if c not in CORRUPTIONS: raise SpecsError(f"no corruption {c!r}: {nearest(c, CORRUPTIONS)}")
+
 # %% ../nbs/80_pipeline.ipynb #52a9b6ac
 def run_stages(
     run:Run,      # the run
     last:str,     # the last stage to run
 )->dict:          # stage → what was done: `skipped` or the reason it ran
     "Bring a run up to stage `last`."
-    what, all_keys = {}, keys(run.config)
+    what, all_keys, ready = {}, keys(run.config), False
     for name in STAGES[:STAGES.index(last) + 1]:
         stage = Stage(run.dir / name, all_keys[name], OUTPUTS[name])
         what[name] = stage.why()
@@ -118,7 +136,9 @@ def run_stages(
             print(f"{name:10} done before ({stage.info.get('seconds', 0):.0f} s)")
             continue
         print(f"{name:10} {what[name]}", flush=True)
-        _prepare(run.config)
+        if not ready: _prepare(run.config)
+        ready = True
+        run.save_config()
         stage.begin()
         stage.end(**DO[name](run, stage))
     return what
@@ -127,6 +147,7 @@ def _prepare(config):
     import torch
     from specs_nb.models import quiet_libraries
     quiet_libraries()
+    check_names(config)
     if config.threads: torch.set_num_threads(config.threads)
 
 # %% ../nbs/80_pipeline.ipynb #84cfa183

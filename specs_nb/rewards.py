@@ -8,8 +8,7 @@ __all__ = ['overlong_reward', 'repetition_reward', 'REWARDS', 'text_of', 'column
 
 # %% ../nbs/22_rewards.ipynb #8a67002b
 import importlib
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from .core import SpecsError, nearest
 from .formats import FORMATS
 from .grading import consistent, grade
@@ -137,9 +136,10 @@ class Weighted:
     parts: tuple             # of (reward function, weight)
     __name__ = "weighted_reward"
 
-    def __call__(self, completions, **kw):
-        columns = [[None if r is None else w * r for r in f(completions=completions, **kw)] for f, w in self.parts]
-        return [None if all(r is None for r in row) else sum(r for r in row if r is not None) for row in zip(*columns)]
+    def __call__(self, completions, log_metric=None, **kw):
+        columns = [[None if r is None else w * r for r in f(completions=completions, log_metric=log_metric, **kw)] for f, w in self.parts]
+        total = [None if all(r is None for r in row) else sum(r for r in row if r is not None) for row in zip(*columns)]
+        return logged(total, self.__name__, log_metric)
 
 def weighted_sum(
     *parts,     # (reward function, weight) pairs
@@ -159,7 +159,7 @@ def load_reward(
     module, colon, attr = str(name).partition(":")
     if not colon: raise SpecsError(f"no reward {name!r}: {nearest(str(name), REWARDS)}, or name your own as module:function")
     try: found = getattr(importlib.import_module(module), attr, None)
-    except ImportError as e: raise SpecsError(f"the reward {name!r} can't be loaded: {e}") from None
+    except (ImportError, ValueError) as e: raise SpecsError(f"the reward {name!r} can't be loaded: {e}") from None
     if found is None: raise SpecsError(f"the module {module!r} has no {attr!r}")
     if not callable(found): raise SpecsError(f"{name!r} is a {type(found).__name__}, not a function")
     return found
