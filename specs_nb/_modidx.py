@@ -123,6 +123,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'specs_nb.formats.TagFormat.parse': ('formats.html#tagformat.parse', 'specs_nb/formats.py'),
                                   'specs_nb.formats.TagFormat.render': ('formats.html#tagformat.render', 'specs_nb/formats.py'),
                                   'specs_nb.formats._well_formed': ('formats.html#_well_formed', 'specs_nb/formats.py'),
+                                  'specs_nb.formats.blank': ('formats.html#blank', 'specs_nb/formats.py'),
                                   'specs_nb.formats.boxed': ('formats.html#boxed', 'specs_nb/formats.py'),
                                   'specs_nb.formats.drop_all_tags': ('formats.html#drop_all_tags', 'specs_nb/formats.py'),
                                   'specs_nb.formats.drop_answer_tags': ('formats.html#drop_answer_tags', 'specs_nb/formats.py'),

@@ -106,7 +106,9 @@ def percent(
     sign=False,  # a difference: show the sign
 )->str:          # such as 62.5, +3.1, −0.4, –
     "A share in percent, without the percent sign."
-    return "–" if x is None else f"{100 * x:{'+' if sign else ''}.1f}".replace("-", "−")
+    if x is None: return "–"
+    text = f"{100 * x:{'+' if sign else ''}.1f}"
+    return "0.0" if text.lstrip("+-") == "0.0" else text.replace("-", "−")
 
 def interval(
     v:dict,      # mean, lo, hi
@@ -196,7 +198,7 @@ def curves(
         if len(x) > 15: ax.plot(x, y, color=LIGHT[model], alpha=.3, linewidth=.8)
         ax.plot(x, smooth(y, 1 if len(x) <= 15 else len(x) // 12 * 2 + 1), DASHES[model], marker=MARKS[model] if len(x) <= 15 else "", markersize=5,
                 color=LIGHT[model], linewidth=2, label=label)
-    if zero: ax.set_ylim(bottom=min([0, *(y for line in ax.lines for y in line.get_ydata())]))
+    if zero: ax.set_ylim(min([0, *(y for line in ax.lines for y in line.get_ydata())]), ax.dataLim.y1 * 1.06 if ax.dataLim.y1 > 0 else None)
     ax.xaxis.get_major_locator().set_params(integer=True)
     return _finish(ax)
 
@@ -339,7 +341,7 @@ td.n, th.n { text-align: right } td small { display: block; white-space: nowrap 
 .scene p { grid-column: 1 / -1; margin: 0 } img { width: 100%; max-width: 20rem; border: 1px solid var(--line) } img.small { image-rendering: pixelated; max-width: 9.5rem }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0; padding: .5rem; background: var(--soft); border-left: 3px solid; font-size: .85rem }
 pre.chosen { border-color: var(--coldstart) } pre.rejected { border-color: var(--zero) } mark { background: none; color: var(--final); font-weight: 600 }
-@media (max-width: 40rem) { .scene { grid-template-columns: 1fr } h1 { font-size: 1.35rem } td small { white-space: normal; font-size: .8rem } }
+@media (max-width: 40rem) { .scene { grid-template-columns: 1fr } h1 { font-size: 1.35rem } td:not(.n) small { white-space: normal; font-size: .8rem } }
 @media print { section { break-inside: avoid } }
 """
 

@@ -45,6 +45,7 @@ def _format(c, name=None):
     if name not in FORMATS: raise SpecsError(f"no format {name!r}: {nearest(name, FORMATS)}")
     return FORMATS[name]
 
+# %% ../nbs/80_pipeline.ipynb #5d2b6007
 def do_grpo(
     run:Run,      # the run
     stage:Stage,  # `zero` or `final`
@@ -67,7 +68,7 @@ def do_pairs(
                     workers=c.workers, load=_load(c), threads=c.threads)
     return dict(facts, workers=c.workers if c.workers > 1 else 0)
 
-# %% ../nbs/80_pipeline.ipynb #5d2b6007
+# %% ../nbs/80_pipeline.ipynb #f71c2692
 def do_coldstart(
     run:Run,      # the run
     stage:Stage,  # `coldstart`
@@ -77,6 +78,7 @@ def do_coldstart(
     c = run.config
     return train_coldstart(c.model.path, run.dir / "pairs/pairs.parquet", stage.dir, c.coldstart, derive_seed(c.seed, "coldstart"), stage.tick, **_load(c))
 
+# %% ../nbs/80_pipeline.ipynb #1f8bb3f6
 def do_eval(
     run:Run,      # the run
     stage:Stage,  # `eval`
@@ -94,6 +96,7 @@ def do_eval(
              workers=c.workers, load=_load(c), threads=c.threads)
     return dict(workers=c.workers if c.workers > 1 else 0, dropped_from_tests=sum(len(t) - len(k) for t, k in zip(tests, clean)))
 
+# %% ../nbs/80_pipeline.ipynb #9e477518
 def do_report(
     run:Run,      # the run
     stage:Stage,  # `report`
@@ -102,6 +105,7 @@ def do_report(
     from specs_nb.analysis import write_report
     return dict(report=str(write_report(run.dir).name))
 
+# %% ../nbs/80_pipeline.ipynb #6e2acd7c
 DO = dict(zero=do_grpo, pairs=do_pairs, coldstart=do_coldstart, final=do_grpo, eval=do_eval, report=do_report)
 
 # %% ../nbs/80_pipeline.ipynb #1238a33a
@@ -143,6 +147,7 @@ def run_stages(
         stage.end(**DO[name](run, stage))
     return what
 
+# %% ../nbs/80_pipeline.ipynb #8b2dc9b9
 def _prepare(config):
     import torch
     from specs_nb.models import quiet_libraries

@@ -86,6 +86,7 @@ def name(
     "An object, an empty cell or a bar in words."
     return "empty" if item is None else f"{item[0]} {item[1]}"
 
+# %% ../nbs/10_world.ipynb #adb00636
 def caption(
     scene:Scene,  # the scene
 )->str:           # its nine cells, or three bars, in words
@@ -153,6 +154,7 @@ def ask_count(
     n = sum(o in sel for o in scene.objects())
     return Question(scene, "count", f"How many {sel} are there?", str(n), about=(sel,))
 
+# %% ../nbs/10_world.ipynb #1ca2b1fc
 def ask_subtract(
     scene:Scene,        # a grid scene
     rng:random.Random,  # source of chance
