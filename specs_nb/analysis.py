@@ -83,6 +83,7 @@ def question_means(
         if a[metric] is not None: out.setdefault((a["model"], a["split"]), {}).setdefault(a["id"], []).append(a[metric])
     return {key: {i: sum(v) / len(v) for i, v in of.items()} for key, of in out.items()}
 
+# %% ../nbs/71_analysis.ipynb #764dfbdf
 def paired_difference(
     a:dict,  # question's id → score of one model
     b:dict,  # the same of the other
@@ -110,6 +111,7 @@ def percent(
     text = f"{100 * x:{'+' if sign else ''}.1f}"
     return "0.0" if text.lstrip("+-") == "0.0" else text.replace("-", "−")
 
+# %% ../nbs/71_analysis.ipynb #a8dc2e3b
 def interval(
     v:dict,      # mean, lo, hi
     sign=False,  # a difference: show signs
@@ -117,7 +119,7 @@ def interval(
     "An interval in percent."
     return f"[{percent(v['lo'], sign)}, {percent(v['hi'], sign)}]" if v.get("mean") is not None else ""
 
-# %% ../nbs/71_analysis.ipynb #a8dc2e3b
+# %% ../nbs/71_analysis.ipynb #e0eb4f58
 def title(
     metrics:dict,  # from `evaluate`
 )->str:            # one line
@@ -127,6 +129,7 @@ def title(
     word = "is right more often than" if a["lo"] > b["hi"] else "is right less often than" if a["hi"] < b["lo"] else "is not clearly different from"
     return f"The final model {word} the base: {percent(a['mean'])} % against {percent(b['mean'])} %"
 
+# %% ../nbs/71_analysis.ipynb #35d3d492
 def difference(
     d:dict,  # from `paired_difference`
 )->str:      # the difference and what it shows
@@ -202,6 +205,7 @@ def curves(
     ax.xaxis.get_major_locator().set_params(integer=True)
     return _finish(ax)
 
+# %% ../nbs/71_analysis.ipynb #fdeb6606
 def grpo_figure(
     history:dict,  # stage → list of logged steps
     key:str,       # what was logged
@@ -268,6 +272,7 @@ def data_uri(
     image.save(out, "PNG")
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
+# %% ../nbs/71_analysis.ipynb #96e0c17e
 def scenes(
     path:Path,  # pairs.parquet
     n:int=6,    # how many at most
@@ -299,6 +304,7 @@ def machine()->str:  # such as `2 CPU cores`
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return ", ".join([f"{n} CPU core{'s' * (n != 1)}", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))])
 
+# %% ../nbs/71_analysis.ipynb #bae71ed3
 def facts(
     run:dict,  # from `read_run`
 )->dict:       # name → value
@@ -371,6 +377,7 @@ other formats, and about other pictures.</p>
 {% endfor %}</tr>{% endfor %}</table></div>{% endfor %}</div>
 """
 
+# %% ../nbs/71_analysis.ipynb #730f2c85
 TEMPLATES["paired"] = """<h2>On the same questions</h2>
 <p>Difference in points, question by question, with 95 % intervals. Bold: the interval does not reach zero. Of twenty such intervals, one may miss the truth by chance.</p>
 {% if run.answers %}<div class="grid">{% for (a, b), of in versus.items() %}<div><h3>{{ models[a] }} − {{ models[b] }}</h3>
@@ -381,13 +388,14 @@ TEMPLATES["paired"] = """<h2>On the same questions</h2>
 {% else %}<p>There is no <code>eval/answers.parquet</code>, so nothing can be compared question by question.</p>{% endif %}
 """
 
-# %% ../nbs/71_analysis.ipynb #730f2c85
+# %% ../nbs/71_analysis.ipynb #19aad5a4
 TEMPLATES["curves"] = """<h2>Learning curves</h2>
 <p>What the trainers logged on their own samples: the reward is what GRPO is paid. Thin: each step; thick: mean over neighbouring steps.</p>
 {% for s in missing %}<p>Stage <code>{{ s }}</code> left no history: its curve is missing.</p>{% endfor %}
 <div class="grid">{% for f in curves %}<figure>{{ f|safe }}</figure>{% endfor %}</div>
 """
 
+# %% ../nbs/71_analysis.ipynb #bf5986ff
 TEMPLATES["gf"] = """<h2>Generalization Factor</h2>
 <p>Does what was learned in the trained format (ID) carry over to others (OOD)? GF = (1 + β²)·ID·OOD / (β²·ID + OOD) with β = 2, which counts OOD more.
 <b>gf_raw</b> takes the percentages themselves, which is what the paper's plotted curve fits. <b>gf_gain</b> takes the gains over the base, which is what its text says.
@@ -400,11 +408,12 @@ A gain of zero, or a loss, on either side gives 0: nothing generalized. How larg
 {% else %}<tr><td colspan="5">No model has both values.</td></tr>{% endfor %}</table>{% endfor %}
 """
 
-# %% ../nbs/71_analysis.ipynb #19aad5a4
+# %% ../nbs/71_analysis.ipynb #d55eb905
 VERDICTS = dict(kept="right and in form", mended="right, its form was mended", wrong="wrong answer", unreadable="no answer with a reasoning to be found",
                 ungradable="the grader had no opinion", malformed="right, but out of form, and mending is off", unmendable="its own text breaks the format",
                 inconsistent="the reasoning ends on another answer")
 
+# %% ../nbs/71_analysis.ipynb #8e505c0b
 TEMPLATES["distilled"] = """<h2>Distillation: what was kept, what was dropped</h2>
 {% set p = run.stages.pairs %}{% if p.verdicts %}<p>{{ p.pairs }} pairs of {{ p.questions }} questions. Chosen answers come from GRPO-zero, rejected ones from the base's right
 answers, whose form is then spoilt.</p>
@@ -415,9 +424,10 @@ answers, whose form is then spoilt.</p>
 {% else %}<p>Stage <code>pairs</code> has left no counts.</p>{% endif %}
 """
 
-# %% ../nbs/71_analysis.ipynb #bf5986ff
+# %% ../nbs/71_analysis.ipynb #cc12197c
 TEMPLATES["scenes"] = """<h2>Pairs to look at</h2>
-{% if scenes %}<p>Both answers are right. They differ in form, by the corruption that is named, and in words, since two models wrote them.</p>
+{% if scenes %}<p>Both give the right answer. They differ in form, by the corruption that is named, and in words, since two models wrote them.
+Nobody checked the reasoning of the rejected one.</p>
 {% else %}<p>There is no <code>pairs/pairs.parquet</code>: stage <code>pairs</code> has not run.</p>{% endif %}
 {% for s in scenes %}<div class="scene"><p><b>{{ s.question }}</b> <span class="mute">answer: {{ s.answer }}</span></p>
 <div>{% for src, small in s.images %}<img src="{{ src }}" alt="the picture that was asked about"{% if small %} class="small"{% endif %}>{% endfor %}</div>
@@ -425,6 +435,7 @@ TEMPLATES["scenes"] = """<h2>Pairs to look at</h2>
 <div>rejected: <code>{{ s.corruption }}</code><pre class="rejected">{% for t in pieces(s.rejected) %}{% if loop.index is even %}<mark>{{ t }}</mark>{% else %}{{ t }}{% endif %}{% endfor %}</pre></div></div>
 {% endfor %}"""
 
+# %% ../nbs/71_analysis.ipynb #564dc70f
 TEMPLATES["run"] = """<h2>What was run</h2>
 <table>{% for k, v in facts.items() %}<tr><th class="key">{{ k }}</th><td>{{ "–" if v is none or v == "" else v }}</td></tr>{% endfor %}</table>
 <h3>Time and memory</h3><div class="scroll"><table><thead><tr><th>stage</th><th>what it does</th><th>state</th><th class="n">time</th><th class="n">peak, GiB</th></tr></thead>
@@ -471,6 +482,7 @@ def render(
                        models=MODELS, splits=SPLITS, metrics=METRICS, verdicts=VERDICTS, value=_value, percent=percent, interval=interval, pieces=pieces,
                        sections=("scores", "paired", "curves", "gf", "distilled", "scenes", "run"))
 
+# %% ../nbs/71_analysis.ipynb #fee70495
 def write_report(
     run_dir:Path,  # a run folder with eval/metrics.json
 )->Path:           # report.html in it
