@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'OUTPUTS', 'DO', 'EXAMPLES', 'HELP', 'keys', 'do_grpo', 'do_pairs', 'do_coldstart', 'do_eval', 'do_report',
-           'check_names', 'run_stages', 'parser', 'config_of', 'main']
+           'check_names', 'run_stages', 'parser', 'config_of', 'parse', 'main']
 
 # %% ../nbs/80_pipeline.ipynb #15da276c
 import argparse, os, sys
@@ -191,11 +191,22 @@ def config_of(
     stored = Path(args.run_dir) / "config.yaml"
     return load_config(args.config or (str(stored) if stored.exists() else None), args.overrides)
 
+def parse(
+    argv=None,  # words; None: those of the process
+):              # what `parser` gives
+    "Parse a command line; values may stand before and behind options, which argparse alone doesn't allow."
+    p = parser()
+    args, rest = p.parse_known_args(argv)
+    if (odd := [w for w in rest if w.startswith("-") or "=" not in w]): p.error(f"unrecognized arguments: {' '.join(odd)}")
+    args.overrides += rest
+    return args
+
+# %% ../nbs/80_pipeline.ipynb #33a87aaa
 def main(
     argv=None,  # words of the command line; None: those of the process
 )->int:         # exit code
     "The `specs` command."
-    args = parser().parse_args(argv)
+    args = parse(argv)
     for k, v in dict(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false").items(): os.environ.setdefault(k, v)
     try:
         config = config_of(args)
