@@ -9,7 +9,7 @@ __all__ = ['LOSSES', 'dpo_loss', 'hybrid_loss', 'coldstart_trainer', 'train_cold
 from pathlib import Path
 from .core import SpecsError
 from .distill import read_pairs
-from .grpo import last_checkpoint, quiet, trainer_config, watcher
+from .grpo import quiet, resume_point, trainer_config, watcher
 from .models import load_model, lora_config, save_model
 
 # %% ../nbs/60_coldstart.ipynb #23724696
@@ -76,6 +76,6 @@ def train_coldstart(
     trainer = coldstart_trainer(start, ds, out, config, seed, **load)
     total = trainer.args.max_steps if trainer.args.max_steps > 0 else int(len(trainer.get_train_dataloader()) * trainer.args.num_train_epochs)
     trainer.add_callback(watcher("coldstart", total, out / "history.json", ("rewards/chosen", "rewards/rejected", "loss"), tick))
-    trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=resume_point(trainer))
     save_model(trainer.model, trainer.processing_class, out / "model")
     return dict(steps=trainer.state.global_step, pairs=len(ds), loss=config.loss, lam=config.lam)

@@ -66,7 +66,7 @@ class DistillStage:
     max_pairs: int = 400    # pairs to keep, spread over the questions
     max_new_tokens: int = 96
     temperature: float = 1.0
-    batch_size: int = 256   # completions in flight
+    batch_size: int = 128   # completions in flight
     corruptions: list = field(default_factory=lambda: ["drop_all_tags", "drop_answer_tags", "drop_think_tags", "plain_answer", "shift_tags"])
     mend: bool = True       # mend a right answer with a mendable format (the paper's format supplement)
     check_consistency: bool = True  # drop chosen answers whose reasoning says something else
@@ -80,7 +80,7 @@ class ColdStartStage:
     lora: bool = True       # LoRA adapter, merged at the end; false trains all weights
     lora_rank: int = 16
     trainer: dict = field(default_factory=lambda: dict(  # any field of TRL's DPOConfig
-        per_device_train_batch_size=16, num_train_epochs=2, learning_rate=1e-3, beta=0.1, gradient_checkpointing=False, save_steps=20))
+        per_device_train_batch_size=16, num_train_epochs=4, learning_rate=1e-3, beta=0.1, gradient_checkpointing=False, save_steps=20))
 
 @dataclass
 class EvalStage:
@@ -88,7 +88,7 @@ class EvalStage:
     n_samples: int = 4      # sampled answers to each question
     max_new_tokens: int = 96
     temperature: float = 1.0
-    batch_size: int = 256   # completions in flight
+    batch_size: int = 128   # completions in flight
 
 @dataclass
 class Config:

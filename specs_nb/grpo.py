@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIXED', 'group_advantages', 'clipped_loss', 'check_trainer_keys', 'trainer_config', 'resolve_rewards', 'watcher',
-           'last_checkpoint', 'quiet', 'grpo_trainer', 'train_grpo']
+           'last_checkpoint', 'quiet', 'grpo_trainer', 'resume_point', 'train_grpo']
 
 # %% ../nbs/40_grpo.ipynb #5ab3c081
 from pathlib import Path
@@ -142,6 +142,18 @@ def grpo_trainer(
     quiet(trainer)
     return trainer
 
+# %% ../nbs/40_grpo.ipynb #1843e090
+def resume_point(
+    trainer,  # of transformers or TRL
+)->str:       # the checkpoint's path, or None
+    "The last whole checkpoint, its weights put into the trainer's model."
+    from transformers import AutoModelForImageTextToText
+    path = last_checkpoint(trainer.args.output_dir)
+    if path and not hasattr(trainer.model, "peft_config"):
+        saved = AutoModelForImageTextToText.from_pretrained(path, dtype=trainer.model.dtype)
+        trainer.model.load_state_dict(saved.state_dict())
+    return path
+
 # %% ../nbs/40_grpo.ipynb #ab26dcc0
 def train_grpo(
     start:str,        # model to start from: `tiny`, a folder or a hub name
@@ -158,6 +170,6 @@ def train_grpo(
     trainer = grpo_trainer(start, rows, out, config, format, seed, stage, **load)
     shown = ("reward", "frac_reward_zero_std", "completions/mean_length")
     trainer.add_callback(watcher(stage, trainer.args.max_steps, Path(out) / "history.json", shown, tick))
-    trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=resume_point(trainer))
     save_model(trainer.model, trainer.processing_class, Path(out) / "model")
     return dict(steps=trainer.state.global_step, tokens=int(trainer.state.num_input_tokens_seen))

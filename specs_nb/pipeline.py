@@ -144,10 +144,18 @@ def run_stages(
         ready = True
         run.save_config()
         stage.begin()
-        stage.end(**DO[name](run, stage))
+        facts = DO[name](run, stage)
+        _release()
+        stage.end(**facts)
     return what
 
 # %% ../nbs/80_pipeline.ipynb #8b2dc9b9
+def _release():
+    "Give back what a stage's models took, before the next stage starts processes of its own."
+    import ctypes, gc
+    gc.collect()
+    if sys.platform == "linux": ctypes.CDLL(None).malloc_trim(0)
+
 def _prepare(config):
     import torch
     from specs_nb.models import quiet_libraries
