@@ -20,7 +20,7 @@ def generalization_factor(
     g_ood:float,    # gain out of distribution, same unit
     beta:float=2.,  # weight of the OOD gain
 )->float:           # same unit
-    "F-β of two gains (Section 3.4); 0 where a gain is zero or negative."
+    "F-β of two gains, the paper's Generalization Factor; 0 where a gain is zero or negative."
     if g_id <= 0 or g_ood <= 0: return 0.
     return (1 + beta**2) * g_id * g_ood / (beta**2 * g_id + g_ood)
 

@@ -70,7 +70,7 @@ def train_coldstart(
     tick=None,     # called at each checkpoint
     **load,        # keywords of `load_model`
 )->dict:           # facts for stage.json
-    "Train the cold start (Section 3.2) and save it whole; raises `SpecsError` if there are no pairs."
+    "Train the cold start (the paper's stage 2) and save it whole; raises `SpecsError` if there are no pairs."
     ds, out = read_pairs(pairs), Path(out)
     if not len(ds): raise SpecsError(f"{pairs} holds no pair: look at stage.json beside it for what was dropped")
     trainer = coldstart_trainer(start, ds, out, config, seed, **load)

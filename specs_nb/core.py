@@ -55,7 +55,7 @@ def grpo_trainer_defaults(
 class GRPOStage:
     "GRPO, for GRPO-zero and for the final model"
     steps: int = 20         # optimizer steps
-    rewards: dict = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})  # name → weight; they pay 0.5 and 1 (Section 3.3)
+    rewards: dict = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})  # name → weight; they pay 0.5 and 1, as in the paper's final stage
     trainer: dict = field(default_factory=lambda: grpo_trainer_defaults(2e-4))  # any field of TRL's GRPOConfig
 
 @dataclass
@@ -76,7 +76,7 @@ class DistillStage:
 class ColdStartStage:
     "Cold start: DPO + λ·SFT on the pairs"
     loss: str = "dpo+sft"   # `dpo+sft`, `dpo` or `sft`
-    lam: float = 1.0        # λ, weight of the SFT term (Section 3.2)
+    lam: float = 1.0        # λ, weight of the SFT term; the paper's is 1
     lora: bool = True       # LoRA adapter, merged at the end; false trains all weights
     lora_rank: int = 16
     trainer: dict = field(default_factory=lambda: dict(  # any field of TRL's DPOConfig

@@ -121,7 +121,7 @@ def distill(
     seed:int=0,    # of sampling and order
     **how,         # workers, load, threads: see `answer_all`
 )->dict:           # facts for stage.json
-    "Make preference pairs from two models' answers (Section 3.1); raises `SpecsError` if none is left."
+    "Make preference pairs from two models' answers (the paper's stage 1); raises `SpecsError` if none is left."
     out, c = Path(out), config
     asks = [format.instruction] * len(rows)
     draw = Sampling(c.n_samples, c.temperature, c.max_new_tokens, c.batch_size)

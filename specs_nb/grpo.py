@@ -166,7 +166,7 @@ def train_grpo(
     tick=None,        # called at each checkpoint
     **load,           # keywords of `load_model`
 )->dict:              # facts for stage.json
-    "Train `start` with GRPO (Sections 3.1 and 3.3) and save it whole."
+    "Train `start` with GRPO (the paper's stages 1 and 3) and save it whole."
     trainer = grpo_trainer(start, rows, out, config, format, seed, stage, **load)
     shown = ("reward", "frac_reward_zero_std", "completions/mean_length")
     trainer.add_callback(watcher(stage, trainer.args.max_steps, Path(out) / "history.json", shown, tick))

@@ -2,8 +2,8 @@
 import json, os, subprocess, sys, time
 from pathlib import Path
 import pytest
-from specs_nb.core import Config, Run, Stage, load_config
-from specs_nb.pipeline import OUTPUTS, STAGES, keys, main
+from specs_nb.core import Config, Run, load_config
+from specs_nb.pipeline import STAGES, main
 
 SMALL = ["-c", "smoke", "distill.n_prompts=16", "data.n_test=4"]
 
@@ -79,8 +79,13 @@ def test_a_killed_run_goes_on_and_ends_the_same(done, tmp_path):
     for f in ("pairs/pairs.parquet", "final/model/model.safetensors"): assert (run/f).read_bytes() == (done/f).read_bytes(), f
 
 def test_a_lost_model_is_made_again(done, tmp_path):
-    stage = Stage(done/"zero", keys(load_config(done/"config.yaml"))["zero"], OUTPUTS["zero"])
-    assert stage.done and Stage(stage.dir, stage.key, ("model/nothing",)).why() == "model/nothing is missing"
+    import shutil
+    run = tmp_path/"r"
+    shutil.copytree(done, run)
+    shutil.rmtree(run/"coldstart/model")
+    r = specs("coldstart", "--run-dir", run)
+    assert r.returncode == 0 and r.stdout.count("done before") == 2 and "model/config.json is missing" in r.stdout
+    assert (run/"coldstart/model/model.safetensors").read_bytes() == (done/"coldstart/model/model.safetensors").read_bytes()
 
 # ---- bad input
 
