@@ -33,6 +33,7 @@ def clean(
 _LEAD = re.compile(r"(?:(?:so|thus|therefore|hence|then)\b[, ]*)?(?:(?:(?:my|the|our)\s+)?(?:(?:final|correct|right|best)\s+)?(?:answer|result|solution)s?\s*"
                    r"(?:(?:to|of|for) (?:the|this) \w+\s*)?(?:is|are|:|=|would be|must be)\s*:?|it is|it's|it equals|looks like)\s+|answer:", re.I)
 _PAIRS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"), ('"', '"'), ("'", "'"))
+_ORNAMENT = re.compile(r"[\u2600-\u27bf\U0001f300-\U0001faff\ufe0f\s]+")  # ✅ and its like
 _MACRO = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|boldsymbol|fbox)\s*\{([^{}]*)\}")
 
 def _peel(text):
@@ -41,7 +42,7 @@ def _peel(text):
         inner = text[len(a):-len(b)]
         if len(text) > len(a) + len(b) and text.startswith(a) and text.endswith(b) and a not in inner and not inner.endswith("\\"): return inner
     if (m := _MACRO.fullmatch(text)): return m[1]
-    if (m := _LEAD.match(text)) and m.end() < len(text): return text[m.end():]
+    if (m := _ORNAMENT.match(text) or _LEAD.match(text)) and m.end() < len(text): return text[m.end():]
     return text[:-1] if text.endswith(".") and not text.endswith((" .", "..")) or text.endswith("!") and text[-2:-1].isalpha() else text
 
 # %% ../nbs/21_grading.ipynb #600944dd
@@ -398,7 +399,7 @@ def limited(
 # %% ../nbs/21_grading.ipynb #047310d3
 _SIGNS = {"π": r"\pi ", "√": r"\sqrt ", "×": r"\times ", "·": r"\cdot ", "÷": "/", "≤": r"\le ", "≥": r"\ge ", "≠": r"\neq ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "∅": r"\emptyset ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "°": r"^\circ "}
 _ASCII = [(re.compile(p), r) for p, r in ((r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\neq "), (r"\*\*", "^"), (r"\*", r"\\cdot "), (r"(?<!\\)\bsqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"\\sqrt\s+(\w)", r"\\sqrt{\1}"),
-          (r"(?<!\\)\b(pi|sin|cos|tan|log|ln|exp|infty)\b", r"\\\1 "), (r"\^\(([^()]*)\)", r"^{\1}"), (r"\\[dt]frac", r"\\frac"), (r"\\[,!;:]|\\quad", " "), (r"(?<![\\\d])e\^(\w)", r"e^{\1}"), (r"\\(?:left|right)(?![a-z])", ""))]
+          (r"(?<!\\)\b(pi|sin|cos|tan|log|ln|exp|infty)\b", r"\\\1 "), (r"\^\(([^()]*)\)", r"^{\1}"), (r"\\mathrm\s*\{([ei])\}", r"\1"), (r"\\[dt]frac", r"\\frac"), (r"\\[,!;:]|\\quad", " "), (r"(?<![\\\d])e\^(\w)", r"e^{\1}"), (r"\\(?:left|right)(?![a-z])", ""))]
 
 def as_latex(
     text:str,  # unwrapped
