@@ -9,8 +9,10 @@ __all__ = ['LOSSES', 'dpo_loss', 'hybrid_loss', 'coldstart_trainer', 'train_cold
 from pathlib import Path
 from .core import SpecsError
 from .distill import read_pairs
-from .grpo import quiet, resume_point, trainer_config, watcher
-from .models import load_model, lora_config, save_model
+from .grpo import go_on_later, quiet, resume_point, trainer_config, watcher
+from .models import float32_adapter, is_vlm, load_to_train
+from .monitor import monitor
+from .ranks import save_trained
 
 # %% ../nbs/60_coldstart.ipynb #23724696
 def dpo_loss(
@@ -53,10 +55,11 @@ def coldstart_trainer(
     args = trainer_config(DPOConfig, config.trainer, "coldstart.trainer", output_dir=str(Path(out) / "checkpoints"), seed=seed, max_length=None,
                           loss_type=types, loss_weights=[1., config.lam] if len(types) == 2 else [1.])
     set_seed(seed)  # before LoRA draws its weights
-    model, processor = load_model(start, **load)
-    keep = ["prompt", "images", "chosen", "rejected"]
+    model, processor, adapter = load_to_train(start, config, **load)
+    keep = ["prompt", "chosen", "rejected"] + (["images"] if is_vlm(model.config) else [])  # TRL refuses the column for a text model
     trainer = DPOTrainer(model, args=args, train_dataset=pairs.select_columns(keep), processing_class=processor,
-                         peft_config=lora_config(config.lora_rank) if config.lora else None, callbacks=list(callbacks))
+                         peft_config=adapter, callbacks=list(callbacks))
+    float32_adapter(trainer.model)  # TRL rounds the adapter of a 4-bit model to bfloat16
     quiet(trainer)
     return trainer
 
@@ -76,6 +79,8 @@ def train_coldstart(
     trainer = coldstart_trainer(start, ds, out, config, seed, **load)
     total = trainer.args.max_steps if trainer.args.max_steps > 0 else int(len(trainer.get_train_dataloader()) * trainer.args.num_train_epochs)
     trainer.add_callback(watcher("coldstart", total, out / "history.json", ("rewards/chosen", "rewards/rejected", "loss"), tick))
+    trainer.add_callback(monitor("coldstart", out))
     trainer.train(resume_from_checkpoint=resume_point(trainer))
-    save_model(trainer.model, trainer.processing_class, out / "model")
+    go_on_later("coldstart", trainer)
+    save_trained(trainer, out / "model")
     return dict(steps=trainer.state.global_step, pairs=len(ds), loss=config.loss, lam=config.lam)

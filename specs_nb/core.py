@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SpecsError', 'nearest', 'DataConfig', 'ModelConfig', 'grpo_trainer_defaults', 'GRPOStage', 'DistillStage',
-           'ColdStartStage', 'EvalStage', 'Config', 'merge', 'check', 'parse_override', 'builtin_configs',
-           'load_config', 'atomic', 'write_json', 'read_json', 'Run', 'fingerprint', 'file_digest', 'reset_peak_memory',
-           'peak_memory_gb', 'versions', 'Stage', 'Progress', 'derive_seed']
+           'ColdStartStage', 'EvalStage', 'JudgeConfig', 'VLLMConfig', 'Config', 'merge', 'check', 'parse_override',
+           'builtin_configs', 'load_config', 'atomic', 'write_json', 'read_json', 'Run', 'fingerprint', 'file_digest',
+           'reset_peak_memory', 'peak_memory_gb', 'versions', 'Stage', 'Interrupted', 'stop_asked', 'signals_ask',
+           'Progress', 'derive_seed']
 
 # %% ../nbs/00_core.ipynb #e7bd4e6c
 import contextlib, dataclasses, difflib, hashlib, json, os, sys, time
@@ -29,9 +30,21 @@ def nearest(
 @dataclass
 class DataConfig:
     "Which questions"
-    source: str = "world"   # `world` (drawn), or a folder with data.jsonl and images
+    source: str = "world"   # `world` (drawn), a folder, `orsta`, `virl39k`, `mathvista` or `datasets`; see `sources`
+    path: str = ""          # where the named source lies: a folder, a file, or a name that `datasets` knows
+    subset: str = ""        # configuration of a `datasets` set, if it has several
+    split: str = "train"    # split of a `datasets` set
+    columns: dict = field(default_factory=dict)  # our column → theirs, dots go inside: {answer: solution, id: meta.id}
+    test: str = ""          # folder or file of the ID test; empty: the source's own, else rows held out of it
     n_train: int = 4000     # questions to train from
     n_test: int = 200       # questions of each test split
+    images: str = "any"     # `with` or `without` keeps rows that have images, or have none; `any` wants all alike
+    max_pixels: int = 40_000_000  # of one image; a larger one is not decoded
+    bad_rows: str = "auto"  # `drop` counts them, `stop` ends the run at the first; `auto`: stop in a folder of your own, else drop
+    pass_rate: list = field(default_factory=list)  # [lo, hi]: keep questions that a model answers this often
+    pass_rate_samples: int = 0  # 0: the set's own rates; else measured with the base model, so many answers each
+    decontaminate: list = field(default_factory=list)  # folders or files of benchmarks: what resembles them isn't trained on
+    decontaminate_by: list = field(default_factory=lambda: ["image", "question"])  # what resembling means: either is enough
     format: str = "think_answer"  # the response format that is trained, see `formats.FORMATS`
     ood_formats: list = field(default_factory=lambda: ["reason_final", "boxed", "answer_line", "json"])  # formats of the OOD test
     seed: int = 0           # stream of questions
@@ -41,7 +54,8 @@ class ModelConfig:
     "Which model, and how it is loaded"
     path: str = "tiny"      # `tiny` (embedded), a folder, or a hub name
     dtype: str = "float32"  # of the weights
-    attn: str = "sdpa"      # attention implementation
+    attn: str = "sdpa"      # attention implementation; `auto` takes FlashAttention 2 where there is a GPU and the package
+    liger: str = "auto"     # Liger's kernels: `auto` where they are, `need`, `none`
 
 # %% ../nbs/00_core.ipynb #7b7d0501
 def grpo_trainer_defaults(
@@ -56,6 +70,9 @@ class GRPOStage:
     "GRPO, for GRPO-zero and for the final model"
     steps: int = 20         # optimizer steps
     rewards: dict = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})  # name → weight; they pay 0.5 and 1, as in the paper's final stage
+    lora: bool = False      # LoRA adapter, merged at the end; false trains all weights
+    qlora: bool = False     # LoRA on a model held in 4 bits, see `models`; implies an adapter
+    lora_rank: int = 16
     trainer: dict = field(default_factory=lambda: grpo_trainer_defaults(2e-4))  # any field of TRL's GRPOConfig
 
 @dataclass
@@ -78,6 +95,7 @@ class ColdStartStage:
     loss: str = "dpo+sft"   # `dpo+sft`, `dpo` or `sft`
     lam: float = 1.0        # λ, weight of the SFT term; the paper's is 1
     lora: bool = True       # LoRA adapter, merged at the end; false trains all weights
+    qlora: bool = False     # LoRA on a model held in 4 bits, see `models`; implies an adapter
     lora_rank: int = 16
     trainer: dict = field(default_factory=lambda: dict(  # any field of TRL's DPOConfig
         per_device_train_batch_size=16, num_train_epochs=4, learning_rate=1e-3, beta=0.1, gradient_checkpointing=False, save_steps=20))
@@ -91,11 +109,41 @@ class EvalStage:
     batch_size: int = 128   # completions in flight
 
 @dataclass
+class JudgeConfig:
+    "Models that judge what the rules can't; off while none is named"
+    url: str = "http://localhost:8000/v1"  # any OpenAI-compatible endpoint; this is where vLLM serves
+    models: list = field(default_factory=list)  # names that the endpoint knows, or mappings with model, url and key_env; several vote
+    key_env: str = ""       # environment variable that holds the key; empty: none is needed
+    concurrency: int = 8    # requests side by side
+    timeout: float = 60.0   # seconds for a whole reply
+    retries: int = 3        # further tries of a request that failed
+    backoff: float = 0.5    # seconds before the first of them; doubles each time
+    reply_tokens: int = 1024  # longest reply; a judge that thinks needs more
+    max_calls: int = 20000  # budget in requests; 0: no limit
+    max_tokens: int = 0     # budget in tokens of prompts and replies; 0: no limit
+    cache: str = ""         # file of verdicts and spendings; empty: judge.sqlite in the run folder
+    calibrate: int = 50     # answers of each kind on which judge and rules are compared; 0: none
+
+@dataclass
+class VLLMConfig:
+    "vLLM, in this process or as a server"
+    urls: list = field(default_factory=lambda: ["http://localhost:8000/v1"])  # servers, for `engine: server`; a model is looked for on each
+    concurrency: int = 64   # requests to a server side by side
+    max_model_len: int = 0  # longest prompt with its answer, in tokens; 0: the model's own
+    gpu_memory: float = 0.9 # share of the GPU's memory that vLLM takes
+    tensor_parallel: int = 1  # GPUs that hold one model together
+    sync_every: int = 20    # GRPO with vLLM: steps between checks that it has the trainer's weights; 0: only at the first step
+    sync_tolerance: float = 0.0  # mean difference of log-probabilities a token that is too much; 0: by dtype
+    options: dict = field(default_factory=dict)  # any other keyword of `vllm.LLM`
+
+@dataclass
 class Config:
     "A whole run"
     seed: int = 0           # of everything
     threads: int = 1        # CPU threads of a process; 0 leaves it to torch. One is fastest for a tiny model
     workers: int = 2        # processes that sample and evaluate side by side; 1 for a model that fills the GPU
+    report_to: str | list = "auto"  # tracker: `trackio`, `tensorboard`, `wandb`, several, or `none`; `auto` takes trackio where it is installed
+    samples: int = 10       # steps of GRPO between looks at a few completions, kept with their images; 0: none
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     zero: GRPOStage = field(default_factory=GRPOStage)
@@ -103,6 +151,9 @@ class Config:
     coldstart: ColdStartStage = field(default_factory=ColdStartStage)
     final: GRPOStage = field(default_factory=lambda: GRPOStage(steps=100, trainer=grpo_trainer_defaults(5e-5)))
     eval: EvalStage = field(default_factory=EvalStage)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    engine: str = "auto"    # who answers in `pairs` and `eval`: `transformers`, `vllm`, `server`; `auto` takes vLLM where it is installed
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
 # %% ../nbs/00_core.ipynb #a0dcc734
 def merge(
@@ -147,10 +198,26 @@ def check(
     for stage in ("zero", "final"): need(getattr(c, stage).steps > 0, f"{stage}.steps must be positive")
     for path, n in {"data.n_train": c.data.n_train, "data.n_test": c.data.n_test, "distill.n_prompts": c.distill.n_prompts,
                     "distill.n_samples": c.distill.n_samples, "distill.max_pairs": c.distill.max_pairs, "eval.n_samples": c.eval.n_samples,
-                    "workers": c.workers, "coldstart.lora_rank": c.coldstart.lora_rank}.items():
+                    "workers": c.workers, **{f"{s}.lora_rank": getattr(c, s).lora_rank for s in ("zero", "coldstart", "final")}}.items():
         need(n > 0, f"{path} must be positive, not {n}")
+    need(c.model.liger in ("auto", "need", "none"), f"model.liger: no {c.model.liger!r}; {nearest(c.model.liger, ('auto', 'need', 'none'))}")
+    need(c.model.dtype in ("float32", "bfloat16", "float16"), f"model.dtype: no {c.model.dtype!r}; {nearest(c.model.dtype, ('float32', 'bfloat16', 'float16'))}")
+    for path, value, known in (("data.images", c.data.images, ("any", "with", "without")), ("data.bad_rows", c.data.bad_rows, ("auto", "drop", "stop")),
+                               *(("data.decontaminate_by", w, ("image", "question")) for w in c.data.decontaminate_by)):
+        need(value in known, f"{path}: no {value!r}; {nearest(str(value), known)}")
+    rate = c.data.pass_rate
+    need(not rate or len(rate) == 2 and all(type(r) in (int, float) for r in rate) and 0 <= rate[0] <= rate[1] <= 1,
+         f"data.pass_rate is [lowest, highest], two numbers from 0 to 1, not {rate}")
+    need(c.data.pass_rate_samples >= 0, f"data.pass_rate_samples must be 0 (the set's own rates) or more, not {c.data.pass_rate_samples}")
+    need(c.data.max_pixels > 0, f"data.max_pixels must be positive, not {c.data.max_pixels}")
     for path, t in {"distill.temperature": c.distill.temperature, "eval.temperature": c.eval.temperature}.items():
         need(t > 0, f"{path} must be positive, not {t}: these stages sample")
+    need(c.engine in ("auto", "transformers", "vllm", "server"), f"engine: no {c.engine!r}; {nearest(c.engine, ('auto', 'transformers', 'vllm', 'server'))}")
+    need(0 < c.vllm.gpu_memory <= 1, f"vllm.gpu_memory is a share of the GPU's memory, above 0 and at most 1, not {c.vllm.gpu_memory}")
+    for name in ("concurrency", "tensor_parallel"): need(getattr(c.vllm, name) > 0, f"vllm.{name} must be positive, not {getattr(c.vllm, name)}")
+    for name in ("max_model_len", "sync_every", "sync_tolerance"): need(getattr(c.vllm, name) >= 0, f"vllm.{name} must be 0 or more, not {getattr(c.vllm, name)}")
+    for name in ("concurrency", "timeout", "reply_tokens"): need(getattr(c.judge, name) > 0, f"judge.{name} must be positive, not {getattr(c.judge, name)}")
+    for name in ("retries", "backoff", "max_calls", "max_tokens", "calibrate"): need(getattr(c.judge, name) >= 0, f"judge.{name} must be 0 or more, not {getattr(c.judge, name)}")
     return c
 
 # %% ../nbs/00_core.ipynb #f20e8b7c
@@ -337,6 +404,33 @@ class Stage:
         "Mark the stage as done, with its cost."
         write_json(self.dir / "stage.json", {**self.info, "state": "done", "seconds": round(time.monotonic() - self._t0, 1),
                                              "peak_memory_gb": round(peak_memory_gb(workers), 2), "finished": time.strftime("%Y-%m-%d %H:%M"), **facts})
+
+# %% ../nbs/00_core.ipynb #6c5f572b
+class Interrupted(Exception):
+    "A stop was asked for, and what was done is saved"
+
+_asked = []
+
+def stop_asked()->str:  # the signal's name; empty if nobody asked
+    "Has a signal asked this process to stop?"
+    return _asked[0] if _asked else ""
+
+@contextlib.contextmanager
+def signals_ask():
+    "Within it SIGINT and SIGTERM ask for a stop, and raise `KeyboardInterrupt` the second time; works in the main thread alone."
+    import signal, threading
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    def ask(number, frame):
+        if _asked: raise KeyboardInterrupt
+        _asked.append(signal.Signals(number).name)
+        print(f"\n{_asked[0]}: finishing this step and saving; once more to stop at once", file=sys.stderr, flush=True)
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try: yield
+    finally:
+        _asked.clear()
+        for s, f in before.items(): signal.signal(s, f)
 
 # %% ../nbs/00_core.ipynb #7246b28e
 class Progress:

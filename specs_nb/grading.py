@@ -366,15 +366,33 @@ def _raise_in(thread, error):
     import ctypes
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error and ctypes.py_object(error))
 
-def _watch(thread, seconds, done, lock):
-    while not done.wait(seconds):
-        with lock:
-            if not done.is_set(): _raise_in(thread, _TooLong)
-        seconds = .02
+class _Timer:
+    "A thread that raises `_TooLong` in the one that made it, once it is armed and until it is gone"
+    def __init__(self, seconds):
+        self.target, self.seconds, self.wake = threading.get_ident(), seconds, threading.Lock()
+        self.armed = self.done = self.gone = False
+        self.wake.acquire()
+        threading.Thread(target=self._run, daemon=True).start()
 
-def _settle(thread, done, lock):
-    done.set()
-    with lock: _raise_in(thread, None)
+    def _run(self):
+        while not (self.armed or self.done): time.sleep(.0002)
+        wait = self.seconds
+        for shot in range(12):  # the last comes after two minutes: then nothing helps
+            if self.wake.acquire(timeout=wait) or self.done: break
+            _raise_in(self.target, _TooLong)
+            wait = .03 * 2**shot
+        self.gone = True
+
+    def settle(self):
+        "Back only when nothing can arrive any more"
+        while True:
+            try:
+                self.done = True
+                if self.wake.locked(): self.wake.release()
+                while not self.gone: time.sleep(0)
+                _raise_in(self.target, None)
+                return
+            except _TooLong: pass
 
 # %% ../nbs/21_grading.ipynb #14b3f5ca
 def limited(
@@ -385,13 +403,14 @@ def limited(
     "`f(*args)`, or `TimeoutError` after `seconds`, in any thread."
     if _budget.left is not None: seconds = min(seconds, _budget.left)
     if seconds <= 0: raise TimeoutError("no time left")
-    start, me, done, lock = time.monotonic(), threading.get_ident(), threading.Event(), threading.Lock()
-    threading.Thread(target=_watch, args=(me, seconds, done, lock), daemon=True).start()
+    start, timer = time.monotonic(), _Timer(seconds)
     try:
-        try: return f(*args)
-        finally: _settle(me, done, lock)
+        try:
+            timer.armed = True
+            return f(*args)
+        finally: timer.settle()
     except _TooLong:
-        _settle(me, done, lock)
+        timer.settle()
         raise TimeoutError(f"took longer than {seconds} s") from None
     finally:
         if _budget.left is not None: _budget.left -= time.monotonic() - start
@@ -833,6 +852,7 @@ def explain_grade(
 def _cached(p, g, kind, choices, tol, precision, iou_at):
     _budget.left = .7
     try: return KINDS[kind](p, g, choices=choices, tol=tol, precision=precision, iou_at=iou_at)
+    except _TooLong: return None, "it took too long"
     finally: _budget.left = None
 
 # %% ../nbs/21_grading.ipynb #e99e0d6a

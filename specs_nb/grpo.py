@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['FIXED', 'group_advantages', 'clipped_loss', 'check_trainer_keys', 'trainer_config', 'resolve_rewards', 'watcher',
-           'last_checkpoint', 'quiet', 'grpo_trainer', 'resume_point', 'train_grpo']
+           'go_on_later', 'last_checkpoint', 'quiet', 'grpo_trainer', 'resume_point', 'train_grpo']
 
 # %% ../nbs/40_grpo.ipynb #5ab3c081
 from pathlib import Path
-from .core import Progress, SpecsError, nearest, read_json, write_json
+from .core import Interrupted, Progress, SpecsError, nearest, read_json, stop_asked, write_json
 from .data import grpo_dataset
-from .models import load_model, save_model
+from .models import check_eyes, float32_adapter, load_to_train, model_class
+from .monitor import monitor
+from .ranks import is_main, save_trained, stop_agreed
 from .rewards import REWARDS, load_reward
+from .track import samples
 
 # %% ../nbs/40_grpo.ipynb #fd7cf41b
 def group_advantages(
@@ -93,17 +96,29 @@ def watcher(
     class Watcher(TrainerCallback):
         def on_train_begin(self, args, state, control, **kw):
             self.history = [h for h in read_json(path) or [] if h["step"] <= state.global_step]
-            self.bar = Progress(stage, total, state.global_step)
+            self.bar = Progress(stage, total, state.global_step) if is_main() else None
         def on_log(self, args, state, control, logs=None, **kw):
             if logs and "loss" in logs: self.history.append({"step": state.global_step, **logs})
         def on_step_end(self, args, state, control, **kw):
             last = self.history[-1] if self.history else {}
-            self.bar.update(1, **{k.split("/")[-1]: float(last[k]) for k in shown if k in last})
+            if is_main(): self.bar.update(1, **{k.split("/")[-1]: float(last[k]) for k in shown if k in last})
+            if stop_agreed(): control.should_save = control.should_training_stop = True
         def on_save(self, args, state, control, **kw):
+            if not is_main(): return
             write_json(path, self.history)
             if tick: tick()
-        def on_train_end(self, args, state, control, **kw): write_json(path, self.history); self.bar.close()
+        def on_train_end(self, args, state, control, **kw):
+            if is_main(): write_json(path, self.history); self.bar.close()
     return Watcher()
+
+# %% ../nbs/40_grpo.ipynb #429326fb
+def go_on_later(
+    stage:str,  # name for the message
+    trainer,    # after `train`
+):
+    "Raise `Interrupted` if a stop was asked for before the last step."
+    state = trainer.state
+    if stop_asked() and state.global_step < state.max_steps: raise Interrupted(f"{stage} is saved after step {state.global_step} of {state.max_steps}")
 
 # %% ../nbs/40_grpo.ipynb #453716cd
 def last_checkpoint(
@@ -137,8 +152,11 @@ def grpo_trainer(
     funcs, weights = resolve_rewards(config.rewards)
     args = trainer_config(GRPOConfig, config.trainer, f"{stage}.trainer", output_dir=str(Path(out) / "checkpoints"), max_steps=config.steps,
                           seed=seed, reward_weights=weights, loss_type="dapo", epsilon=.2, epsilon_high=.28, beta=0.)
-    model, processor = load_model(start, **load)
-    trainer = GRPOTrainer(model, funcs, args, grpo_dataset(rows, format.instruction, format.name), processing_class=processor)
+    model, processor, adapter = load_to_train(start, config, **load)
+    check_eyes(model, rows, start)
+    trainer = GRPOTrainer(model, funcs, args, grpo_dataset(rows, format.instruction, format.name), processing_class=processor,
+                          peft_config=adapter)
+    float32_adapter(trainer.model)  # TRL rounds the adapter of a 4-bit model to bfloat16
     quiet(trainer)
     return trainer
 
@@ -149,8 +167,8 @@ def resume_point(
     "The last whole checkpoint, its weights put into the trainer's model."
     from transformers import AutoModelForImageTextToText
     path = last_checkpoint(trainer.args.output_dir)
-    if path and not hasattr(trainer.model, "peft_config"):
-        saved = AutoModelForImageTextToText.from_pretrained(path, dtype=trainer.model.dtype)
+    if path and not hasattr(trainer.model, "peft_config") and (Path(path) / "config.json").exists():  # FSDP has its own files
+        saved = model_class(path).from_pretrained(path, dtype=trainer.model.dtype)
         trainer.model.load_state_dict(saved.state_dict())
     return path
 
@@ -164,12 +182,16 @@ def train_grpo(
     seed:int=0,       # of everything in the stage
     stage:str="grpo", # name for messages and progress
     tick=None,        # called at each checkpoint
+    look_every:int=10, # steps between looks at a few completions, kept in `samples/`; 0: none
     **load,           # keywords of `load_model`
 )->dict:              # facts for stage.json
     "Train `start` with GRPO (the paper's stages 1 and 3) and save it whole."
     trainer = grpo_trainer(start, rows, out, config, format, seed, stage, **load)
     shown = ("reward", "frac_reward_zero_std", "completions/mean_length")
     trainer.add_callback(watcher(stage, trainer.args.max_steps, Path(out) / "history.json", shown, tick))
+    trainer.add_callback(monitor(stage, Path(out)))
+    trainer.add_callback(samples(trainer, Path(out), look_every))
     trainer.train(resume_from_checkpoint=resume_point(trainer))
-    save_model(trainer.model, trainer.processing_class, Path(out) / "model")
+    go_on_later(stage, trainer)
+    save_trained(trainer, Path(out) / "model")
     return dict(steps=trainer.state.global_step, tokens=int(trainer.state.num_input_tokens_seen))

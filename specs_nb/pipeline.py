@@ -9,12 +9,16 @@ __all__ = ['STAGES', 'OUTPUTS', 'DO', 'EXAMPLES', 'HELP', 'keys', 'do_grpo', 'do
 # %% ../nbs/80_pipeline.ipynb #15da276c
 import argparse, os, sys
 from pathlib import Path
-from .core import (Config, Run, SpecsError, Stage, builtin_configs, derive_seed, file_digest, fingerprint, load_config, read_json)
+from .core import (Config, Interrupted, Run, SpecsError, Stage, builtin_configs, derive_seed, file_digest, fingerprint, load_config, read_json, signals_ask,
+                           stop_asked, write_json)
+from .ranks import start_ranks
 
 # %% ../nbs/80_pipeline.ipynb #fe02eba4
 STAGES = ("zero", "pairs", "coldstart", "final", "eval", "report")
 OUTPUTS = dict(zero=("model/config.json",), pairs=("pairs.parquet",), coldstart=("model/config.json",), final=("model/config.json",),
                eval=("metrics.json",), report=())
+
+def _asks_judge(grpo): return any(name.startswith("specs_nb.judge:") for name in grpo.rewards)
 
 def keys(
     config:Config,  # of the run
@@ -23,27 +27,55 @@ def keys(
     from dataclasses import asdict
     from specs_nb import __version__
     from specs_nb.models import resolve
+    from specs_nb.sources import digest
     c, base = asdict(config), Path(resolve(config.model.path))
     root = [__version__, c["seed"], c["threads"], c["data"], c["model"], file_digest(base) if base.is_dir() else str(base)]
-    if Path(config.data.source).is_dir(): root.append([file_digest(p) for p in sorted(Path(config.data.source).glob("*.jsonl"))])
-    zero = fingerprint(root, c["zero"])
-    pairs = fingerprint(zero, c["distill"])
+    root.append(digest(config.data))
+    judge = {k: v for k, v in c["judge"].items() if k not in ("concurrency", "timeout", "retries", "backoff", "cache", "calibrate")}  # what its verdicts follow from
+    asks = {s: [judge] if _asks_judge(getattr(config, s)) else [] for s in ("zero", "final")}
+    zero = fingerprint(root, c["zero"], *asks["zero"])
+    pairs = fingerprint(zero, c["distill"], *([judge] if config.judge.models else []))
     cold = fingerprint(pairs, c["coldstart"])
-    final = fingerprint(cold, c["final"])
+    final = fingerprint(cold, c["final"], *asks["final"])
     ev = fingerprint(final, c["eval"])
     return dict(zero=zero, pairs=pairs, coldstart=cold, final=final, eval=ev, report=fingerprint(ev))
 
 # %% ../nbs/80_pipeline.ipynb #58bc5ca4
-def _load(c): return dict(dtype=c.model.dtype, attn=c.model.attn)
-def _train_rows(c):
-    from specs_nb.data import load_rows
-    return load_rows(c.data.source, "train", c.data.n_train, c.data.seed)
+def _load(c): return dict(dtype=c.model.dtype, attn=c.model.attn, liger=c.model.liger)
+def _engine(c):
+    from dataclasses import asdict
+    return dict(engine=c.engine, options=asdict(c.vllm))
+def _train_rows(run):
+    "The rows to train from; those whose pass rate the base model decides are asked once."
+    from specs_nb.sources import keep_within, load_rows
+    c, d = run.config, run.config.data
+    rows = load_rows(d, "train", run.dir / "data")
+    if not (d.pass_rate and d.pass_rate_samples): return rows
+    key = fingerprint(keys(c)["zero"], d.pass_rate_samples, c.distill.temperature, c.distill.max_new_tokens)
+    if (known := read_json(run.dir / "data/rates.json") or {}).get("key") != key:
+        facts = keep_within(rows, _base_answers(run, rows, key), *d.pass_rate)[1]
+        write_json(run.dir / "data/rates.json", known := {"key": key, **facts})
+        print(f"{'rates':10} {', '.join(f'{k} {v}' for k, v in known.items() if k not in ('key', 'keep'))}", flush=True)
+    return rows.pick(known["keep"]) if hasattr(rows, "pick") else [rows[i] for i in known["keep"]]
+def _base_answers(run, rows, key):
+    from specs_nb.generate import Job, Sampling, answer_all
+    c = run.config
+    how = Sampling(c.data.pass_rate_samples, c.distill.temperature, c.distill.max_new_tokens, c.distill.batch_size)
+    jobs = [Job("base", c.model.path, rows, [_format(c).instruction] * len(rows))]
+    return answer_all(jobs, how, derive_seed(c.seed, "rates"), run.dir / "data" / f"rates-{key}", c.workers, _load(c), c.threads, "rates", **_engine(c))["base"]
 def _format(c, name=None):
     from specs_nb.core import nearest
     from specs_nb.formats import FORMATS
     name = name or c.data.format
     if name not in FORMATS: raise SpecsError(f"no format {name!r}: {nearest(name, FORMATS)}")
     return FORMATS[name]
+def _judge(run):
+    "The run's judge, which can be reached; None without one."
+    from specs_nb.judge import open_judge, use_judge
+    use_judge(run.config.judge, run.dir)
+    judge = open_judge(run.config.judge, run.dir)
+    if judge: judge.check()
+    return judge
 
 # %% ../nbs/80_pipeline.ipynb #5d2b6007
 def do_grpo(
@@ -52,20 +84,25 @@ def do_grpo(
 )->dict:          # facts
     "GRPO from the base (`zero`) or from the cold start (`final`)."
     from specs_nb.grpo import train_grpo
+    from specs_nb.track import tracked
     c, name = run.config, stage.dir.name
     start = c.model.path if name == "zero" else str(run.dir / "coldstart/model")
-    return train_grpo(start, _train_rows(c), stage.dir, getattr(c, name), _format(c), derive_seed(c.seed, name), name, tick=stage.tick, **_load(c))
+    judge = _judge(run) if _asks_judge(getattr(c, name)) else None
+    facts = train_grpo(start, _train_rows(run), stage.dir, tracked(getattr(c, name), name, run.dir, c.report_to), _format(c), derive_seed(c.seed, name), name,
+                       tick=stage.tick, look_every=c.samples, **_load(c))
+    return dict(facts, judge=judge.summary) if judge else facts
 
 def do_pairs(
     run:Run,      # the run
     stage:Stage,  # `pairs`
+    pool=None,    # who answers, see `answer_all`
 )->dict:          # facts
     "Self-distillation from GRPO-zero and the base."
     from specs_nb.distill import distill
     c = run.config
-    rows = _train_rows(c)[:c.distill.n_prompts]
-    facts = distill(c.model.path, str(run.dir / "zero/model"), rows, stage.dir, c.distill, _format(c), derive_seed(c.seed, "pairs"),
-                    workers=c.workers, load=_load(c), threads=c.threads)
+    rows = _train_rows(run)[:c.distill.n_prompts]
+    facts = distill(c.model.path, str(run.dir / "zero/model"), rows, stage.dir, c.distill, _format(c), derive_seed(c.seed, "pairs"), _judge(run), c.judge.calibrate,
+                    workers=c.workers, load=_load(c), threads=c.threads, pool=pool, **_engine(c))
     return dict(facts, workers=c.workers if c.workers > 1 else 0)
 
 # %% ../nbs/80_pipeline.ipynb #f71c2692
@@ -75,25 +112,28 @@ def do_coldstart(
 )->dict:          # facts
     "DPO + λ·SFT on the pairs."
     from specs_nb.coldstart import train_coldstart
+    from specs_nb.track import tracked
     c = run.config
-    return train_coldstart(c.model.path, run.dir / "pairs/pairs.parquet", stage.dir, c.coldstart, derive_seed(c.seed, "coldstart"), stage.tick, **_load(c))
+    return train_coldstart(c.model.path, run.dir / "pairs/pairs.parquet", stage.dir, tracked(c.coldstart, "coldstart", run.dir, c.report_to), derive_seed(c.seed, "coldstart"), stage.tick, **_load(c))
 
 # %% ../nbs/80_pipeline.ipynb #1f8bb3f6
 def do_eval(
     run:Run,      # the run
     stage:Stage,  # `eval`
+    pool=None,    # who answers, see `answer_all`
 )->dict:          # facts
     "All four models on all splits."
-    from specs_nb.data import load_rows, without
+    from specs_nb.data import without
+    from specs_nb.sources import load_rows
     from specs_nb.evaluate import evaluate, splits
     c = run.config
-    train = _train_rows(c)
-    tests = [load_rows(c.data.source, s, c.data.n_test, c.data.seed) for s in ("test", "ood_visual")]
+    train = _train_rows(run)
+    tests = [load_rows(c.data, s, run.dir / "data") for s in ("test", "ood_visual")]
     clean = [without(t, train) for t in tests]
     models = {"base": c.model.path, **{m: str(run.dir / m / "model") for m in ("zero", "coldstart", "final")}}
     for f in c.data.ood_formats: _format(c, f)
     evaluate(models, splits(*clean, c.data.format, c.data.ood_formats), stage.dir, c.eval, derive_seed(c.seed, "eval"),
-             workers=c.workers, load=_load(c), threads=c.threads)
+             workers=c.workers, load=_load(c), threads=c.threads, pool=pool, **_engine(c))
     return dict(workers=c.workers if c.workers > 1 else 0, dropped_from_tests=sum(len(t) - len(k) for t, k in zip(tests, clean)))
 
 # %% ../nbs/80_pipeline.ipynb #9e477518
@@ -117,9 +157,14 @@ def check_names(
     from specs_nb.core import nearest
     from specs_nb.formats import CORRUPTIONS
     from specs_nb.grpo import check_trainer_keys, resolve_rewards
+    from specs_nb.judge import members
+    from specs_nb.track import trackers
+    members(config.judge)
+    trackers(config.report_to)
     for name in ("zero", "final"):
         check_trainer_keys(GRPOConfig, getattr(config, name).trainer, f"{name}.trainer")
         resolve_rewards(getattr(config, name).rewards)
+        if _asks_judge(getattr(config, name)) and not config.judge.models: raise SpecsError(f"{name}.rewards asks a judge, and judge.models names none")
     check_trainer_keys(DPOConfig, config.coldstart.trainer, "coldstart.trainer")
     for f in (config.data.format, *config.data.ood_formats): _format(config, f)
     if not config.distill.corruptions: raise SpecsError(f"distill.corruptions is empty: name at least one of {', '.join(CORRUPTIONS)}")
@@ -130,10 +175,12 @@ def check_names(
 def run_stages(
     run:Run,      # the run
     last:str,     # the last stage to run
+    launcher:str="", # starts several processes for each stage, see `ranks.launcher_words`
 )->dict:          # stage → what was done: `skipped` or the reason it ran
     "Bring a run up to stage `last`."
     what, all_keys, ready = {}, keys(run.config), False
     for name in STAGES[:STAGES.index(last) + 1]:
+        if stop_asked(): raise Interrupted(f"{name} has not begun")
         stage = Stage(run.dir / name, all_keys[name], OUTPUTS[name])
         what[name] = stage.why()
         if what[name] == "done":
@@ -144,7 +191,8 @@ def run_stages(
         ready = True
         run.save_config()
         stage.begin()
-        facts = DO[name](run, stage)
+        ranks = start_ranks(launcher, stage.dir, "specs_nb.launch", run.dir, name, keep=[run._file]) if launcher and name != "report" else {}
+        facts = ranks if name in ("zero", "coldstart", "final") and ranks else DO[name](run, stage)
         _release()
         stage.end(**facts)
     return what
@@ -187,6 +235,7 @@ def parser()->argparse.ArgumentParser:  # of the `specs` command
                            aliases=["distill"] if name == "pairs" else [])
         s.add_argument("-c", "--config", metavar="FILE", help=f"a YAML file, or one of {', '.join(builtin_configs())}; without it, the run folder's own or the defaults")
         s.add_argument("--run-dir", default="runs/default", metavar="DIR", help="the run folder (runs/default)")
+        s.add_argument("--launcher", default="", metavar="COMMAND", help="start each stage by it: 'torchrun --nproc_per_node 8', ddp, fsdp2, zero2, zero3, 'srun torchrun …'")
         s.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the file")
         s.set_defaults(stage="report" if name == "run" else name)
     return p
@@ -210,6 +259,11 @@ def parse(
     return args
 
 # %% ../nbs/80_pipeline.ipynb #33a87aaa
+def _stopped(e):
+    "Say how to go on; the exit code that the signal asks for"
+    print(f"\nspecs: stopped{f': {e}' if str(e) else ''}. The same command goes on from there.", file=sys.stderr)
+    return 143 if stop_asked() == "SIGTERM" else 130
+
 def main(
     argv=None,  # words of the command line; None: those of the process
 )->int:         # exit code
@@ -220,13 +274,12 @@ def main(
         config = config_of(args)
         if config.threads: os.environ.setdefault("OMP_NUM_THREADS", str(config.threads))  # before torch is imported, here and in workers
         run = Run(args.run_dir, config)
-        try: run_stages(run, args.stage)
-        finally: run.close()
+        with signals_ask():
+            try: run_stages(run, args.stage, args.launcher)
+            except (Interrupted, KeyboardInterrupt) as e: return _stopped(e)
+            finally: run.close()
     except SpecsError as e:
         print(f"specs: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\nspecs: stopped. The same command goes on where it stopped.", file=sys.stderr)
-        return 130
     if args.stage == "report": print(f"\nreport: {run.dir / 'report.html'}")
     return 0

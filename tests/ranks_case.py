@@ -1,0 +1,48 @@
+"What test_launch.py runs under torchrun and without it: three steps of DPO and GRPO with the same batch of 8 altogether, from the same data"
+import json, random, sys
+from pathlib import Path
+from specs_nb import world
+from specs_nb.coldstart import train_coldstart
+from specs_nb.core import ColdStartStage, GRPOStage
+from specs_nb.distill import make_pairs, write_pairs
+from specs_nb.formats import CORRUPTIONS, FORMATS
+from specs_nb.grpo import grpo_trainer, watcher
+from specs_nb.models import tokenizer_of
+from specs_nb.ranks import is_main, rank, save_trained
+
+FORMAT, ROWS, N = FORMATS["think_answer"], world.rows("train", 24), rank()[1]
+
+def same(steps=3, batch=8, **more):
+    "The same settings for any number of processes; SGD, whose step is the gradient and nothing else"
+    return dict(per_device_train_batch_size=batch // N, max_steps=steps, gradient_checkpointing=False, lr_scheduler_type="constant", save_strategy="no", optim="sgd",
+                max_grad_norm=0., learning_rate=.01, report_to="none", **more)
+
+def dpo(out, loss, **more):
+    good = [[(f"There are {i % 5} shapes that matter here.", r["answer"])] for i, r in enumerate(ROWS)]
+    path = out / f"pairs-{rank()[0]}.parquet"
+    write_pairs(make_pairs(ROWS, good, good, FORMAT, list(CORRUPTIONS)[:3], 24, 0), path)
+    train_coldstart("tiny", path, out, ColdStartStage(loss=loss, lora=False, trainer=same(**more)))
+
+def canned(trainer):
+    "Completions that follow from the question and the number within the group, whoever asks: sampling differs between ranks, the rest should not"
+    tok, k = tokenizer_of(trainer.processing_class), trainer.num_generations
+    texts = [FORMAT.render("Look.", a) for a in ("1", "2", "yes", "no", "red")] + ["2", "It is 1. Answer: 1", "<think>no end", "<answer>3</answer>"]
+    ids = [tok(t)["input_ids"] + [tok.convert_tokens_to_ids("<|im_end|>")] for t in texts]
+    def given(prompt_ids, *_):
+        return [random.Random(f"{list(map(int, p))}/{i % k}").choice(ids) for i, p in enumerate(prompt_ids)], None
+    return given
+
+def grpo(out):
+    trainer = grpo_trainer("tiny", ROWS, out, GRPOStage(steps=3, trainer=same(num_generations=4, max_completion_length=64)), FORMAT)
+    trainer._generate_single_turn = canned(trainer)
+    trainer.add_callback(watcher("zero", 3, out / "history.json", ()))
+    trainer.train()
+    save_trained(trainer, out / "model")
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    if not is_main(): sys.stdout = sys.stderr
+    dpo(out / "dpo", "dpo")
+    # the SFT term is a mean over the tokens of a micro-batch: two of 4 on one process are what two processes have
+    dpo(out / "dpo+sft", "dpo+sft", **(dict(batch=4, gradient_accumulation_steps=2) if N == 1 else {}))
+    grpo(out / "grpo")
