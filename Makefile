@@ -5,7 +5,7 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: install run test lab docs bench readme clean help
+.PHONY: install run test vllm lab docs bench readme clean help
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -17,6 +17,9 @@ run: $(VENV)/.base ## all stages of SPECS on the embedded model, into runs/defau
 
 test: $(VENV)/.dev ## round trip, all notebooks, pytest, wheel, docs
 	$(BIN)/python tools/check.py $(ARGS)
+
+vllm: $(BIN)/pip ## an environment for vLLM's CPU build, in .venv-vllm (3 minutes, 4 GB)
+	$(BIN)/python tools/make_vllm.py
 
 lab: $(VENV)/.dev ## JupyterLab on the notebooks, with .venv as its kernel
 	$(BIN)/python -m ipykernel install --sys-prefix --name specs_nb --display-name specs_nb >/dev/null

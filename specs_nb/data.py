@@ -39,7 +39,7 @@ def decode(
 )->Picture:                     # RGB, upright, on white
     "Decode an image from outside; raises `ValueError` that says why it can't be used."
     import warnings
-    from PIL import Image, ImageOps
+    from PIL import Image
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
@@ -48,15 +48,16 @@ def decode(
             if w * h > max_pixels: raise ValueError(f"it has {w} × {h} pixels, more than data.max_pixels = {max_pixels}")
             if max(w, h) > 200 * min(w, h): raise ValueError(f"it has {w} × {h} pixels; a vision tower takes sides of up to 1 : 200")
             img.load()
+            return _mended(img, data)
     except Image.DecompressionBombError: raise ValueError(f"it has far more pixels than data.max_pixels = {max_pixels}") from None
     except ValueError: raise
     except Exception as e: raise ValueError(str(e).split(" <")[0] or type(e).__name__) from None  # PIL raises many kinds on a broken file
+
+def _mended(img, data):
+    from PIL import Image, ImageOps
     plain = img.mode == "RGB" and img.format in ("PNG", "JPEG", "WEBP") and not getattr(img, "is_animated", False)
     if plain and "transparency" not in img.info and img.getexif().get(0x0112, 1) == 1: return Picture(data, img.convert("RGB"))
-    return _mended(ImageOps.exif_transpose(img))
-
-def _mended(img):
-    from PIL import Image
+    img = ImageOps.exif_transpose(img)
     if img.mode in ("RGBA", "LA", "PA") or "transparency" in img.info:
         img = img.convert("RGBA")
         img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)

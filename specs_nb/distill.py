@@ -34,7 +34,7 @@ def mend(
 
 # %% ../nbs/50_distill.ipynb #4f9c21b9
 def judge(
-    text:str,                     # a completion
+    text:str,                     # a completion; None: there is none
     row:dict,                     # the question's row
     format,                       # the format that was asked for
     mending:bool=True,            # mend what can be mended
@@ -42,6 +42,7 @@ def judge(
     ask=None,                     # a judge's `ask(task, **texts)`, see `judge.in_bulk`
 )->tuple:                         # (verdict, (reasoning, answer) or None)
     "What becomes of a completion as a chosen answer."
+    if text is None: return "unanswered", None
     parts = format.parse(text)
     verdict = "kept" if parts else "mended"
     if not parts: parts = mend(text)
@@ -126,7 +127,7 @@ def judged_cases(
 )->list:         # of (task, texts, verdict of the rules), for `judge.calibrate`
     "What a judge could be asked about completions, and what the rules say."
     cases = []
-    for r, (reasoning, answer) in ((r, parts) for r, ts in zip(rows, texts) for t in ts if (parts := format.parse(t) or mend(t))):
+    for r, (reasoning, answer) in ((r, parts) for r, ts in zip(rows, texts) for t in ts if t and (parts := format.parse(t) or mend(t))):
         cases.append(("answer", dict(question=r["question"], gold=r["answer"], prediction=answer), grade(answer, r["answer"], r["kind"], r["choices"])))
         cases.append(("consistency", dict(question=r["question"], reasoning=reasoning, answer=answer), consistent(reasoning, answer, r["kind"], r["choices"])))
     return cases

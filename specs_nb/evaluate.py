@@ -52,11 +52,12 @@ def splits(
 
 # %% ../nbs/70_evaluate.ipynb #3add9434
 def score(
-    text:str,    # a completion
+    text:str,    # a completion; None: the question could not be asked
     row:dict,    # the question's row
     format:str,  # name of the format that was asked for
 )->dict:         # format, accuracy, strict: True, False or None
     "What a completion is worth; `None` where the grader has no opinion."
+    if text is None: return dict(format=None, accuracy=None, strict=None)
     parts = FORMATS[format].parse(text)
     answer = parts[1] if parts else find_answer(text)
     right = grade(answer, row["answer"], row["kind"], row["choices"]) if answer else False
@@ -94,7 +95,7 @@ def evaluate(
     metrics, flat = {m: {} for m in models}, []
     for (m, s), job in jobs.items():
         rows, fs = tests[s]
-        scores = [[{**score(t, r, f), "words": len(t.split())} for t in ts] for r, f, ts in zip(rows, fs, texts[job.name])]
+        scores = [[{**score(t, r, f), "words": None if t is None else len(t.split())} for t in ts] for r, f, ts in zip(rows, fs, texts[job.name])]
         metrics[m][s] = summarize(scores)
         flat += [dict(model=m, split=s, id=r["id"], asked=f, sample=k, text=t, **sc) for r, f, ts, one in zip(rows, fs, texts[job.name], scores)
                  for k, (t, sc) in enumerate(zip(ts, one))]

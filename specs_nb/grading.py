@@ -346,7 +346,7 @@ def too_hard(
     if len(text) > 400: return "it is too long"
     if text.count("{") - text.count("\\{") != text.count("}") - text.count("\\}"): return "its braces do not balance"
     if _depth(text) > 12: return "it is nested too deep"
-    if re.search(r"\d{61}", text): return "a number has too many digits"
+    if re.search(r"\d{61}|[\d.]\s*[eE]\s*[+-]?\s*\d{4}", text): return "a number has too many digits"  # 21E998300: a minute in native code, where no timer reaches it
     if re.search(r"!\s*[)}]*!|[)}]\s*!(?=.*(?:\d{3}|\^))|(?:\d{3}|\^).*[)}]\s*!|\\binom\s*\{\d{6}", text): return "its factorials are too high"
     powers = [int((a or b)[:9]) for a, b in _POWER.findall(text)]
     stacked = _tower(text) > 1 or re.search(r"[)}\]]\s*\^|!\s*\^", text)  # powers of powers multiply

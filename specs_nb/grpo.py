@@ -10,11 +10,12 @@ __all__ = ['FIXED', 'group_advantages', 'clipped_loss', 'check_trainer_keys', 't
 from pathlib import Path
 from .core import Interrupted, Progress, SpecsError, nearest, read_json, stop_asked, write_json
 from .data import grpo_dataset
-from .models import check_eyes, float32_adapter, load_to_train, model_class
+from .models import check_eyes, float32_adapter, load_to_train, model_class, tokenizer_of
 from .monitor import monitor
 from .ranks import is_main, save_trained, stop_agreed
 from .rewards import REWARDS, load_reward
 from .track import samples
+from .vllm_sync import before_vllm, beside_vllm, watch_vllm
 
 # %% ../nbs/40_grpo.ipynb #fd7cf41b
 def group_advantages(
@@ -145,18 +146,23 @@ def grpo_trainer(
     format,           # a format of `formats`
     seed:int=0,       # of everything in the stage
     stage:str="grpo", # name for messages
+    vllm=None,        # a `core.VLLMConfig`, for `trainer: {use_vllm: true}`
     **load,           # keywords of `load_model`
 ):                    # a `GRPOTrainer`
     "TRL's GRPOTrainer with DAPO's loss and no KL term; raises `SpecsError` for a configuration that makes no sense."
+    before_vllm(config, start, stage)
     from trl import GRPOConfig, GRPOTrainer
     funcs, weights = resolve_rewards(config.rewards)
     args = trainer_config(GRPOConfig, config.trainer, f"{stage}.trainer", output_dir=str(Path(out) / "checkpoints"), max_steps=config.steps,
                           seed=seed, reward_weights=weights, loss_type="dapo", epsilon=.2, epsilon_high=.28, beta=0.)
     model, processor, adapter = load_to_train(start, config, **load)
     check_eyes(model, rows, start)
-    trainer = GRPOTrainer(model, funcs, args, grpo_dataset(rows, format.instruction, format.name), processing_class=processor,
-                          peft_config=adapter)
+    tokenizer_of(processor).padding_side = "left"  # TRL pads prompts on the left, and asks the processor for the places of image tokens
+    with beside_vllm(args, model, vllm):
+        trainer = GRPOTrainer(model, funcs, args, grpo_dataset(rows, format.instruction, format.name), processing_class=processor,
+                              peft_config=adapter)
     float32_adapter(trainer.model)  # TRL rounds the adapter of a 4-bit model to bfloat16
+    watch_vllm(trainer, rows, format.instruction, vllm)
     quiet(trainer)
     return trainer
 

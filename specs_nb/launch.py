@@ -60,15 +60,22 @@ def work(
     name:str,  # the stage
 )->dict:       # facts
     "One rank's part of a stage."
-    from specs_nb.pipeline import DO, _prepare
+    from specs_nb.pipeline import DO
     run = Joined(run_dir)
     stage = Stage(run.dir / name, read_json(run.dir / name / "stage.json")["key"])
     stage._t0 = time.monotonic() - stage.info["seconds"]  # the clock goes on for `tick`
-    _prepare(run.config)
+    _settle(run.config)
     if name not in ("pairs", "eval"): return DO[name](run, stage)
     _own_gpu()
     try: DO[name](run, stage, pool=Share(*rank()))
     except ShareDone: return {}
+
+def _settle(config):
+    "As the pipeline does before its first stage; it has looked at the names already."
+    import torch
+    from specs_nb.models import quiet_libraries
+    quiet_libraries()
+    if config.threads: torch.set_num_threads(config.threads)
 
 def _own_gpu():
     import os, torch

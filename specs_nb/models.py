@@ -59,6 +59,7 @@ def load_processor(
         try: tokenizer = AutoTokenizer.from_pretrained(resolve(path))
         except (OSError, ValueError) as e: raise SpecsError(f"no tokenizer can be loaded from {path} ({_line(e)})") from None
         if not tokenizer.chat_template: raise SpecsError(f"the tokenizer of {path} has no chat template: choose an instruction-tuned model, or put a chat_template.jinja beside it")
+        tokenizer.padding_side = "left"
         return tokenizer
     try: processor = AutoProcessor.from_pretrained(resolve(path))
     except ImportError as e: raise SpecsError(f"the processor of {path} needs a package that isn't installed: {_line(e)}") from None
@@ -66,6 +67,7 @@ def load_processor(
         raise SpecsError(f"no processor can be loaded from {path}: a model folder needs preprocessor or processor files and a tokenizer beside the weights ({_line(e)})") from None
     if not isinstance(processor, ProcessorMixin):
         raise SpecsError(f"{path} has a tokenizer and no processor: copy processor_config.json or preprocessor_config.json of the model into it")
+    processor.tokenizer.padding_side = "left"
     return processor
 
 def tokenizer_of(

@@ -19,7 +19,7 @@ class Limits:
     patience: int = 10      # logged steps that a sign must last
     no_spread: float = .95  # share of groups without variance in their rewards: nothing to learn from
     truncated: float = .9   # share of completions that are cut off at the length limit
-    entropy: float = .02    # mean entropy of the next token in nats: the policy has stopped exploring
+    entropy: float = .002   # mean entropy of the next token in nats: the policy has stopped exploring
     kl: float = 10.         # KL from the reference in nats a token (only with beta > 0)
     explodes: float = 20.   # loss or gradient norm over its median so far
     reward: float = 1e-3    # least change of the mean reward over `stuck` steps
@@ -40,7 +40,7 @@ def signs(
     if (v := last("completions/clipped_ratio")) and min(v) >= limits.truncated:
         said["truncated"] = f"{mean(v):.0%} of the completions hit max_completion_length for {len(v)} steps: raise it, or pay for shorter answers (overlong)"
     if (v := last("entropy")) and max(v) <= limits.entropy:
-        said["entropy"] = f"the policy's entropy is {mean(v):.3f} nats for {len(v)} steps: it no longer explores; lower learning_rate, or raise epsilon_high or temperature"
+        said["entropy"] = f"the policy's entropy is {mean(v):.4f} nats for {len(v)} steps: it no longer explores; lower learning_rate, or raise epsilon_high or temperature"
     if (v := last("kl")) and min(v) >= limits.kl:
         said["kl"] = f"the KL from the reference is {mean(v):.1f} nats for {len(v)} steps: the policy runs away; lower learning_rate, or raise beta"
     if (v := last("reward", limits.stuck)) and max(v) - min(v) < limits.reward:

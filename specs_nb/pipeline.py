@@ -11,7 +11,10 @@ import argparse, os, sys
 from pathlib import Path
 from .core import (Config, Interrupted, Run, SpecsError, Stage, builtin_configs, derive_seed, file_digest, fingerprint, load_config, read_json, signals_ask,
                            stop_asked, write_json)
-from .ranks import start_ranks
+from .doctor import add_options, doctor, out_of_memory
+from .models import push
+from .fleet import Fleet
+from .ranks import launcher_words, start_ranks
 
 # %% ../nbs/80_pipeline.ipynb #fe02eba4
 STAGES = ("zero", "pairs", "coldstart", "final", "eval", "report")
@@ -34,10 +37,11 @@ def keys(
     judge = {k: v for k, v in c["judge"].items() if k not in ("concurrency", "timeout", "retries", "backoff", "cache", "calibrate")}  # what its verdicts follow from
     asks = {s: [judge] if _asks_judge(getattr(config, s)) else [] for s in ("zero", "final")}
     zero = fingerprint(root, c["zero"], *asks["zero"])
-    pairs = fingerprint(zero, c["distill"], *([judge] if config.judge.models else []))
+    engine = [c["engine"]] if c["engine"] != "auto" else []
+    pairs = fingerprint(zero, c["distill"], *([judge] if config.judge.models else []), *engine)
     cold = fingerprint(pairs, c["coldstart"])
     final = fingerprint(cold, c["final"], *asks["final"])
-    ev = fingerprint(final, c["eval"])
+    ev = fingerprint(final, c["eval"], *engine)
     return dict(zero=zero, pairs=pairs, coldstart=cold, final=final, eval=ev, report=fingerprint(ev))
 
 # %% ../nbs/80_pipeline.ipynb #58bc5ca4
@@ -89,7 +93,7 @@ def do_grpo(
     start = c.model.path if name == "zero" else str(run.dir / "coldstart/model")
     judge = _judge(run) if _asks_judge(getattr(c, name)) else None
     facts = train_grpo(start, _train_rows(run), stage.dir, tracked(getattr(c, name), name, run.dir, c.report_to), _format(c), derive_seed(c.seed, name), name,
-                       tick=stage.tick, look_every=c.samples, **_load(c))
+                       tick=stage.tick, look_every=c.samples, vllm=c.vllm, **_load(c))
     return dict(facts, judge=judge.summary) if judge else facts
 
 def do_pairs(
@@ -176,6 +180,7 @@ def run_stages(
     run:Run,      # the run
     last:str,     # the last stage to run
     launcher:str="", # starts several processes for each stage, see `ranks.launcher_words`
+    fleet:str="",    # Ray cluster that answers for `pairs` and `eval`, see `fleet.connect`
 )->dict:          # stage → what was done: `skipped` or the reason it ran
     "Bring a run up to stage `last`."
     what, all_keys, ready = {}, keys(run.config), False
@@ -188,16 +193,26 @@ def run_stages(
             continue
         print(f"{name:10} {what[name]}", flush=True)
         if not ready: _prepare(run.config)
+        if not ready and launcher: _train_rows(run)  # written once, before several processes read them
         ready = True
         run.save_config()
         stage.begin()
-        ranks = start_ranks(launcher, stage.dir, "specs_nb.launch", run.dir, name, keep=[run._file]) if launcher and name != "report" else {}
-        facts = ranks if name in ("zero", "coldstart", "final") and ranks else DO[name](run, stage)
+        answers, trains = name in ("pairs", "eval"), name in ("zero", "coldstart", "final")
+        ranks = start_ranks(launcher, stage.dir, "specs_nb.launch", run.dir, name, keep=[run._file]) if launcher and (trains or answers and not fleet) else {}
+        pool = dict(pool=Fleet(fleet, run.config.workers)) if fleet and answers else {}
+        facts = ranks if trains and ranks else _do(name, run, stage, **pool)
         _release()
         stage.end(**facts)
     return what
 
 # %% ../nbs/80_pipeline.ipynb #8b2dc9b9
+def _do(name, run, stage, **kw):
+    "A stage's function; when memory runs out, `doctor` says what to lower."
+    try: return DO[name](run, stage, **kw)
+    except (RuntimeError, MemoryError) as e:
+        if not (isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(e)): raise
+        raise SpecsError(out_of_memory(run.config, name)) from None
+
 def _release():
     "Give back what a stage's models took, before the next stage starts processes of its own."
     import ctypes, gc
@@ -219,9 +234,12 @@ EXAMPLES = """examples:
   specs coldstart --run-dir runs/default       up to one stage
   specs run zero.trainer.learning_rate=1e-5    any field of TRL's GRPOConfig or DPOConfig
   specs report --run-dir runs/default          write report.html again
+  specs doctor -c paper_7b --gpus 8 --memory 80 --launcher fsdp2    does it fit? told before anything is loaded
+  specs push --run-dir runs/default --repo me/my-model              the final model with its card, to the hub
 """
 HELP = dict(run="every stage, then the report", zero="GRPO-zero from the base", pairs="self-distillation: preference pairs", coldstart="DPO + λ·SFT on the pairs",
-            final="GRPO from the cold start", eval="base, zero, cold start and final on three tests", report="report.html")
+            final="GRPO from the cold start", eval="base, zero, cold start and final on three tests", report="report.html",
+            doctor="memory, disk, tokens and time of a configuration, and what is missing", push="a run's model with its card, to the hub")
 
 def parser()->argparse.ArgumentParser:  # of the `specs` command
     "The command line."
@@ -236,7 +254,13 @@ def parser()->argparse.ArgumentParser:  # of the `specs` command
         s.add_argument("-c", "--config", metavar="FILE", help=f"a YAML file, or one of {', '.join(builtin_configs())}; without it, the run folder's own or the defaults")
         s.add_argument("--run-dir", default="runs/default", metavar="DIR", help="the run folder (runs/default)")
         s.add_argument("--launcher", default="", metavar="COMMAND", help="start each stage by it: 'torchrun --nproc_per_node 8', ddp, fsdp2, zero2, zero3, 'srun torchrun …'")
+        s.add_argument("--fleet", default="", metavar="ADDRESS", help="answer questions by a Ray cluster: local, auto, or ray://host:10001")
         s.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the file")
+        if name == "doctor": add_options(s)
+        if name == "push":
+            s.add_argument("--repo", required=True, metavar="OWNER/NAME", help="where to")
+            s.add_argument("--model", default="final", choices=["zero", "coldstart", "final"], help="which model (final)")
+            s.add_argument("--public", action="store_true", help="for everyone to see; private otherwise")
         s.set_defaults(stage="report" if name == "run" else name)
     return p
 
@@ -272,10 +296,15 @@ def main(
     for k, v in dict(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false").items(): os.environ.setdefault(k, v)
     try:
         config = config_of(args)
+        if getattr(args, "launcher", ""): launcher_words(args.launcher)  # a typo is told at once
+        if args.command == "doctor": return doctor(config, args)
+        if args.command == "push":
+            print(f"https://huggingface.co/{push(args.run_dir, args.repo, args.model, private=not args.public)}")
+            return 0
         if config.threads: os.environ.setdefault("OMP_NUM_THREADS", str(config.threads))  # before torch is imported, here and in workers
         run = Run(args.run_dir, config)
         with signals_ask():
-            try: run_stages(run, args.stage, args.launcher)
+            try: run_stages(run, args.stage, args.launcher, args.fleet)
             except (Interrupted, KeyboardInterrupt) as e: return _stopped(e)
             finally: run.close()
     except SpecsError as e:

@@ -1,5 +1,7 @@
-"What test_launch.py runs under torchrun and without it: three steps of DPO and GRPO with the same batch of 8 altogether, from the same data"
-import json, random, sys
+"""What test_launch.py runs under launchers and without one: three steps of DPO and GRPO with the same batch of 8 altogether, from the same data
+
+With `fsdp2` as second word: DPO under FSDP2. accelerate turns that on for GPUs alone, so it is told that gloo's processes are such."""
+import random, sys
 from pathlib import Path
 from specs_nb import world
 from specs_nb.coldstart import train_coldstart
@@ -39,9 +41,31 @@ def grpo(out):
     trainer.train()
     save_trained(trainer, out / "model")
 
+def pretend_gpus():
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    init = PartialState.__init__
+    def told(self, *args, **kw):
+        init(self, *args, **kw)
+        if self.distributed_type == DistributedType.MULTI_CPU: self.distributed_type = DistributedType.MULTI_GPU
+    PartialState.__init__ = told
+
+def in_pieces(out):
+    "DPO with the weights of each layer spread over the processes"
+    from torch.distributed.tensor import DTensor
+    from specs_nb import coldstart
+    seen, save = [], coldstart.save_trained
+    def look(trainer, folder):
+        seen.append(trainer.is_fsdp_enabled and all(isinstance(p, DTensor) for p in trainer.model.parameters()))
+        save(trainer, folder)
+    coldstart.save_trained = look
+    dpo(out, "dpo")
+    assert seen == [True], "it was not FSDP2"
+
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     if not is_main(): sys.stdout = sys.stderr
+    if sys.argv[2:] == ["fsdp2"]: pretend_gpus(); sys.exit(in_pieces(out / "dpo"))
     dpo(out / "dpo", "dpo")
     # the SFT term is a mean over the tokens of a micro-batch: two of 4 on one process are what two processes have
     dpo(out / "dpo+sft", "dpo+sft", **(dict(batch=4, gradient_accumulation_steps=2) if N == 1 else {}))

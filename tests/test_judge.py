@@ -134,6 +134,7 @@ def bad_replies():
     yield "another word", chat('{"code": "k", "verdict": "YES"}'), "unreadable"
     yield "verdict a list", chat('{"code": "k", "verdict": ["yes"]}'), "unreadable"
     yield "more keys", chat('{"code": "k", "verdict": "yes", "score": 1}'), "unreadable"
+    yield "two verdicts", chat('{"code": "k", "verdict": "no", "verdict": "yes"}'), "unreadable"
     yield "deep verdict", chat("[" * 100_000), "unreadable"
     yield "a number of many digits", chat("9" * 100_000), "unreadable"
     yield "wrong code", chat('{"code": "k0000000", "verdict": "yes"}'), "wrong code"
@@ -370,9 +371,10 @@ def test_tries_cost_too(serve, judge):
     j = judge(s := serve(lambda h, asked, n: h.say(500, {})), max_calls=4, concurrency=1)
     assert j.ask("answer", items(3)) == [None] * 3 and len(s.seen) == 4 and counts(j)["budget used up"] == 2
 
-def test_a_budget_of_tokens_is_never_exceeded(serve, judge):
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_a_budget_of_tokens_is_never_exceeded(serve, judge, concurrency):
     s = serve(lambda h, asked, n: h.say(200, chat(says("yes")(asked["messages"][0]["content"]), tokens=400)))
-    j = judge(s, max_tokens=4000, reply_tokens=100, concurrency=8)
+    j = judge(s, max_tokens=4000, reply_tokens=100, concurrency=concurrency)
     said = j.ask("answer", items(30))
     assert said.count(True) == len(s.seen) < 30 and j.ledger.spent["tokens"] == 400 * len(s.seen) <= 4000
     assert counts(j)["budget used up"] == said.count(None)
@@ -398,6 +400,7 @@ def test_a_cache_with_nonsense_in_it(serve, judge, tmp_path):
 def test_ctrl_c_ends_it(serve, tmp_path):
     s = serve(lambda h, asked, n: s.quit.wait(20))
     code = f"""if True:
+        import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
         from specs_nb.core import JudgeConfig
         from specs_nb.judge import Judge
         Judge(JudgeConfig(url={s.url!r}, models=["m"])).ask("answer", [dict(question="?", gold="a", prediction="b")])"""
@@ -406,6 +409,19 @@ def test_ctrl_c_ends_it(serve, tmp_path):
     t = time.monotonic()
     child.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in child.communicate(timeout=10)[1] and time.monotonic() - t < 3 and child.returncode
+
+def test_nobody_goes_on_asking_after_ctrl_c(serve, judge):
+    "In a notebook the process lives on"
+    j = judge(s := serve(lambda h, asked, n: (time.sleep(.02), h.chat(asked))), concurrency=1, timeout=5)
+    def stop(*a): raise KeyboardInterrupt
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, .3)
+    try:
+        with pytest.raises(KeyboardInterrupt): j.ask("answer", items(200))
+    finally: signal.setitimer(signal.ITIMER_REAL, 0); signal.signal(signal.SIGALRM, before)
+    time.sleep(.1); n = len(s.seen); time.sleep(.3)
+    assert 0 < n < 100 and len(s.seen) == n
+    assert j.ask("answer", items(1)) == [True], "and it can be asked again"
 
 def test_a_broken_cache_is_named(serve, judge, tmp_path):
     (tmp_path/"c").write_bytes(b"nonsense" * 1000)
@@ -554,6 +570,7 @@ def test_vllm_keeps_to_the_shape(vllm):
     for item in items(3):
         reply = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": prompt_of("answer", item)[0]}], **J.settings(frozenset(), 64))
         said = json.loads(reply.choices[0].message.content)
+        print(said)
         assert set(said) == {"code", "verdict"} and said["verdict"] in J.VERDICTS, said
 
 @pytest.mark.parametrize("without", [frozenset(), frozenset({"response_format"})], ids=["structured", "free"])

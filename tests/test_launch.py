@@ -7,7 +7,7 @@ from specs_nb.ranks import accelerate_configs, launcher_words
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO = "torchrun --nproc_per_node 2"
-SMALL = ["-c", "smoke", "zero.steps=4", "zero.trainer.report_to=none", "coldstart.trainer.report_to=none", "distill.n_prompts=16", "distill.batch_size=16"]
+SMALL = ["-c", "smoke", "zero.steps=4", "zero.trainer.report_to=none", "distill.n_prompts=16", "distill.batch_size=16"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 def start(*words): return subprocess.Popen([sys.executable, "-c", "import sys; from specs_nb.pipeline import main; sys.exit(main())", *map(str, words)],
@@ -49,25 +49,33 @@ def both(tmp_path_factory):
         assert r.returncode == 0, r.stderr[-3000:]
     return out
 
-@pytest.mark.parametrize("case", ["dpo", "dpo+sft", "grpo"])
-def test_two_processes_compute_what_one_does(both, case):
-    from safetensors.torch import load_file
-    from specs_nb.models import resolve
-    one, two = (json.loads((both/n/case/"history.json").read_text()) for n in ("one", "two"))
+def same(one, two, case):
+    "Losses, gradients and weights of both folders agree to float32's rounding, and the weights moved"
+    from specs_nb.models import load_model
+    start, a, b = (load_model(str(d))[0].state_dict() for d in ("tiny", one/"model", two/"model"))
+    one, two = (json.loads((d/"history.json").read_text()) for d in (one, two))
     assert len(one) == len(two) == 3
     for a, b in zip(one, two):
         for key in ("loss", "grad_norm", "reward" if case == "grpo" else "rewards/margins"): assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-4, abs=1e-5), (case, key)
     assert len({h["loss"] for h in one}) == 3, "the weights moved"
-    a, b = (load_file(both/n/case/"model/model.safetensors") for n in ("one", "two"))
-    start = load_file(Path(resolve("tiny"))/"model.safetensors")
     moved, apart = (max((x[k] - y[k]).abs().max().item() for k in x) for x, y in ((start, b), (a, b)))
     assert apart < 1e-5 < 1e-3 < moved, (apart, moved)
+
+@pytest.mark.parametrize("case", ["dpo", "dpo+sft", "grpo"])
+def test_two_processes_compute_what_one_does(both, case): same(both/"one"/case, both/"two"/case, case)
+
+def test_fsdp2_computes_what_one_process_does(both):
+    "The configuration that ships, but for bfloat16"
+    command = launcher_words("fsdp2 --num_processes 2 --main_process_port 0 --mixed_precision no")
+    r = subprocess.run([*command, str(ROOT/"tests/ranks_case.py"), str(both/"pieces"), "fsdp2"], capture_output=True, text=True, env=ENV)
+    assert r.returncode == 0, r.stderr[-3000:]
+    same(both/"one/dpo", both/"pieces/dpo", "dpo")
 
 # ---- a run that is stopped, killed, and goes on
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    "Stopped by SIGTERM in `zero`, then killed in it, then brought up to `coldstart`"
+    "Stopped by SIGTERM in `zero`, then killed in it, then brought up to `pairs`"
     run = tmp_path_factory.mktemp("runs")/"r"
     words = [*SMALL, "--run-dir", run, "--launcher", TWO]
     p = start("zero", *words)
@@ -86,18 +94,16 @@ def run(tmp_path_factory):
     until(lambda: not ranks_of(run), 30)
     until(lambda: not subprocess.run(["pgrep", "-f", f"torch.distributed.run.*{run}"], capture_output=True).stdout, 30)
 
-    code, out, err = specs("coldstart", *words)
+    code, out, err = specs("pairs", *words)
     assert code == 0, err[-3000:]
     assert "zero       it was cut off" in out.replace("\r", "\n")
     return run
 
 def test_only_rank_0_writes(run):
-    for name in ("zero", "coldstart"):
-        s = stage(run, name)
-        assert s["state"] == "done" and s["processes"] == 2 and s["seconds"] > 0
-        assert steps(run, name) == list(range(1, s["steps"] + 1)), "each step once"
-        assert (run/name/"ranks.log").exists() and not list((run/name).glob("fallen-*")) and not (run/name/"facts.json").exists()
-    assert stage(run, "zero")["steps"] == 4
+    s = stage(run, "zero")
+    assert s["state"] == "done" and s["processes"] == 2 and s["steps"] == 4 and s["seconds"] > 0 and s["peak_memory_gb"] > .1
+    assert steps(run, "zero") == [1, 2, 3, 4], "each step once"
+    for name in ("zero", "pairs"): assert (run/name/"ranks.log").exists() and not list((run/name).glob("fallen-*")) and not (run/name/"facts.json").exists()
 
 def test_stopped_and_killed_it_ends_as_if_it_never_was(run, tmp_path):
     code, out, err = specs("zero", *SMALL, "--run-dir", tmp_path/"whole", "--launcher", TWO)
@@ -116,9 +122,10 @@ def test_answers_do_not_depend_on_the_number_of_processes(run, tmp_path):
 # ---- what falls
 
 def test_what_can_be_mended_is_one_line(tmp_path):
-    code, out, err = specs("zero", *SMALL, "zero.trainer.num_generations=3", "--run-dir", tmp_path/"r", "--launcher", TWO)
-    lines = err.strip().splitlines()
-    assert code == 2 and len(lines) == 1 and lines[0].startswith("specs: zero.trainer: "), err
+    code, out, err = specs("zero", *SMALL, "data.source=no/such/folder", "--run-dir", tmp_path/"r", "--launcher", TWO)
+    assert code == 2 and "Traceback" not in err, err
+    assert [l for l in err.splitlines() if l.startswith("specs: ")] == [l for l in err.splitlines() if "no/such/folder" in l] != [], err
+    assert len(list((tmp_path/"r/zero").glob("fallen-*.json"))) >= 1, "told by a rank"
 
 def test_a_killed_rank_ends_the_run(tmp_path):
     run = tmp_path/"r"

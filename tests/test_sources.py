@@ -1,5 +1,5 @@
 "Published sets, folders and other data: what is read, what is dropped and why, what is refused"
-import contextlib, io, json, pickle, random, struct, subprocess, sys, threading, time, zlib
+import contextlib, io, json, pickle, random, struct, subprocess, sys, time, zlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -443,9 +443,25 @@ def test_a_killed_preparation_leaves_nothing_half(tmp_path):
     with pytest.raises(KeyboardInterrupt): write_rows(cut(), tmp_path/"r.arrow")
     assert not (tmp_path/"r.arrow").exists()
 
-def anon():
-    "Private memory of this process in MB, without files that are mapped"
-    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1024
+WATCH = """
+import contextlib, io, sys, threading, imagehash, datasets
+from specs_nb.core import DataConfig
+from specs_nb.data import Rows, grpo_dataset
+from specs_nb.sources import prepare
+def anon(): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1024  # MB, without files that are mapped
+def watch():
+    while not done.wait(.003): top.append(anon())
+small, large, n, out = sys.argv[1:]
+with contextlib.redirect_stdout(io.StringIO()): prepare(DataConfig(source=small, n_train=20, n_test=2), out + "/warm")
+top, done, start = [], threading.Event(), anon()
+w = threading.Thread(target=watch); w.start()
+with contextlib.redirect_stdout(io.StringIO()): prepare(DataConfig(source=large, n_train=int(n), n_test=5), out)
+rows = Rows(out + "/train.arrow")
+for r in rows: pass
+for b in grpo_dataset(rows, "", "think_answer").iter(8): pass
+done.set(); w.join()
+print(len(rows), max(top) - start)
+"""
 
 def big(folder, n):
     import numpy as np
@@ -458,24 +474,19 @@ def big(folder, n):
         for i in range(n):
             out = io.BytesIO(); Image.fromarray(rng.integers(0, 255, (200, 200, 3), dtype=np.uint8)).save(out, "PNG")
             rows.append(dict(make.orsta_row(world.draw_grid(random.Random(i)), f"<image>What is in picture {i}?", str(i), "mathverify", "noise", i), images=[dict(bytes=out.getvalue(), path=None)]))
-        w.write_table(pa.Table.from_pylist(rows, make.ORSTA), row_group_size=n)
+        w.write_table(pa.Table.from_pylist(rows, make.ORSTA), row_group_size=50)
     return folder
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells private memory")
 def test_memory_does_not_grow_with_the_set(tmp_path):
+    "Eight times the rows (96 MB, 50 to a row group): private memory stays where it was, from the file to TRL's data set"
     peaks = {}
-    ready(DataConfig(source=str(VIRL)), tmp_path/"warm")
-    for n in (50, 500):  # 6 MB and 60 MB of noise, in one row group
-        d, top, done = big(tmp_path/f"d{n}", n), [0], threading.Event()
-        def watch():
-            while not done.wait(.003): top[0] = max(top[0], anon())
-        start, w = anon(), threading.Thread(target=watch); w.start()
-        ready(DataConfig(source=str(d), n_train=n, n_test=5), tmp_path/f"o{n}")
-        for r in Rows(tmp_path/f"o{n}/train.arrow"): pass
-        for b in grpo_dataset(Rows(tmp_path/f"o{n}/train.arrow"), "", "think_answer").iter(8): pass
-        done.set(); w.join()
-        peaks[n] = top[0] - start
-    assert peaks[500] < peaks[50] + 30, peaks
+    for n in (100, 800):
+        r = subprocess.run([sys.executable, "-c", WATCH, str(VIRL), str(big(tmp_path/f"d{n}", n)), str(n), str(tmp_path/f"o{n}")], capture_output=True, text=True)
+        assert r.returncode == 0, r.stderr[-2000:]
+        rows, peaks[n] = map(float, r.stdout.split()[-2:])
+        assert rows == n - 5
+    assert peaks[800] < peaks[100] + 40, peaks
 
 # ---- the pipeline
 

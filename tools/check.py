@@ -61,6 +61,18 @@ def pytest(tmp):
     "tests/"
     return "pytest failed" if sh(sys.executable, "-m", "pytest", "-q", "-rs")[0] else ""
 
+def vllm(tmp):
+    "Notebook cells flagged vllm and tests/engines, in an environment of their own"
+    if sh(sys.executable, ROOT/"tools/make_vllm.py")[0]: return "vLLM's environment can't be built"
+    from nbdev.doclinks import nbglob
+    py = Path(os.environ.get("VLLM_VENV") or ROOT/".venv-vllm")/"bin/python"
+    env = {**ENV, "PATH": f"{py.parent}{os.pathsep}{os.environ['PATH']}"}
+    flagged = [p for p in nbglob(ROOT/"nbs", as_path=True) if re.search(r'"#\| vllm', p.read_text())]
+    failed = [p.name for p in flagged if sh(py.parent/"nbdev-test", p, "--flags", "vllm", "--do-print", env=env, quiet=True)[0]]
+    say(f"vllm notebooks: {len(flagged) - len(failed)} passed, {len(failed)} failed")
+    code, _ = sh(py, "-m", "pytest", "-q", "-rs", "tests/engines", env=env)
+    return f"failed: {', '.join(failed)}" if failed else "pytest failed" if code else "" if flagged else "no notebook ran"
+
 def wheel(tmp):
     "The wheel alone, outside the checkout, gives a `specs` command that runs"
     src, env, away = copy_tree(tmp/"src"), tmp/"env", tmp/"away"
@@ -84,7 +96,7 @@ def docs(tmp):
     "The site builds without a broken link"
     return "the site does not build" if sh(sys.executable, ROOT/"tools/make_docs.py", "--site", tmp/"site", "--work", tmp/"pages")[0] else ""
 
-PARTS = [roundtrip, notebooks, pytest, wheel, docs]
+PARTS = [roundtrip, notebooks, pytest, vllm, wheel, docs]
 
 def main(names):
     unknown = set(names) - {p.__name__ for p in PARTS}

@@ -65,7 +65,7 @@ if __name__ == "__main__":
     faulthandler.enable()
     seconds, folder = int(sys.argv[1]) if len(sys.argv) > 1 else 3600, Path(tempfile.mkdtemp())
     seeds(folder)
-    atheris.Setup([sys.argv[0], str(folder), "-max_len=2000", "-timeout=60", "-rss_limit_mb=4096", "-print_final_stats=1", "-seed=1"], lambda data: step(data))
+    atheris.Setup([sys.argv[0], str(folder), "-max_len=2000", "-timeout=600", "-rss_limit_mb=4096", "-print_final_stats=1", "-seed=1"], lambda data: step(data))
     end = time.time() + seconds
     def step(data):
         one(data)

