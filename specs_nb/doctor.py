@@ -23,6 +23,8 @@ KNOWN = {
         num_attention_heads=28, num_key_value_heads=4, vocab_size=152064)),
     "Qwen/Qwen2.5-VL-3B-Instruct": dict(_QWEN, tie_word_embeddings=True, text_config=dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
         num_attention_heads=16, num_key_value_heads=2, vocab_size=151936)),
+    "Qwen/Qwen2.5-1.5B-Instruct": dict(model_type="qwen2", tie_word_embeddings=True, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+        num_attention_heads=12, num_key_value_heads=2, vocab_size=151936),
 }
 
 def known_config(
@@ -31,6 +33,7 @@ def known_config(
     "The configuration of a model whose shape we carry with us."
     from transformers import CONFIG_MAPPING
     d = json.loads(json.dumps(KNOWN[name]))
+    if "vision_config" not in d: return CONFIG_MAPPING[d.pop("model_type")](**d)
     d["vision_config"]["out_hidden_size"] = d["text_config"]["hidden_size"]
     d["text_config"] |= dict(tie_word_embeddings=d["tie_word_embeddings"], rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})
     return CONFIG_MAPPING[d.pop("model_type")](**d)

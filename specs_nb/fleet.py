@@ -20,11 +20,18 @@ def connect(
     except ImportError: raise SpecsError("--fleet needs Ray: pip install 'specs_nb[ray]'") from None
     if ray.is_initialized(): return
     how = dict(include_dashboard=False) if address == "local" else dict(address=address)
-    try: ray.init(**how, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError) as e: raise SpecsError(f"--fleet {address}: no Ray cluster can be reached ({' '.join(str(e).split())[:200]}): start one with `ray start --head`, or use --fleet local") from None
+    try:
+        if ":" in address: _reach(address)  # Ray itself would try for minutes
+        ray.init(**how, log_to_driver=False, logging_level="ERROR")
+    except (OSError, ValueError, RuntimeError) as e: raise SpecsError(f"--fleet {address}: no Ray cluster can be reached ({' '.join(str(e).split())[:200]}): start one with `ray start --head`, or use --fleet local") from None
     import logging, ray.data
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel("WARNING")
+
+def _reach(address):
+    import socket
+    host, _, port = address.split("://")[-1].rpartition(":")
+    socket.create_connection((host, int(port)), timeout=10).close()
 
 # %% ../nbs/37_fleet.ipynb #3f39ae91
 class Worker:

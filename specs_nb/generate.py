@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
-from .core import Progress, SpecsError, derive_seed, nearest, read_json, write_json
+from .core import Interrupted, Progress, SpecsError, derive_seed, nearest, read_json, stop_asked, write_json
 from .data import conversation
 from .models import tokenizer_of
 
@@ -640,6 +640,7 @@ def answer_all(
             for rows, failed in (pool.run(tasks, ENGINES[name]) if pool else _run(tasks, *_processes(ENGINES[name], workers))):
                 bar.update(rows)
                 seen, lost = seen + rows, lost + len(failed)
+                if stop_asked() and seen < todo: raise Interrupted(f"{stage}: {seen} of {todo} questions are answered and saved")
                 if seen == lost and seen >= min(32, todo): raise SpecsError(f"none of {seen} questions could be asked of {some[0].model}: {failed[0]}")
     finally: bar.close()
     if pool: pool.end()
@@ -668,12 +669,17 @@ def _processes(engine, workers):
     if engine is VLLM: return 1, True
     return (workers, workers > 1) if engine.workers else (1, False)
 
+def _deaf():
+    "Ctrl-C and a cluster's SIGTERM go to all processes: the first one decides, the workers finish their batch"
+    import signal
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
+
 def _run(tasks, workers, apart):
     "Results of `answer` as they come, with two batches a process on the way."
     if not apart:
         for t in tasks: yield answer(*t)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_deaf) as pool:
         waiting = set()
         for t in tasks:
             waiting.add(pool.submit(answer, *t))

@@ -134,6 +134,7 @@ def do_eval(
     train = _train_rows(run)
     tests = [load_rows(c.data, s, run.dir / "data") for s in ("test", "ood_visual")]
     clean = [without(t, train) for t in tests]
+    if tests[0] and not clean[0]: raise SpecsError(f"all {len(tests[0])} rows of the ID test are among the {len(train)} training rows: take other questions for the test")
     models = {"base": c.model.path, **{m: str(run.dir / m / "model") for m in ("zero", "coldstart", "final")}}
     for f in c.data.ood_formats: _format(c, f)
     evaluate(models, splits(*clean, c.data.format, c.data.ood_formats), stage.dir, c.eval, derive_seed(c.seed, "eval"),
@@ -157,6 +158,8 @@ def check_names(
     config:Config,  # of the run
 ):
     "Raise `SpecsError` for names that TRL or this package doesn't know."
+    from specs_nb.generate import need_vllm
+    if config.engine == "vllm" or any(getattr(config, s).trainer.get("use_vllm") for s in ("zero", "final")): need_vllm()
     from trl import DPOConfig, GRPOConfig
     from specs_nb.core import nearest
     from specs_nb.formats import CORRUPTIONS

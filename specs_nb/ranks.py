@@ -80,7 +80,7 @@ def launcher_words(
     if words[:2] == ["accelerate", "launch"]: words = _accelerate(words)
     if words[0] == "torchrun" and not any(w.lstrip("-").replace("-", "_").split("=")[0] in _PLACED for w in words): words.insert(1, "--standalone")  # a free port
     if "python" not in words[0] and not _on_path(words[0]):
-        raise SpecsError(f"--launcher: no command {words[0]!r}: {nearest(words[0], ['torchrun', 'accelerate', 'srun', *named])}")
+        raise SpecsError(f"--launcher: no command {words[0]!r} on this machine: {nearest(words[0], ['torchrun', 'accelerate', *named])}")
     return [w for word in words for w in _OURS.get(word, [word])]
 
 _PLACED = ("standalone", "nnodes", "master_addr", "master_port", "rdzv_endpoint", "rdzv_backend")

@@ -441,7 +441,9 @@ def _open_datasets(data):
     def stream():
         from datasets import load_dataset, load_from_disk
         try:
-            ds = load_from_disk(str(path)) if saved else load_dataset(data.path, data.subset or None, split=data.split, streaming=True)
+            if saved: ds = load_from_disk(str(path))
+            elif path.is_file(): ds = load_dataset(path.suffix[1:].replace("jsonl", "json"), data_files={data.split: str(path)}, split=data.split, streaming=True)
+            else: ds = load_dataset(data.path, data.subset or None, split=data.split, streaming=True)
             if saved and isinstance(ds, dict): ds = ds[data.split]
             if saved: ds = ds.to_iterable_dataset()
             return ds.decode(False) if ds.features else ds

@@ -7,10 +7,10 @@ __all__ = ['server_for_training', 'before_vllm', 'same_prompts', 'fresh_images',
            'beside_vllm', 'drift', 'tolerance_of', 'sync_check', 'watch_vllm']
 
 # %% ../nbs/39_vllm_sync.ipynb #293f920f
-import contextlib, functools
+import contextlib, functools, re
 from urllib.parse import urlsplit
 from .core import SpecsError
-from .generate import encode, need_vllm, one_per_image, real_stdout, score, settle
+from .generate import encode, need_vllm, one_per_image, real_stdout, score, settle, vllm_version
 from .models import tokenizer_of
 
 # %% ../nbs/39_vllm_sync.ipynb #c7d5e400
@@ -19,8 +19,9 @@ def server_for_training(
     port:int=8000,      # where the server shall listen
 )->str:                 # for a shell
     "The command that starts a server that GRPO can send its weights to."
+    early = vllm_version() and re.match(r"0\.2\d\.", vllm_version())  # from 0.30 on, what images need is asked for
     return (f"VLLM_SERVER_DEV_MODE=1 vllm serve {model} --port {port} --weight-transfer-config '{{\"backend\": \"nccl\"}}' "
-            "--logprobs-mode processed_logprobs --max-logprobs -1 --enable-scale-out")
+            f"--logprobs-mode processed_logprobs --max-logprobs -1{'' if early else ' --enable-scale-out'}")
 
 # %% ../nbs/39_vllm_sync.ipynb #409ad2ba
 def before_vllm(

@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 CARD = {"paper_7b": dict(gpus=8, memory=80, launcher="fsdp2"), "qwen7b_qlora_80gb": dict(gpus=1, memory=80), "qwen3b_qlora_24gb": dict(gpus=1, memory=24),
         "text_only": dict(gpus=1, memory=24)}
-QWEN2_15B = dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True)
 
 def specs(*args):
     code = "import sys; from specs_nb.pipeline import main; sys.exit(main())"
@@ -21,21 +20,17 @@ def specs(*args):
 # ---- recipes
 
 @pytest.mark.parametrize("name", CARD)
-def test_recipes_parse(name):
+def test_recipes_parse(name, monkeypatch):
+    monkeypatch.setattr("specs_nb.generate.need_vllm", lambda: None)  # the doctor says that it is missing; here only names matter
     assert name in builtin_configs()
     config = load_config(name)
     check_names(config)
     assert config != Config()
 
-def shape_for(config):
-    if config.model.path in KNOWN: return shape_of(config.model.path, known_config(config.model.path))
-    from transformers import Qwen2Config
-    return shape_of(config.model.path, Qwen2Config(**QWEN2_15B))
-
 @pytest.mark.parametrize("name", CARD)
 def test_recipes_fit_the_cards_they_name(name):
     config, machine = load_config(name), this_machine(**CARD[name])
-    for stage, p in plan(config, machine, Prompt(), shape_for(config)).items():
+    for stage, p in plan(config, machine, Prompt(), shape_of(config.model.path, known_config(config.model.path))).items():
         assert p.peak < .95 * machine.memory, (stage, p)
 
 def test_paper_recipe_says_where_each_value_comes_from():
@@ -66,14 +61,14 @@ def test_known_shapes_are_the_published_ones():
 
 # ---- memory
 
-WIDE = dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6, num_key_value_heads=2, head_dim=64, vocab_size=6000, tie_word_embeddings=False)
+WIDE = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, head_dim=64, vocab_size=8192,
+            max_position_embeddings=4096, tie_word_embeddings=False)
 
-@pytest.mark.parametrize("spec", [dict(kind="full", batch=4, tokens=192), dict(kind="lora", batch=4, tokens=192), dict(kind="generate", batch=24, tokens=192, new=6),
-                                  dict(kind="grpo", train="lora", batch=8, new=24)], ids=lambda s: s["kind"])
+@pytest.mark.parametrize("spec", [dict(kind="lora", batch=4, tokens=192), dict(kind="grpo", train="full", batch=8, new=40)], ids=lambda s: s["kind"])
 def test_measured_peak(spec):
-    spec = dict(spec, text=WIDE)
-    m = measure(spec)
-    p = predict(spec, m)
+    "Two of those that 72_doctor measures, in other sizes"
+    m = measure(dict(spec, text=WIDE))
+    p = predict(dict(spec, text=WIDE), m)
     assert abs(p.peak / m["peak"] - 1) <= .15, (p.peak / 2**20, m["peak"] / 2**20)
 
 SEVEN = shape_of("seven", known_config("Qwen/Qwen2.5-VL-7B-Instruct"))

@@ -32,3 +32,18 @@ def test_training_finishes_its_step_saves_and_goes_on(tmp_path, sig, code):
         whole = subprocess.run([*RUN, "zero", *SMALL, "--run-dir", str(tmp_path/"whole")], capture_output=True, text=True)
         assert whole.returncode == 0
         assert (tmp_path/"whole/zero/model/model.safetensors").read_bytes() == (tmp_path/"r/zero/model/model.safetensors").read_bytes()
+
+def test_sampling_finishes_its_batches_and_goes_on(tmp_path):
+    "The signal goes to the whole process group, as a terminal's Ctrl-C does."
+    sizes = ["distill.n_prompts=64", "distill.batch_size=8", "workers=2"]
+    run = lambda d, *extra: subprocess.run([*RUN, "pairs", *SMALL, "--run-dir", str(d), *extra], capture_output=True, text=True)
+    assert run(tmp_path/"r").returncode == 0  # zero, and pairs once
+    p = subprocess.Popen([*RUN, "pairs", *SMALL, "--run-dir", str(tmp_path/"r"), *sizes], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(tmp_path/"r/pairs/samples/base-2.json", p)
+    os.killpg(p.pid, signal.SIGINT)
+    out, err = p.communicate(timeout=120)
+    assert p.returncode == 130 and "Traceback" not in err, err[-2000:]
+    kept, total = map(int, re.search(r"pairs: (\d+) of (\d+) questions are answered and saved", err).groups())
+    assert 0 < kept < total == 128
+    again = run(tmp_path/"r", *sizes)
+    assert again.returncode == 0 and "it was cut off" in again.stdout, again.stderr[-2000:]
