@@ -9,7 +9,7 @@ __all__ = ['LOSSES', 'dpo_loss', 'hybrid_loss', 'coldstart_trainer', 'train_cold
 from pathlib import Path
 from .core import SpecsError
 from .distill import read_pairs
-from .grpo import go_on_later, quiet, resume_point, trainer_config, watcher
+from .grpo import go_on, go_on_later, quiet, trainer_config, watcher
 from .models import float32_adapter, is_vlm, load_to_train
 from .monitor import monitor
 from .ranks import save_trained
@@ -80,7 +80,7 @@ def train_coldstart(
     total = trainer.args.max_steps if trainer.args.max_steps > 0 else int(len(trainer.get_train_dataloader()) * trainer.args.num_train_epochs)
     trainer.add_callback(watcher("coldstart", total, out / "history.json", ("rewards/chosen", "rewards/rejected", "loss"), tick))
     trainer.add_callback(monitor("coldstart", out))
-    trainer.train(resume_from_checkpoint=resume_point(trainer))
+    go_on(trainer)
     go_on_later("coldstart", trainer)
     save_trained(trainer, out / "model")
     return dict(steps=trainer.state.global_step, pairs=len(ds), loss=config.loss, lam=config.lam)

@@ -71,6 +71,9 @@ class Sampling:
     max_new_tokens: int = 96  # longest completion, in tokens
     batch_size: int = 256     # completions in flight
 
+    def __post_init__(self):
+        if not self.temperature and self.n > 1: raise SpecsError(f"temperature=0 draws nothing: {self.n} answers would be one and the same; set n_samples=1")
+
     @property
     def kwargs(self):
         "For `model.generate`"

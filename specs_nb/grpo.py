@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIXED', 'group_advantages', 'clipped_loss', 'check_trainer_keys', 'trainer_config', 'resolve_rewards', 'watcher',
-           'go_on_later', 'last_checkpoint', 'quiet', 'grpo_trainer', 'resume_point', 'train_grpo']
+           'go_on_later', 'last_checkpoint', 'quiet', 'grpo_trainer', 'resume_point', 'go_on', 'train_grpo']
 
 # %% ../nbs/40_grpo.ipynb #5ab3c081
 from pathlib import Path
@@ -178,6 +178,21 @@ def resume_point(
         trainer.model.load_state_dict(saved.state_dict())
     return path
 
+# %% ../nbs/40_grpo.ipynb #1d8c4565
+class _Finished(Exception): "All steps were taken before"
+
+def go_on(
+    trainer,  # of transformers or TRL
+):
+    "Train from the last whole checkpoint, or from the start, to the last step."
+    from transformers import TrainerCallback
+    class NoStepMore(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kw):
+            if state.global_step >= state.max_steps: raise _Finished
+    trainer.add_callback(NoStepMore())
+    try: trainer.train(resume_from_checkpoint=resume_point(trainer))
+    except _Finished: pass
+
 # %% ../nbs/40_grpo.ipynb #ab26dcc0
 def train_grpo(
     start:str,        # model to start from: `tiny`, a folder or a hub name
@@ -197,7 +212,7 @@ def train_grpo(
     trainer.add_callback(watcher(stage, trainer.args.max_steps, Path(out) / "history.json", shown, tick))
     trainer.add_callback(monitor(stage, Path(out)))
     trainer.add_callback(samples(trainer, Path(out), look_every))
-    trainer.train(resume_from_checkpoint=resume_point(trainer))
+    go_on(trainer)
     go_on_later(stage, trainer)
     save_trained(trainer, Path(out) / "model")
     return dict(steps=trainer.state.global_step, tokens=int(trainer.state.num_input_tokens_seen))

@@ -201,3 +201,13 @@ def test_no_torch_is_loaded(code):
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1].strip() == "loaded:", run.stdout.splitlines()[-1]
+
+def test_promises_name_tests_that_exist():
+    "docs/promises.md: every `file::test` is defined there, and every notebook it names is there."
+    import re
+    text = (ROOT/"docs/promises.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert len(named) > 40
+    missing = [f"{f}::{t}" for f, t in named if not re.search(rf"^def {t}\(", (ROOT/f).read_text(), re.M)]
+    missing += [n for n in re.findall(r"`(\d\d_\w+)`", text) if not (ROOT/f"nbs/{n}.ipynb").exists()]
+    assert not missing, missing
