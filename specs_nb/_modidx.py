@@ -633,6 +633,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'specs_nb.track': { 'specs_nb.track._plain': ('track.html#_plain', 'specs_nb/track.py'),
                                 'specs_nb.track._show': ('track.html#_show', 'specs_nb/track.py'),
                                 'specs_nb.track._words': ('track.html#_words', 'specs_nb/track.py'),
+                                'specs_nb.track.hush_trackio': ('track.html#hush_trackio', 'specs_nb/track.py'),
                                 'specs_nb.track.last_samples': ('track.html#last_samples', 'specs_nb/track.py'),
                                 'specs_nb.track.samples': ('track.html#samples', 'specs_nb/track.py'),
                                 'specs_nb.track.tracked': ('track.html#tracked', 'specs_nb/track.py'),

@@ -14,7 +14,7 @@ from .models import check_eyes, float32_adapter, load_to_train, model_class, tok
 from .monitor import monitor
 from .ranks import is_main, save_trained, stop_agreed
 from .rewards import REWARDS, load_reward
-from .track import samples
+from .track import hush_trackio, samples
 from .vllm_sync import before_vllm, beside_vllm, watch_vllm
 
 # %% ../nbs/40_grpo.ipynb #fd7cf41b
@@ -136,6 +136,7 @@ def quiet(
     "Take away the callbacks that print: `watcher` shows progress."
     from transformers import PrinterCallback, ProgressCallback
     for c in (PrinterCallback, ProgressCallback): trainer.remove_callback(c)
+    if "trackio" in trainer.args.report_to: hush_trackio(trainer)
 
 # %% ../nbs/40_grpo.ipynb #219e8f52
 def grpo_trainer(

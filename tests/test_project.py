@@ -163,7 +163,7 @@ def test_readme_links():
 # ---- nothing private, nothing heavy
 
 PRIVATE = {
-    "path of one machine": r"(?<![\w.~-])/(?:root|home|work|tmp|opt)/\w",
+    "path of one machine": r"(?<![\w.~-])/(?:root|home|work|tmp|opt)/[\w.]",
     "registry": r"(?:extra-)?index[-_]url|find[-_]links|\b(?:pypi|pythonhosted|npmjs|debian|pytorch)\.org/(?:simple|packages|whl|debian)|registry\.\w+\.\w+|files\.pythonhosted",
     "address": r"https?://(?:10|172|192)\.\d+\.\d+\.\d+",
     "secret": r"-----BEGIN [A-Z ]*PRIVATE KEY|\bhf_[A-Za-z0-9]{24,}|\bsk-[A-Za-z0-9_-]{24,}|\bgh[pousr]_[A-Za-z0-9]{24,}|\bAKIA[0-9A-Z]{16}\b"

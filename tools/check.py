@@ -48,7 +48,7 @@ def notebooks(tmp):
     from nbdev.test import nb_test_cells
     flags = get_config(ROOT).tst_flags
     flags = flags.split() if isinstance(flags, str) else flags
-    os.environ["SPECS_RUN"] = ENV["SPECS_RUN"] = str(tmp/"one_gpu")
+    ENV.update(SPECS_RUN=str(tmp/"one_gpu"), TRACKIO_DIR=str(tmp/"trackio"))
     found = [Path(p) for p in nbglob(ROOT/"nbs", as_path=True)]
     run = [p.name for p in found if nb_test_cells(p, flags)]   # the others hold nothing that may run here
     code, out = sh(BIN/"nbdev-test", "--n-workers", "2", "--do-print", "--timing")
