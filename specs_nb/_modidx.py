@@ -395,6 +395,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'specs_nb.grpo.quiet': ('grpo.html#quiet', 'specs_nb/grpo.py'),
                                'specs_nb.grpo.resolve_rewards': ('grpo.html#resolve_rewards', 'specs_nb/grpo.py'),
                                'specs_nb.grpo.resume_point': ('grpo.html#resume_point', 'specs_nb/grpo.py'),
+                               'specs_nb.grpo.seal': ('grpo.html#seal', 'specs_nb/grpo.py'),
                                'specs_nb.grpo.train_grpo': ('grpo.html#train_grpo', 'specs_nb/grpo.py'),
                                'specs_nb.grpo.trainer_config': ('grpo.html#trainer_config', 'specs_nb/grpo.py'),
                                'specs_nb.grpo.watcher': ('grpo.html#watcher', 'specs_nb/grpo.py')},

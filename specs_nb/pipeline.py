@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'OUTPUTS', 'DO', 'EXAMPLES', 'HELP', 'keys', 'do_grpo', 'do
            'check_names', 'run_stages', 'parser', 'config_of', 'parse', 'main']
 
 # %% ../nbs/80_pipeline.ipynb #15da276c
-import argparse, os, sys
+import argparse, errno, os, shutil, sys
 from pathlib import Path
 from .core import (Config, Interrupted, Run, SpecsError, Stage, builtin_configs, derive_seed, file_digest, fingerprint, load_config, read_json, signals_ask,
                            stop_asked, write_json)
@@ -210,9 +210,13 @@ def run_stages(
 
 # %% ../nbs/80_pipeline.ipynb #8b2dc9b9
 def _do(name, run, stage, **kw):
-    "A stage's function; when memory runs out, `doctor` says what to lower."
+    "A stage's function; when memory runs out, `doctor` says what to lower, and a full disk is told as one."
     try: return DO[name](run, stage, **kw)
-    except (RuntimeError, MemoryError) as e:
+    except (RuntimeError, MemoryError, OSError) as e:
+        free = shutil.disk_usage(run.dir).free  # torch says "unexpected pos", safetensors something else: the disk itself is the better witness
+        if getattr(e, "errno", None) == errno.ENOSPC or free < 2**20:
+            raise SpecsError(f"{name}: the disk that holds {run.dir} is full ({free // 1024} KiB free): make room, then the same command goes on from the last whole checkpoint") from None
+        if isinstance(e, OSError): raise
         if not (isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(e)): raise
         raise SpecsError(out_of_memory(run.config, name)) from None
 
