@@ -375,12 +375,13 @@ class _Timer:
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self):
-        while not (self.armed or self.done): time.sleep(.0002)
-        wait = self.seconds
-        for shot in range(12):  # the last comes after two minutes: then nothing helps
+        wait, shots = self.seconds, 0
+        while shots < 12:  # the last comes after two minutes: then nothing helps
             if self.wake.acquire(timeout=wait) or self.done: break
-            _raise_in(self.target, _TooLong)
-            wait = .03 * 2**shot
+            wait = .001
+            if self.armed:
+                _raise_in(self.target, _TooLong)
+                wait, shots = .03 * 2**shots, shots + 1
         self.gone = True
 
     def settle(self):
