@@ -149,7 +149,7 @@ def test_accelerate_reads_the_configuration(name):
 
 @pytest.mark.parametrize("words", ["accelerate launch --cpu --num_processes 2", "ddp --num_processes 2"])
 def test_accelerate_starts_two_processes_on_the_cpu(words, tmp_path):
-    (tmp_path/"whoami.py").write_text("import os; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])")
+    (tmp_path/"whoami.py").write_text("import os; os.write(1, f\"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}\\n\".encode())  # in one piece: both write at once")
     port = ["--main_process_port", "0"]
     r = subprocess.run([*launcher_words(words), *port, str(tmp_path/"whoami.py")], capture_output=True, text=True, env=ENV)
     assert r.returncode == 0 and sorted(r.stdout.splitlines()) == ["rank 0 of 2", "rank 1 of 2"], r.stderr[-2000:]
