@@ -233,6 +233,7 @@ def unclosed_answer(
     _well_formed(text, fmt)
     return text.replace(fmt.answer[1], "")
 
+# %% ../nbs/20_formats.ipynb #937ef785
 def unopened_think(
     text:str,          # well-formed
     fmt:TagFormat=_TA, # the format to spoil
@@ -241,6 +242,7 @@ def unopened_think(
     _well_formed(text, fmt)
     return text.replace(fmt.think[0], "")
 
+# %% ../nbs/20_formats.ipynb #d56063ec
 def trailing_words(
     text:str,          # well-formed
     fmt:TagFormat=_TA, # the format to spoil
@@ -249,6 +251,7 @@ def trailing_words(
     _well_formed(text, fmt)
     return f"{text}\nI hope this helps!"
 
+# %% ../nbs/20_formats.ipynb #1c78521c
 def repeated_answer(
     text:str,          # well-formed
     fmt:TagFormat=_TA, # the format to spoil
@@ -257,6 +260,7 @@ def repeated_answer(
     answer = _well_formed(text, fmt)[1]
     return f"{text}\n{fmt.answer[0]}{answer}{fmt.answer[1]}"
 
+# %% ../nbs/20_formats.ipynb #56de0ae5
 def fenced(
     text:str,          # well-formed
     fmt:TagFormat=_TA, # the format to spoil
@@ -265,6 +269,7 @@ def fenced(
     _well_formed(text, fmt)
     return f"```xml\n{text}\n```"
 
+# %% ../nbs/20_formats.ipynb #f53d301a
 def capital_tags(
     text:str,          # well-formed
     fmt:TagFormat=_TA, # the format to spoil
@@ -274,6 +279,7 @@ def capital_tags(
     (a, b), (c, d) = ([t.upper() for t in pair] for pair in (fmt.think, fmt.answer))
     return f"{a}{reasoning}{b}\n{c}{answer}{d}"
 
+# %% ../nbs/20_formats.ipynb #52567980
 CORRUPTIONS = PAPER_CORRUPTIONS | {f.__name__: f for f in (unclosed_answer, unopened_think, trailing_words, repeated_answer, fenced, capital_tags)}
 
 # %% ../nbs/20_formats.ipynb #bf8e571c
