@@ -87,13 +87,18 @@ class DistillStage:
     corruptions: list = field(default_factory=lambda: ["drop_all_tags", "drop_answer_tags", "drop_think_tags", "plain_answer", "shift_tags"])
     mend: bool = True       # mend a right answer with a mendable format (the paper's format supplement)
     check_consistency: bool = True  # drop chosen answers whose reasoning says something else
+    teacher: str = "zero"   # whose answers are chosen: `zero`, `base`, or another model's folder or name
+    rejected: str = "base"  # whose answers are spoilt: the same names
+    differ: str = "form"    # in what chosen and rejected differ: `form`, `answer` (wrong, but in form) or `both`
+    formats: list = field(default_factory=list)  # formats that pairs ask for besides the trained one
 
 # %% ../nbs/00_core.ipynb #87cfa6a9
 @dataclass
 class ColdStartStage:
     "Cold start: DPO + λ·SFT on the pairs"
-    loss: str = "dpo+sft"   # `dpo+sft`, `dpo` or `sft`
-    lam: float = 1.0        # λ, weight of the SFT term; the paper's is 1
+    loss: str = "dpo+sft"   # `dpo+sft`, `dpo`, `sft`, `dpo+kl`, `dpo_norm+sft`, or `none`: no cold start
+    lam: float = 1.0        # λ, weight of what is added to DPO (SFT or KL); the paper's is 1
+    fast: bool = True       # ask the reference once a pair and encode a pair's image once; false: TRL as it is
     lora: bool = True       # LoRA adapter, merged at the end; false trains all weights
     qlora: bool = False     # LoRA on a model held in 4 bits, see `models`; implies an adapter
     lora_rank: int = 16
@@ -107,6 +112,7 @@ class EvalStage:
     max_new_tokens: int = 96
     temperature: float = 1.0
     batch_size: int = 128   # completions in flight
+    greedy: bool = True     # one greedy answer to each question besides the sampled ones
 
 @dataclass
 class JudgeConfig:
@@ -194,7 +200,8 @@ def check(
         if not ok: raise SpecsError(message)
     c = config
     need(c.coldstart.lam >= 0, f"coldstart.lam is λ, the weight of the SFT term: it must be 0 or more, not {c.coldstart.lam}")
-    need(c.coldstart.loss in ("dpo+sft", "dpo", "sft"), f"coldstart.loss: no {c.coldstart.loss!r}; {nearest(c.coldstart.loss, ('dpo+sft', 'dpo', 'sft'))}")
+    losses = "dpo+sft", "dpo", "sft", "dpo+kl", "dpo_norm+sft", "none"
+    need(c.coldstart.loss in losses, f"coldstart.loss: no {c.coldstart.loss!r}; {nearest(c.coldstart.loss, losses)}")
     for stage in ("zero", "final"): need(getattr(c, stage).steps > 0, f"{stage}.steps must be positive")
     for path, n in {"data.n_train": c.data.n_train, "data.n_test": c.data.n_test, "distill.n_prompts": c.distill.n_prompts,
                     "distill.n_samples": c.distill.n_samples, "distill.max_pairs": c.distill.max_pairs, "eval.n_samples": c.eval.n_samples,

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'OUTPUTS', 'DO', 'EXAMPLES', 'HELP', 'keys', 'do_grpo', 'do_pairs', 'do_coldstart', 'do_eval', 'do_report',
-           'check_names', 'run_stages', 'parser', 'config_of', 'parse', 'main']
+           'check_names', 'run_stages', 'run_stage', 'parser', 'config_of', 'parse', 'main']
 
 # %% ../nbs/80_pipeline.ipynb #15da276c
 import argparse, errno, os, shutil, sys
+from dataclasses import replace
 from pathlib import Path
 from .core import (Config, Interrupted, Run, SpecsError, Stage, builtin_configs, derive_seed, file_digest, fingerprint, load_config, read_json, signals_ask,
                            stop_asked, write_json)
 from .doctor import add_options, doctor, out_of_memory
 from .models import push
+from .ablate import ablate, add_grid_options
 from .fleet import Fleet
 from .ranks import launcher_words, start_ranks
 
@@ -38,8 +40,9 @@ def keys(
     asks = {s: [judge] if _asks_judge(getattr(config, s)) else [] for s in ("zero", "final")}
     zero = fingerprint(root, c["zero"], *asks["zero"])
     engine = [c["engine"]] if c["engine"] != "auto" else []
-    pairs = fingerprint(zero, c["distill"], *([judge] if config.judge.models else []), *engine)
-    cold = fingerprint(pairs, c["coldstart"])
+    others = [file_digest(Path(m)) for m in {config.distill.teacher, config.distill.rejected} - {"zero", "base"} if Path(m).is_dir()]
+    pairs = fingerprint(zero, c["distill"], *others, *([judge] if config.judge.models else []), *engine)
+    cold = fingerprint(root, "no cold start") if config.coldstart.loss == "none" else fingerprint(pairs, c["coldstart"])
     final = fingerprint(cold, c["final"], *asks["final"])
     ev = fingerprint(final, c["eval"], *engine)
     return dict(zero=zero, pairs=pairs, coldstart=cold, final=final, eval=ev, report=fingerprint(ev))
@@ -105,7 +108,8 @@ def do_pairs(
     from specs_nb.distill import distill
     c = run.config
     rows = _train_rows(run)[:c.distill.n_prompts]
-    facts = distill(c.model.path, str(run.dir / "zero/model"), rows, stage.dir, c.distill, _format(c), derive_seed(c.seed, "pairs"), _judge(run), c.judge.calibrate,
+    inside = {k: str(run.dir / m) for k in ("teacher", "rejected") if (run.dir / (m := getattr(c.distill, k)) / "config.json").exists()}  # a folder of the run
+    facts = distill(c.model.path, str(run.dir / "zero/model"), rows, stage.dir, replace(c.distill, **inside), _format(c), derive_seed(c.seed, "pairs"), _judge(run), c.judge.calibrate,
                     workers=c.workers, load=_load(c), threads=c.threads, pool=pool, **_engine(c))
     return dict(facts, workers=c.workers if c.workers > 1 else 0)
 
@@ -118,15 +122,26 @@ def do_coldstart(
     from specs_nb.coldstart import train_coldstart
     from specs_nb.track import tracked
     c = run.config
+    if c.coldstart.loss == "none": return _no_coldstart(c.model.path, stage.dir / "model")
     return train_coldstart(c.model.path, run.dir / "pairs/pairs.parquet", stage.dir, tracked(c.coldstart, "coldstart", run.dir, c.report_to), derive_seed(c.seed, "coldstart"), stage.tick, **_load(c))
+
+def _no_coldstart(base, out):
+    "The final stage starts from the base: the ablation without a cold start"
+    from specs_nb.models import resolve
+    if not Path(resolve(base)).is_dir(): raise SpecsError(f"coldstart.loss none needs the base on disk: download {base} and set model.path to its folder")
+    out.unlink(missing_ok=True)
+    out.symlink_to(Path(resolve(base)).resolve())
+    return dict(loss="none")
 
 # %% ../nbs/80_pipeline.ipynb #1f8bb3f6
 def do_eval(
     run:Run,      # the run
     stage:Stage,  # `eval`
     pool=None,    # who answers, see `answer_all`
+    names=("base", "zero", "coldstart", "final"),  # the models
+    only=(),      # names of splits; none: all
 )->dict:          # facts
-    "All four models on all splits."
+    "The models on all splits."
     from specs_nb.data import without
     from specs_nb.sources import load_rows
     from specs_nb.evaluate import evaluate, splits
@@ -135,9 +150,10 @@ def do_eval(
     tests = [load_rows(c.data, s, run.dir / "data") for s in ("test", "ood_visual")]
     clean = [without(t, train) for t in tests]
     if tests[0] and not clean[0]: raise SpecsError(f"all {len(tests[0])} rows of the ID test are among the {len(train)} training rows: take other questions for the test")
-    models = {"base": c.model.path, **{m: str(run.dir / m / "model") for m in ("zero", "coldstart", "final")}}
+    models = {m: c.model.path if m == "base" else str(run.dir / m / "model") for m in names}
     for f in c.data.ood_formats: _format(c, f)
-    evaluate(models, splits(*clean, c.data.format, c.data.ood_formats), stage.dir, c.eval, derive_seed(c.seed, "eval"),
+    asked = splits(*clean, c.data.format, c.data.ood_formats)
+    evaluate(models, {s: asked[s] for s in only or asked}, stage.dir, c.eval, derive_seed(c.seed, "eval"),
              workers=c.workers, load=_load(c), threads=c.threads, pool=pool, **_engine(c))
     return dict(workers=c.workers if c.workers > 1 else 0, dropped_from_tests=sum(len(t) - len(k) for t, k in zip(tests, clean)))
 
@@ -147,7 +163,7 @@ def do_report(
     stage:Stage,  # `report`
 )->dict:          # facts
     "The report of the run."
-    from specs_nb.analysis import write_report
+    from specs_nb.report import write_report
     return dict(report=str(write_report(run.dir).name))
 
 # %% ../nbs/80_pipeline.ipynb #6e2acd7c
@@ -177,6 +193,8 @@ def check_names(
     if not config.distill.corruptions: raise SpecsError(f"distill.corruptions is empty: name at least one of {', '.join(CORRUPTIONS)}")
     for c in config.distill.corruptions:
         if c not in CORRUPTIONS: raise SpecsError(f"no corruption {c!r}: {nearest(c, CORRUPTIONS)}")
+    for f in config.distill.formats: _format(config, f)
+    if config.distill.differ not in ("form", "answer", "both"): raise SpecsError(f"distill.differ: {config.distill.differ!r} is none of form, answer, both")
 
 # %% ../nbs/80_pipeline.ipynb #52a9b6ac
 def run_stages(
@@ -198,15 +216,32 @@ def run_stages(
         if not ready: _prepare(run.config)
         if not ready and launcher: _train_rows(run)  # written once, before several processes read them
         ready = True
+        answers, trains = name in ("pairs", "eval"), name in ("zero", "coldstart", "final")
         run.save_config()
         stage.begin()
-        answers, trains = name in ("pairs", "eval"), name in ("zero", "coldstart", "final")
         ranks = start_ranks(launcher, stage.dir, "specs_nb.launch", run.dir, name, keep=[run._file]) if launcher and (trains or answers and not fleet) else {}
         pool = dict(pool=Fleet(fleet, run.config.workers)) if fleet and answers else {}
         facts = ranks if trains and ranks else _do(name, run, stage, **pool)
         _release()
         stage.end(**facts)
     return what
+
+# %% ../nbs/80_pipeline.ipynb #6346f880
+def run_stage(
+    run:Run,      # with what the stage needs in its folder
+    name:str,     # of `STAGES`
+    key:str,      # fingerprint of its inputs
+    **kw,         # keywords of the stage's function
+):
+    "One stage alone, if it has not been done: how a grid runs them."
+    stage = Stage(run.dir / name, key, OUTPUTS[name])
+    if stage.done: return
+    _prepare(run.config)
+    run.save_config()
+    stage.begin()
+    facts = _do(name, run, stage, **kw)
+    _release()
+    stage.end(**facts)
 
 # %% ../nbs/80_pipeline.ipynb #8b2dc9b9
 def _do(name, run, stage, **kw):
@@ -241,12 +276,13 @@ EXAMPLES = """examples:
   specs coldstart --run-dir runs/default       up to one stage
   specs run zero.trainer.learning_rate=1e-5    any field of TRL's GRPOConfig or DPOConfig
   specs report --run-dir runs/default          write report.html again
+  specs ablate --run-dir runs/ablate --seeds 2 --arms none,sft,dpo+sft      the paper's ablations, a part of them
   specs doctor -c paper_7b --gpus 8 --memory 80 --launcher fsdp2    does it fit? told before anything is loaded
   specs push --run-dir runs/default --repo me/my-model              the final model with its card, to the hub
 """
 HELP = dict(run="every stage, then the report", zero="GRPO-zero from the base", pairs="self-distillation: preference pairs", coldstart="DPO + λ·SFT on the pairs",
             final="GRPO from the cold start", eval="base, zero, cold start and final on three tests", report="report.html",
-            doctor="memory, disk, tokens and time of a configuration, and what is missing", push="a run's model with its card, to the hub")
+            ablate="a grid of runs: arms × seeds, in parallel, what is common done once", doctor="memory, disk, tokens and time of a configuration, and what is missing", push="a run's model with its card, to the hub")
 
 def parser()->argparse.ArgumentParser:  # of the `specs` command
     "The command line."
@@ -264,6 +300,7 @@ def parser()->argparse.ArgumentParser:  # of the `specs` command
         s.add_argument("--fleet", default="", metavar="ADDRESS", help="answer questions by a Ray cluster: local, auto, or ray://host:10001")
         s.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the file")
         if name == "doctor": add_options(s)
+        if name == "ablate": add_grid_options(s)
         if name == "push":
             s.add_argument("--repo", required=True, metavar="OWNER/NAME", help="where to")
             s.add_argument("--model", default="final", choices=["zero", "coldstart", "final"], help="which model (final)")
@@ -302,6 +339,7 @@ def main(
     args = parse(argv)
     for k, v in dict(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false").items(): os.environ.setdefault(k, v)
     try:
+        if args.command == "ablate": return ablate(args, keys, run_stage)
         config = config_of(args)
         if getattr(args, "launcher", ""): launcher_words(args.launcher)  # a typo is told at once
         if args.command == "doctor": return doctor(config, args)
