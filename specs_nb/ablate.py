@@ -9,6 +9,7 @@ __all__ = ['GRIDS', 'Arm', 'Grid', 'read_grid', 'arm_config', 'Node', 'plan', 'w
 # %% ../nbs/79_ablate.ipynb #9bcbb017
 import contextlib, os, sys, time, traceback
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -208,12 +209,16 @@ def run_grid(
             if not running: break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name = running.pop(future)
-                if (wrong := future.result()): errors[name] = wrong
+                if (wrong := _result(future, name)): errors[name] = wrong
                 else: done.add(name)
                 _tell(name, wrong, len(done), len(nodes), first, time.monotonic() - t0)
     if stop_asked(): raise Interrupted(f"{len(done)} of {len(nodes)} stages are done and saved")
     errors.update({n: "not done, since a stage before it failed" for n in left})
     return errors
+
+def _result(future, name):
+    try: return future.result()
+    except BrokenProcessPool: raise SpecsError(f"{name}: the process at work on it was killed, perhaps for its memory; the same command goes on, and --workers 1 takes less") from None
 
 def _ready(left, nodes, done, held, free):
     "Names of the next nodes, at most `free`, no two of which write the same samples"

@@ -73,6 +73,7 @@ class GRPOStage:
     lora: bool = False      # LoRA adapter, merged at the end; false trains all weights
     qlora: bool = False     # LoRA on a model held in 4 bits, see `models`; implies an adapter
     lora_rank: int = 16
+    fast: bool = True       # a prompt and its image are computed once for all its answers, see `fast`; false: TRL as it is
     trainer: dict = field(default_factory=lambda: grpo_trainer_defaults(2e-4))  # any field of TRL's GRPOConfig
 
 @dataclass

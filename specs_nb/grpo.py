@@ -11,6 +11,7 @@ __all__ = ['FIXED', 'SEALED', 'group_advantages', 'clipped_loss', 'check_trainer
 from pathlib import Path
 from .core import Interrupted, Progress, SpecsError, nearest, read_json, stop_asked, write_json
 from .data import grpo_dataset
+from .fast import fast_trainer
 from .models import check_eyes, float32_adapter, load_to_train, model_class, tokenizer_of
 from .monitor import monitor
 from .ranks import is_main, save_trained, stop_agreed
@@ -174,8 +175,8 @@ def grpo_trainer(
     check_eyes(model, rows, start)
     tokenizer_of(processor).padding_side = "left"  # TRL pads prompts on the left, and asks the processor for the places of image tokens
     with beside_vllm(args, model, vllm):
-        trainer = GRPOTrainer(model, funcs, args, grpo_dataset(rows, format.instruction, format.name), processing_class=processor,
-                              peft_config=adapter)
+        cls = fast_trainer(GRPOTrainer) if config.fast else GRPOTrainer
+        trainer = cls(model, funcs, args, grpo_dataset(rows, format.instruction, format.name), processing_class=processor, peft_config=adapter)
     float32_adapter(trainer.model)  # TRL rounds the adapter of a 4-bit model to bfloat16
     watch_vllm(trainer, rows, format.instruction, vllm)
     quiet(trainer)
