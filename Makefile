@@ -5,7 +5,7 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: install run test vllm lab docs bench readme clean help
+.PHONY: install run test vllm lab docs bench audit readme clean help
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -33,6 +33,12 @@ docs: $(VENV)/.dev ## a site from the notebooks and docs/, in site/
 bench: $(VENV)/.dev ## each measurement in bench/
 	@ls bench/*.py >/dev/null 2>&1 || { echo "bench/ has no measurement yet"; exit 1; }
 	@set -e; for f in bench/*.py; do echo "== $$f"; $(BIN)/python $$f $(ARGS); done
+
+# An environment apart, so that what is looked at doesn't look at itself.
+audit: $(VENV)/.dev ## what is installed against requirements.lock, and known holes in it; ARGS="--also NAME --fetch NAME"
+	@$(VENV)-audit/bin/pip-audit --version >/dev/null 2>&1 || { $(BIN)/python -m venv $(VENV)-audit && \
+	  $(VENV)-audit/bin/python -m pip install -q 'pip-audit>=2.10,<3' 'uv>=0.13,<0.14'; }
+	$(VENV)-audit/bin/python tools/audit.py --env $(VENV) $(ARGS)
 
 readme: $(VENV)/.dev ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/make_readme.py

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VLLM_VERSIONS', 'ROW_ERRORS', 'ENGINES', 'prompt', 'encode', 'Sampling', 'Completion', 'Failed', 'too_long',
-           'context_of', 'cache_bytes', 'out_of_memory', 'draw', 'sample_batch', 'texts_of', 'score', 'Transformers',
+           'context_of', 'score', 'cache_bytes', 'out_of_memory', 'draw', 'sample_batch', 'texts_of', 'Transformers',
            'vllm_version', 'supported', 'need_vllm', 'settle', 'real_stdout', 'halves', 'one_per_image', 'VLLM',
            'unfit_for_vllm', 'serve_command', 'Server', 'pick_engine', 'Job', 'answer', 'Answers', 'answer_all']
 
@@ -17,6 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from .core import Interrupted, Progress, SpecsError, derive_seed, nearest, read_json, stop_asked, write_json
 from .data import conversation
+from .fast import write
 from .models import tokenizer_of
 
 # %% ../nbs/31_generate.ipynb #fed57c24
@@ -117,6 +118,33 @@ def context_of(
     "The longest sequence of a model."
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
+# %% ../nbs/31_generate.ipynb #e9dc2d5f
+def score(
+    model,              # of transformers
+    processor,          # its processor or tokenizer
+    rows:list,          # of the schema
+    instructions:list,  # of the format that is asked for, one a row
+    answers:list,       # for each row a list of answers, each a list of tokens
+    temperature:float=1.0,  # of the distribution
+)->list:                # for each row and answer, the log-probability of each token
+    "Log-probabilities of given answers."
+    return [_score_row(model, processor, *one, temperature) for one in zip(rows, instructions, answers, strict=True)]
+
+def _score_row(model, processor, row, instruction, answers, temperature):
+    import torch
+    from torch.nn.functional import pad
+    inputs, k, longest = encode(processor, [row], [instruction]), len(answers), max(map(len, answers))
+    asked, new = inputs["input_ids"], torch.tensor([a + [0] * (longest - len(a)) for a in answers])
+    extended = {"input_ids": torch.cat([asked.repeat(k, 1), new], 1)}
+    seen = torch.tensor([[1] * len(a) + [0] * (longest - len(a)) for a in answers])
+    for name, v in inputs.items():  # of the same length as the prompt, or one for each image
+        if name == "attention_mask": extended[name] = torch.cat([v.repeat(k, 1), seen], 1)
+        elif name in ("token_type_ids", "mm_token_type_ids"): extended[name] = pad(v.repeat(k, 1), (0, longest))
+        elif name != "input_ids": extended[name] = torch.cat([v] * k)
+    with torch.no_grad(): logits = model(**{n: v.to(model.device) for n, v in extended.items()}).logits[:, asked.shape[1] - 1:-1]
+    logps = (logits.float() / temperature).log_softmax(-1).gather(-1, new.to(model.device)[..., None])[..., 0]
+    return [l[:len(a)].tolist() for l, a in zip(logps, answers)]
+
 # %% ../nbs/31_generate.ipynb #0a3d795d
 def cache_bytes(
     model,       # of transformers
@@ -167,15 +195,32 @@ def draw(
     torch.manual_seed(seed)
     model.eval()
     try:
-        with torch.no_grad(): out = model.generate(**inputs, **how.kwargs, pad_token_id=tok.pad_token_id)
+        ids = _written(model, inputs, how, lambda answers: _score_row(model, processor, *next((r, i) for r, i, f in zip(rows, instructions, failed) if not f), answers, how.temperature or 1.))
     except (RuntimeError, MemoryError) as e:
         if _no_memory(e): raise out_of_memory(model, len(inputs["input_ids"]), how, inputs["input_ids"].shape[1]) from None
         raise
     finally: model.train(was)
-    new = out[:, inputs["input_ids"].shape[1]:]
-    texts, ends = tok.batch_decode(new, skip_special_tokens=True), _ends(model)
-    drawn = iter(Completion(t, _until(ids, ends)) for t, ids in zip(texts, new.tolist()))
+    drawn = iter(Completion(t, i) for t, i in zip(tok.batch_decode(ids, skip_special_tokens=True), ids))
     return [f or [next(drawn) for _ in range(how.n)] for f in failed]
+
+_writes = {}  # model type and precision → can `fast.write` be used?
+
+def _written(model, inputs, how, check):
+    "Tokens of each completion"
+    import torch
+    kind = model.config.model_type, model.dtype
+    if _writes.get(kind, True):
+        try:
+            ids, logps = write(model, inputs, how.n, how.max_new_tokens, _ends(model), how.temperature)
+            if kind not in _writes: _writes[kind] = _agree(logps[0], check([ids[0]])[0], 1e-3 if model.dtype == torch.float32 else .05)
+            if _writes[kind]: return ids
+            why = "its log-probabilities are not those of a plain pass"
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, NotImplementedError) as e: _writes[kind], why = False, f"{type(e).__name__}: {_line(e)}"
+        print(f"{'sample':10} {kind[0]} is left to transformers' generate: {why}", flush=True)
+    with torch.no_grad(): out = model.generate(**inputs, **how.kwargs, repetition_penalty=1., pad_token_id=model.generation_config.pad_token_id or next(iter(_ends(model))))
+    return [_until(ids, _ends(model)) for ids in out[:, inputs["input_ids"].shape[1]:].tolist()]
+
+def _agree(a, b, most): return sum(abs(x - y) for x, y in zip(a, b)) <= most * len(a)
 
 def _ends(model):
     end = model.generation_config.eos_token_id
@@ -222,33 +267,6 @@ def texts_of(
 )->list:         # for each row `n` texts, or `n` times None
     "The texts of what an engine drew."
     return [[None] * n if isinstance(d, Failed) else [c.text for c in d] for d in drawn]
-
-# %% ../nbs/31_generate.ipynb #e9dc2d5f
-def score(
-    model,              # of transformers
-    processor,          # its processor or tokenizer
-    rows:list,          # of the schema
-    instructions:list,  # of the format that is asked for, one a row
-    answers:list,       # for each row a list of answers, each a list of tokens
-    temperature:float=1.0,  # of the distribution
-)->list:                # for each row and answer, the log-probability of each token
-    "Log-probabilities of given answers."
-    return [_score_row(model, processor, *one, temperature) for one in zip(rows, instructions, answers, strict=True)]
-
-def _score_row(model, processor, row, instruction, answers, temperature):
-    import torch
-    from torch.nn.functional import pad
-    inputs, k, longest = encode(processor, [row], [instruction]), len(answers), max(map(len, answers))
-    asked, new = inputs["input_ids"], torch.tensor([a + [0] * (longest - len(a)) for a in answers])
-    extended = {"input_ids": torch.cat([asked.repeat(k, 1), new], 1)}
-    seen = torch.tensor([[1] * len(a) + [0] * (longest - len(a)) for a in answers])
-    for name, v in inputs.items():  # of the same length as the prompt, or one for each image
-        if name == "attention_mask": extended[name] = torch.cat([v.repeat(k, 1), seen], 1)
-        elif name in ("token_type_ids", "mm_token_type_ids"): extended[name] = pad(v.repeat(k, 1), (0, longest))
-        elif name != "input_ids": extended[name] = torch.cat([v] * k)
-    with torch.no_grad(): logits = model(**{n: v.to(model.device) for n, v in extended.items()}).logits[:, asked.shape[1] - 1:-1]
-    logps = (logits.float() / temperature).log_softmax(-1).gather(-1, new.to(model.device)[..., None])[..., 0]
-    return [l[:len(a)].tolist() for l, a in zip(logps, answers)]
 
 # %% ../nbs/31_generate.ipynb #b1bf3277
 class Transformers:

@@ -20,7 +20,7 @@ class Limits:
     no_spread: float = .95  # share of groups without variance in their rewards: nothing to learn from
     truncated: float = .9   # share of completions that are cut off at the length limit
     entropy: float = .002   # mean entropy of the next token in nats: the policy has stopped exploring
-    kl: float = 10.         # KL from the reference in nats a token (only with beta > 0)
+    kl: float = 1.          # KL from the reference in nats a token (only with beta > 0)
     explodes: float = 20.   # loss or gradient norm over its median so far
     reward: float = 1e-3    # least change of the mean reward over `stuck` steps
     stuck: int = 40         # logged steps without any change of the reward
@@ -45,6 +45,9 @@ def signs(
         said["kl"] = f"the KL from the reference is {mean(v):.1f} nats for {len(v)} steps: the policy runs away; lower learning_rate, or raise beta"
     if (v := last("reward", limits.stuck)) and max(v) - min(v) < limits.reward:
         said["stuck"] = f"the mean reward stays at {mean(v):.3f} for {len(v)} steps: is every answer graded alike? Look at a few completions and at the share of None in the rewards"
+    for key in (k for k in history[-1] if k.startswith("rewards/") and k.endswith("/mean")) if history else ():
+        if len(history) >= limits.patience and all(h.get(key, 0) is None for h in history[-limits.patience:]):
+            said[f"no opinion: {key.split('/')[1]}"] = f"the reward {key.split('/')[1]} has had no opinion on any completion for {limits.patience} steps, so it teaches nothing: can it read the answers and the questions' columns? Grade a few completions by hand"
     for key in ("loss", "grad_norm"):
         past = [abs(float(h[key])) for h in history[:-1] if h.get(key) is not None]
         now = abs(float(history[-1].get(key) or 0)) if history else 0
@@ -74,7 +77,9 @@ def monitor(
         def on_log(self, args, state, control, logs=None, **kw):
             if not logs or "loss" not in logs: return
             numbers = {k: float(v) for k, v in logs.items() if isinstance(v, (int, float, str)) and str(v).strip()}  # transformers 5 logs strings
-            self.history.append({"step": state.global_step, **{k: v for k, v in numbers.items() if isfinite(v)}})
+            finite = {k: v for k, v in numbers.items() if isfinite(v)}
+            silent = {k: None for k in logs if k.startswith("rewards/") and k.endswith("/mean") and k not in finite}  # no completion got a number
+            self.history.append({"step": state.global_step, **finite, **silent})
             for name, text in signs(self.history, limits).items():
                 if name in self.warnings: continue
                 self.warnings[name] = {"step": state.global_step, "text": text}

@@ -2,8 +2,9 @@
 import html.parser, json, re
 from pathlib import Path
 import pytest
-from specs_nb.analysis import MODELS, SPLITS, paired_difference, question_means, write_report
+from specs_nb.analysis import MODELS, SPLITS, paired_difference, question_means
 from specs_nb.core import SpecsError
+from specs_nb.report import write_report
 
 HOSTILE = "<think>\"'><script>alert(1)</script><img src=https://example.com/x.png></think>\n{{ 7*7 }} {% raw %} <answer>1</answer>"
 
