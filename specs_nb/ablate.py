@@ -309,6 +309,9 @@ def ablate(
         lock.close()
         tables = collect(folder, nodes, cells)
         print(f"grid       {', '.join(f'{t}.parquet {len(r)} rows' for t, r in tables.items())} in {folder}")
+        from specs_nb.report import grid_report
+        shown = [r for r in tables["results"] if not r["deep"]]
+        if any(r["model"] in ("coldstart", "final") for r in shown): print(f"report: {grid_report(shown, folder / 'report.html', f'Grid {args.grid}')}")
     write_json(folder / "errors.json", errors)
     for name, wrong in errors.items(): print(f"{name}: {wrong} (see stages/{name}/log.txt)", file=sys.stderr)
     return 1 if errors else 0

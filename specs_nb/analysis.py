@@ -156,9 +156,10 @@ def findings(
     "What the run shows and what it doesn't, in a few sentences."
     a, b = (value_at(metrics, m, "id", "accuracy") for m in ("final", "base"))
     touch = "can't be compared" if None in (a.get("mean"), b.get("mean")) else "touch" if a["lo"] <= b["hi"] and b["lo"] <= a["hi"] else "do not touch"
-    form = ", ".join(f"{name} {percent(value_at(metrics, m, 'id', 'format').get('mean'))} %" for m, name in MODELS.items())
+    told = lambda v: f"{percent(v.get('mean'))} % {interval(v)}".strip()
+    form = ", ".join(f"{name} {told(value_at(metrics, m, 'id', 'format'))}" for m, name in MODELS.items())
     say = lambda pair, split, metric: difference(versus[pair][split][metric])
-    out = [f"The 95 % intervals of final and base {touch}. Final − base on the same questions: {say(('final', 'base'), 'id', 'accuracy')}.",
+    out = [f"Right answers, final {told(a)}, base {told(b)}: the 95 % intervals {touch}. Final − base on the same questions: {say(('final', 'base'), 'id', 'accuracy')}.",
            f"Answers that keep the trained format: {form}.",
            f"Was the cold start worth it? Final − GRPO-zero, right answers: {say(('final', 'zero'), 'id', 'accuracy')}.",
            f"Asked for formats that were never trained, final − base, right answer in the right format: {say(('final', 'base'), 'ood_format', 'strict')}.",

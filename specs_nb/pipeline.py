@@ -44,7 +44,7 @@ def keys(
     pairs = fingerprint(zero, c["distill"], *others, *([judge] if config.judge.models else []), *engine)
     cold = fingerprint(root, "no cold start") if config.coldstart.loss == "none" else fingerprint(pairs, c["coldstart"])
     final = fingerprint(cold, c["final"], *asks["final"])
-    ev = fingerprint(final, c["eval"], *engine)
+    ev = fingerprint(final, c["eval"], *([judge] if config.judge.models else []), *engine)
     return dict(zero=zero, pairs=pairs, coldstart=cold, final=final, eval=ev, report=fingerprint(ev))
 
 # %% ../nbs/80_pipeline.ipynb #58bc5ca4
@@ -152,10 +152,12 @@ def do_eval(
     if tests[0] and not clean[0]: raise SpecsError(f"all {len(tests[0])} rows of the ID test are among the {len(train)} training rows: take other questions for the test")
     models = {m: c.model.path if m == "base" else str(run.dir / m / "model") for m in names}
     for f in c.data.ood_formats: _format(c, f)
+    second = _judge(run)
     asked = splits(*clean, c.data.format, c.data.ood_formats)
-    evaluate(models, {s: asked[s] for s in only or asked}, stage.dir, c.eval, derive_seed(c.seed, "eval"),
+    evaluate(models, {s: asked[s] for s in only or asked}, stage.dir, c.eval, derive_seed(c.seed, "eval"), second,
              workers=c.workers, load=_load(c), threads=c.threads, pool=pool, **_engine(c))
-    return dict(workers=c.workers if c.workers > 1 else 0, dropped_from_tests=sum(len(t) - len(k) for t, k in zip(tests, clean)))
+    facts = dict(workers=c.workers if c.workers > 1 else 0, dropped_from_tests=sum(len(t) - len(k) for t, k in zip(tests, clean)))
+    return dict(facts, judge=second.summary) if second else facts
 
 # %% ../nbs/80_pipeline.ipynb #9e477518
 def do_report(
@@ -277,6 +279,7 @@ EXAMPLES = """examples:
   specs run zero.trainer.learning_rate=1e-5    any field of TRL's GRPOConfig or DPOConfig
   specs report --run-dir runs/default          write report.html again
   specs ablate --run-dir runs/ablate --seeds 2 --arms none,sft,dpo+sft      the paper's ablations, a part of them
+  specs compare runs/a runs/b                  one page for both
   specs doctor -c paper_7b --gpus 8 --memory 80 --launcher fsdp2    does it fit? told before anything is loaded
   specs push --run-dir runs/default --repo me/my-model              the final model with its card, to the hub
 """
@@ -306,7 +309,23 @@ def parser()->argparse.ArgumentParser:  # of the `specs` command
             s.add_argument("--model", default="final", choices=["zero", "coldstart", "final"], help="which model (final)")
             s.add_argument("--public", action="store_true", help="for everyone to see; private otherwise")
         s.set_defaults(stage="report" if name == "run" else name)
+    for s in _add_others(sub): s.set_defaults(overrides=[], config=None)
     return p
+
+def _add_others(sub):
+    "Commands that look at what is there, and need no configuration"
+    s = c = sub.add_parser("compare", help="one page for several runs", description="One page for several runs; the first is what the others are compared with.")
+    s.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    s.add_argument("--out", default="runs/compare", metavar="DIR", help="where the page and its tables go (runs/compare)")
+    s = sub.add_parser("bench", help="benchmarks through lmms-eval, of a served model", description="Benchmarks through lmms-eval, of a model that a server answers for: see docs/benchmarks.md.")
+    s.add_argument("--url", default="http://localhost:8000/v1", help="of the server (http://localhost:8000/v1)")
+    s.add_argument("--model", required=True, help="as the server knows it")
+    s.add_argument("--tasks", required=True, metavar="A,B", help="such as mathvista,mmmu; a word that isn't one shows all")
+    s.add_argument("--out", default="runs/bench", metavar="DIR", help="a new folder for the results (runs/bench)")
+    s.add_argument("--own", metavar="DIR", help="folder of tasks written by benchmarks.write_task")
+    s.add_argument("--python", metavar="FILE", help="the Python of lmms-eval's environment")
+    s.add_argument("--limit", type=int, metavar="N", help="questions of each task")
+    return c, s
 
 # %% ../nbs/80_pipeline.ipynb #e9bc8331
 def config_of(
@@ -332,6 +351,14 @@ def _stopped(e):
     print(f"\nspecs: stopped{f': {e}' if str(e) else ''}. The same command goes on from there.", file=sys.stderr)
     return 143 if stop_asked() == "SIGTERM" else 130
 
+def _bench(args):
+    from specs_nb.benchmarks import run_lmms
+    metrics = run_lmms(args.model, args.url, args.tasks.split(","), Path(args.out), args.own, args.python, **({"limit": args.limit} if args.limit else {}))
+    for task, of in metrics.items():
+        for m, v in of.items():
+            if v.get("mean") is not None: print(f"{task:24} {m:20} {v['mean']:.3f} [{v['lo']:.3f}, {v['hi']:.3f}], n = {v['n']}")
+    return 0
+
 def main(
     argv=None,  # words of the command line; None: those of the process
 )->int:         # exit code
@@ -339,6 +366,11 @@ def main(
     args = parse(argv)
     for k, v in dict(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false").items(): os.environ.setdefault(k, v)
     try:
+        if args.command == "compare":
+            from specs_nb.report import compare
+            print(f"report: {compare(args.runs, args.out)}")
+            return 0
+        if args.command == "bench": return _bench(args)
         if args.command == "ablate": return ablate(args, keys, run_stage)
         config = config_of(args)
         if getattr(args, "launcher", ""): launcher_words(args.launcher)  # a typo is told at once

@@ -6,19 +6,18 @@
 __all__ = ['LOOKS', 'INK', 'CURVES', 'EXTRA', 'GF_WORDS', 'WEB', 'CHARTS_JS', 'PAGE_JS', 'CSS', 'TEMPLATES', 'VERDICTS',
            'CAUTION', 'Chart', 'smooth', 'lines', 'learning_curves', 'dots', 'score_charts', 'tries', 'passk_charts',
            'plane', 'gf_charts', 'draw', 'svg', 'inline', 'write_charts', 'Table', 'csv', 'latex', 'tex',
-           'score_tables', 'paired_table', 'gf_intervals', 'gf_rows', 'data_uri', 'scenes', 'spread', 'first_answers',
-           'question_rows', 'examples', 'pieces', 'duration', 'machine', 'facts', 'costs', 'judged', 'at', 'methods',
-           'libraries', 'hashed', 'embed', 'style', 'fill', 'write_report', 'unpaired_difference', 'read_runs',
-           'same_questions', 'run_differences', 'config_differences', 'compared_charts', 'compare', 'over_seeds',
-           'grid_report']
+           'score_tables', 'paired_table', 'gf_rows', 'data_uri', 'scenes', 'spread', 'first_answers', 'question_rows',
+           'examples', 'pieces', 'duration', 'machine', 'facts', 'costs', 'judged', 'at', 'methods', 'libraries',
+           'hashed', 'embed', 'style', 'fill', 'write_report', 'unpaired_difference', 'read_runs', 'same_questions',
+           'run_differences', 'config_differences', 'compared_charts', 'compare', 'over_seeds', 'grid_report']
 
 # %% ../nbs/75_report.ipynb #bcb2d4b6
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from .core import SpecsError, atomic, read_json
-from .analysis import (METRICS, MODELS, PAIRED, SPLITS, STAGES, comparisons, findings, generalization_factor, gf_table, interval, paired_difference,
+from .analysis import (METRICS, MODELS, SPLITS, STAGES, comparisons, findings, generalization_factor, gf_table, interval, paired_difference,
                                percent, question_means, read_run, title, value_at)
-from .evaluate import bootstrap
+from .stats import gf_interval
 
 # %% ../nbs/75_report.ipynb #c615ab5c
 LOOKS = dict(  # on white, on black, matplotlib's mark, Plot's symbol, dash
@@ -323,24 +322,11 @@ def paired_table(
 # %% ../nbs/75_report.ipynb #85a61f84
 GF_WORDS = dict(gain_id="gain ID", gain_ood="gain OOD", gf_raw="gf_raw", gf_gain="gf_gain")
 
-def gf_intervals(
-    answers:list,  # from `read_answers`
-    metric:str,    # accuracy, format or strict
-    model:str,     # not the base
-    n:int=2000,    # resamples
-)->dict:           # quantity → lo, hi; empty without answers
-    "95 % intervals of both Generalization Factors and of the gains, by bootstrap over questions."
-    import numpy as np
+def _spans(answers, metric, model):
+    "Quantity → value with its interval, of both readings; empty without answers"
     of = question_means(answers, metric)
-    four = [of.get(key, {}) for key in ((model, "id"), (model, "ood_format"), ("base", "id"), ("base", "ood_format"))]
-    ids = sorted(set(four[0]).intersection(*four[1:]))
-    if not ids: return {}
-    v, rng = np.array([[f[i] for i in ids] for f in four], dtype=float), np.random.default_rng(0)
-    draws = np.concatenate([v[:, rng.integers(0, len(ids), (100, len(ids)))].mean(2) for _ in range(n // 100)], axis=1)
-    gains = draws[0] - draws[2], draws[1] - draws[3]
-    gf = lambda pairs: [generalization_factor(*p) for p in zip(*pairs)]
-    out = dict(gain_id=gains[0], gain_ood=gains[1], gf_raw=gf(draws[:2]), gf_gain=gf(gains))
-    return {k: dict(zip(("lo", "hi"), map(float, np.quantile(x, [.025, .975]))), n=len(ids)) for k, x in out.items()}
+    its, base = ({s: of.get((m, s), {}) for s in ("id", "ood_format")} for m in (model, "base"))
+    return {k: v for k, v in gf_interval(its, base).items() if v}
 
 def gf_rows(
     run:dict,   # from `read_run`
@@ -349,8 +335,8 @@ def gf_rows(
     out = []
     for metric in ("strict", "format"):
         for m, row in gf_table(run["metrics"], metric).items():
-            span = gf_intervals(run["answers"], metric, m)
-            out += [dict(metric=METRICS[metric], model=MODELS.get(m, m), quantity=words, mean=row[k], **span.get(k, {})) for k, words in GF_WORDS.items()]
+            span = _spans(run["answers"], metric, m)
+            out += [dict(metric=METRICS[metric], model=MODELS.get(m, m), quantity=words, **{**span.get(k, {}), "mean": row[k]}) for k, words in GF_WORDS.items()]
     return out
 
 # %% ../nbs/75_report.ipynb #95b898f3
@@ -528,7 +514,7 @@ def _grpo(c, stage, start):
 
 # %% ../nbs/75_report.ipynb #22ea676f
 _LOSSES = {"dpo+sft": "DPO + λ·SFT", "dpo": "DPO", "sft": "SFT on the chosen answers", "dpo+kl": "DPO + λ·KL to the base", "dpo_norm+sft": "length-normalised DPO + λ·SFT"}
-_DIFFER = dict(form="the same kind of right answer, its form spoilt ({})", answer="wrong answers in form", both="wrong answers, their form spoilt ({})")
+_DIFFER = dict(form="right answers as well, their form spoilt ({})", answer="wrong answers in form", both="wrong answers, their form spoilt ({})")
 
 def _pairs_words(c, p):
     "How the pairs were made"
@@ -785,7 +771,7 @@ TEMPLATES["curves"] = _MACROS + """<h2>Learning curves</h2>
 <div class="grid">{% for c in charts.curves %}{{ m.figure(c) }}{% endfor %}</div>
 """
 TEMPLATES["passk"] = _MACROS + """{% if charts.passk %}<h2>Tries</h2>
-<p>Chance that one of k sampled answers is right, in any form (unbiased estimate, 95 % band over questions). Where lines cross, training has made likely answers likelier and lost others.</p>
+<p>Chance that one of k sampled answers is right, in any form (unbiased estimate, 95 % band over questions). Where lines cross, one model is right more often at once, and the other reaches more questions in the end.</p>
 <div class="grid">{% for c in charts.passk %}{{ m.figure(c) }}{% endfor %}</div>
 <details><summary>The same as a table</summary>{{ m.folded(tables.passk) }}</details>{% endif %}
 """

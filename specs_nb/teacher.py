@@ -36,7 +36,7 @@ def _fill(new, old, name, fresh):
 def grow(
     model,            # of transformers; its decoder's blocks end in `o_proj` and `down_proj`
     layers:int=6,     # decoder layers of the result, at least as many as now
-    width:int=768,    # inner width of its MLPs, at least as now
+    width:int=512,    # inner width of its MLPs, at least as now
     seed:int=0,       # of the new MLP rows
 ):                    # a new model of the same class, in which the old one is untouched
     "A deeper and wider model that computes what `model` computes; raises `SpecsError` for a size below the model's own."
@@ -185,13 +185,13 @@ def _graded(text, row, format):
 # %% ../nbs/45_teacher.ipynb #4f52b6f1
 def train_teacher(
     out:Path,           # folder of the model, written when it is trained
-    steps:int=700,      # of 32 examples each
+    steps:int=450,      # of 32 examples each
     seed:int=0,         # of growth, examples and sampling
     threads:int=1,      # CPU threads; 0 leaves it to torch
     tick=None,          # called every 50 steps
     base:str="tiny",    # the model that is grown
     layers:int=6,       # of the grown decoder
-    width:int=768,      # of its MLPs
+    width:int=512,      # of its MLPs
     format:str="think_answer",  # of `FORMATS`
     held_out:int=256,   # questions that it is measured on
 )->dict:                # facts for stage.json

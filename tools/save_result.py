@@ -1,9 +1,10 @@
 "Keep the numbers of a run for README.md: save_result.py RUN_FOLDER docs/results/NAME.json"
 import sys
 from pathlib import Path
-from specs_nb.analysis import gf_table, machine
+from specs_nb.analysis import gf_table
 from specs_nb.core import load_config, read_json, write_json
 from specs_nb.pipeline import STAGES
+from specs_nb.report import machine
 
 def result(run):
     "Metrics, Generalization Factors and costs of a finished run, with seed, date and machine"
