@@ -617,7 +617,8 @@ const parts = {
     return {height: 340, marginLeft: 44, marginRight: 48, marginBottom: 40, x: {label: c.x, domain: [0, 100], grid: true}, y: {label: c.y, domain: [0, 100], grid: true}, marks: [
       ...c.guides.map(([, line]) => Plot.line(line, {x: d => d[0], y: d => d[1], strokeOpacity: .35})), Plot.text(ends, {x: "x", y: "y", text: "label", textAnchor: "start", dx: 5, fillOpacity: .8}),
       ...names.flatMap(n => { const own = points.filter(d => d.name === n), ink = `var(--${c.inks[n]})`; return [Plot.ruleX(own, {x: "x", y1: "lo", y2: "hi", stroke: ink}), Plot.ruleY(own, {y: "y", x1: "xlo", x2: "xhi", stroke: ink}),
-        Plot.dot(own, {x: "x", y: "y", fill: ink, symbol: looks[c.inks[n]].symbol, r: 5}), Plot.text(own, {x: "x", y: "y", text: d => d.label ?? "", dx: 7, dy: -7, textAnchor: "start", fill: ink})]; }),
+        Plot.dot(own, {x: "x", y: "y", fill: ink, symbol: looks[c.inks[n]].symbol, r: 5}), ...["start", "end"].map(textAnchor =>
+          Plot.text(own.filter(d => (d.x > 60) === (textAnchor === "end")), {x: "x", y: "y", text: d => d.label ?? "", dx: textAnchor === "end" ? -7 : 7, dy: -7, textAnchor, fill: ink}))]; }),
       tip(c, points, Plot.pointer)]};
   }};
 """
@@ -941,7 +942,7 @@ def run_differences(
     rows, remarks = [], []
     for name, run in others:
         same = same_questions(run, base)
-        if (apart := [SPLITS[s] for s in SPLITS if s not in same]): remarks.append(f"{name} and {first} were not asked the same questions ({', '.join(apart)}): there they are compared unpaired.")
+        if (apart := [SPLITS[s] for s in SPLITS if s not in same]): remarks.append(f"{name} and {first} were not asked the same questions in the same formats, as far as their files tell ({', '.join(apart)}): there they are compared unpaired.")
         for metric in ("accuracy", "format", "strict"):
             a, b = question_means(run["answers"], metric), question_means(base["answers"], metric)
             rows += [dict(what=f"{name} − {first}: {METRICS[metric].lower()}", model=words, split=SPLITS[s], **_differ(a.get((m, s), {}), b.get((m, s), {}), s in same)) for m, words in MODELS.items() for s in SPLITS]
@@ -1034,7 +1035,7 @@ def over_seeds(
 def grid_report(
     results:list,  # tidy rows: arm, seed, model, split, metric, mean
     out:Path,      # the page; files go into `report/` beside it
-    title:str="A grid of runs",
+    title:str="A grid of runs",  # of the page
     metrics=("accuracy", "format", "strict"),  # which to show
     models=("coldstart", "final"),             # which to show
 )->Path:           # the page

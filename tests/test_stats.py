@@ -14,9 +14,9 @@ def evaluated(tmp_path, monkeypatch):
     "An evaluation whose model says what we tell it: half right when it samples, always right when it is greedy"
     def said(jobs, how, seed, folder, **kw):
         def texts(a, b): return [f"\\boxed{{{a}}}", f"it is {a}", f"\\boxed{{{b}}}", None][:how.n]
-        return {j.name: [texts("3", "4") if r["kind"] == "number" else texts("air scatters waves", "it is painted") for r in j.rows] for j in jobs}
+        return {j.name: [texts("3", "4") if r["kind"] == "number" else texts("air scatters the short waves", "it is painted") for r in j.rows] for j in jobs}
     monkeypatch.setattr(ev, "answer_all", said)
-    rows = [row(i) for i in range(6)] + [row(6, "light scatters", "text")]
+    rows = [row(i) for i in range(6)] + [row(6, "light scatters on air", "text")]
     def run(**kw):
         metrics = ev.evaluate({"base": "tiny"}, {"id": (rows, ["boxed"] * 7)}, tmp_path, EvalStage(n_samples=4, **kw.pop("config", {})), **kw)
         return metrics["base"]["id"], tmp_path/"answers.parquet"
@@ -45,7 +45,7 @@ def test_judge_is_asked_where_the_rules_are_silent(evaluated):
     class Judge:
         def ask(self, task, items): asked.extend(items); return ["scatters" in i["prediction"] for i in items]
     m, path = evaluated(second=Judge())
-    assert {i["gold"] for i in asked} == {"light scatters"} and len(asked) == len({i["prediction"] for i in asked})
+    assert {i["gold"] for i in asked} == {"light scatters on air"} and len(asked) == len({i["prediction"] for i in asked})
     assert m["accuracy"]["n"] == 7 and math.isclose(m["no_opinion"]["mean"], 1 / 4), "what was never asked stays without opinion"
 
 def test_missing_checkpoints_are_named(tmp_path):
