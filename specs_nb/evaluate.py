@@ -164,6 +164,7 @@ def evaluate(
     write_json(Path(out) / "metrics.json", metrics)
     return metrics
 
+# %% ../nbs/70_evaluate.ipynb #f4ae05d3
 def _by_question(model, texts):
     "Tokens of each completion, grouped as the completions are."
     counts = iter(count_tokens(model, [t for ts in texts for t in ts]))

@@ -41,6 +41,7 @@ def weights(
     if S > 1: u += t.ppf((1 + level) / 2, S - 1) / norm.ppf((1 + level) / 2) * math.sqrt(S / (S - 1)) * (rng.multinomial(S, np.full(S, 1 / S), n) / S - 1 / S)
     return u, rng.multinomial(Q, np.full(Q, 1 / Q), n) if shared or S == 1 else np.ones((n, Q))
 
+# %% ../nbs/74_stats.ipynb #28b3df15
 def real(
     X,       # from `table`, (n_seeds, n_questions)
 )->float:    # 0 to 1; 1 for a single seed, and where no question is asked of two
@@ -155,6 +156,7 @@ def contrast(
     return dict(effect=i["mean"], lo=i["lo"], hi=i["hi"], n=i["n"], seeds=len(d), sd=sd, differences=d.tolist(), **paired_p(d, m, 1 - level),
                 detectable=None if sd is None else detectable(sd, len(d), (1 - level) / m))
 
+# %% ../nbs/74_stats.ipynb #6ab0336e
 def contrasts(
     arms:dict,          # arm → seed → question's id → value
     pairs:list,         # of (a, b): a is claimed to be better
@@ -211,6 +213,7 @@ def _gains(values, base, split):
     cells, zero = _cells(values, split), _cells(base or {}, split)
     return {s: {i: v - zero[s][i] for i, v in of.items() if i in zero[s]} for s, of in cells.items() if s in zero}
 
+# %% ../nbs/74_stats.ipynb #fa8f872d
 def gf_interval(
     values:dict,    # split → question's id → value
     base:dict=None, # the same of the base; None: no gains
