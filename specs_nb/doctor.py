@@ -262,11 +262,11 @@ def _stage(spec, folder):
     if spec["kind"] == "dpo":
         said = [[("one two three " * spec["new"], "1")]] * 16
         write_pairs(make_pairs(rows, said, said, fmt, ["plain_answer"], 16), tmp / "pairs.parquet")
-        t = coldstart_trainer(folder, read_pairs(tmp / "pairs.parquet"), tmp, ColdStartStage(trainer={**trainer, "max_steps": 2}, **stage))
+        t = coldstart_trainer(folder, read_pairs(tmp / "pairs.parquet"), tmp, ColdStartStage(fast=False, trainer={**trainer, "max_steps": 2}, **stage))
         loss = t.compute_loss
         t.compute_loss = lambda model, inputs, *a, **kw: (seen.append([*inputs["input_ids"].shape, 0]), loss(model, inputs, *a, **kw))[1]
     else:
-        t = grpo_trainer(folder, rows, tmp, GRPOStage(steps=2, trainer={**trainer, "num_generations": 4, "max_completion_length": spec["new"],
+        t = grpo_trainer(folder, rows, tmp, GRPOStage(steps=2, fast=False, trainer={**trainer, "num_generations": 4, "max_completion_length": spec["new"],
                          "generation_kwargs": {"min_new_tokens": spec["new"]}}, **stage), fmt)
         score = t._compute_loss
         t._compute_loss = lambda model, inputs: (seen.append([*inputs["prompt_ids"].shape, inputs["completion_ids"].shape[1]]), score(model, inputs))[1]
