@@ -24,6 +24,7 @@ class Arm:
     seeds: str = "rest"                      # a name in `Grid.seeds`
     says: str = ""                           # in words
     deep: bool = False                       # many answers to each question, for pass@k
+    curve: list = field(default_factory=list)  # steps of the cold start at which its checkpoint is evaluated too
 
 @dataclass
 class Grid:
@@ -138,6 +139,9 @@ def _plan_cell(grid, arm, seed, keys, more, nodes, rank):
             c = arm_config(grid, arm, seed, more, **{p.replace(".", "__"): v for p, v in values.items()})
             who = k.get(m) or file_digest(Path(resolve(c.model.path)))
             add("eval", fingerprint(m, who, asdict(c.eval), asdict(c.data), c.seed, c.engine), [] if m == "base" else [m], f"{what}_{m}", c, models=(m,), only=("id",) if what == "deep" else ())
+    for step in grid.arms[arm].curve:
+        name = f"coldstart@{step}"
+        add("eval", fingerprint(name, k["coldstart"], asdict(config.eval), asdict(config.data), config.seed, config.engine), ["coldstart"], f"eval_{name}", models=(name,))
     return cell
 
 def _samples(config, cell):

@@ -6,8 +6,8 @@
 __all__ = ['SpecsError', 'nearest', 'DataConfig', 'ModelConfig', 'grpo_trainer_defaults', 'GRPOStage', 'DistillStage',
            'ColdStartStage', 'EvalStage', 'JudgeConfig', 'VLLMConfig', 'Config', 'merge', 'check', 'parse_override',
            'builtin_configs', 'load_config', 'atomic', 'write_json', 'read_json', 'Run', 'fingerprint', 'file_digest',
-           'reset_peak_memory', 'peak_memory_gb', 'versions', 'Stage', 'Interrupted', 'stop_asked', 'signals_ask',
-           'Progress', 'derive_seed']
+           'reset_peak_memory', 'peak_memory_gb', 'versions', 'machine', 'Stage', 'Interrupted', 'stop_asked',
+           'signals_ask', 'Progress', 'derive_seed']
 
 # %% ../nbs/00_core.ipynb #e7bd4e6c
 import contextlib, dataclasses, difflib, hashlib, json, os, sys, time
@@ -366,6 +366,13 @@ def versions()->dict:  # package → version
         with contextlib.suppress(PackageNotFoundError): out[p] = version(p)
     return out
 
+# %% ../nbs/00_core.ipynb #f9a457b0
+def machine()->str:  # such as `2 CPU cores`
+    "The cores and GPUs that this process may use."
+    import torch
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ", ".join([f"{n} CPU core{'s' * (n != 1)}", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))])
+
 # %% ../nbs/00_core.ipynb #a3175e50
 @dataclass
 class Stage:
@@ -411,7 +418,7 @@ class Stage:
     ):
         "Mark the stage as done, with its cost."
         write_json(self.dir / "stage.json", {**self.info, "state": "done", "seconds": round(time.monotonic() - self._t0, 1),
-                                             "peak_memory_gb": round(peak_memory_gb(workers), 2), "finished": time.strftime("%Y-%m-%d %H:%M"), **facts})
+                                             "peak_memory_gb": round(peak_memory_gb(workers), 2), "machine": machine(), "finished": time.strftime("%Y-%m-%d %H:%M"), **facts})
 
 # %% ../nbs/00_core.ipynb #6c5f572b
 class Interrupted(Exception):

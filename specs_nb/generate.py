@@ -71,6 +71,7 @@ class Sampling:
     temperature: float = 1.0  # 0: greedy
     max_new_tokens: int = 96  # longest completion, in tokens
     batch_size: int = 256     # completions in flight
+    logps: bool = False       # keep the log-probability of each token
 
     def __post_init__(self):
         if not self.temperature and self.n > 1: raise SpecsError(f"temperature=0 draws nothing: {self.n} answers would be one and the same; set n_samples=1")
@@ -92,7 +93,12 @@ class Completion:
     "One answer"
     text: str           # without special tokens
     ids: list           # tokens, with the one that ended it
-    logps: list = None  # log-probability of each token; None if it was not asked for
+    logps: list = None  # log-probability of each token, in nats; None if it was not asked for
+
+    @property
+    def surprise(self):
+        "Mean of -log p over its tokens, in nats; None if that wasn't kept."
+        return -sum(self.logps) / len(self.logps) if self.logps else None
 
 @dataclass
 class Failed:
@@ -195,30 +201,41 @@ def draw(
     torch.manual_seed(seed)
     model.eval()
     try:
-        ids = _written(model, inputs, how, lambda answers: _score_row(model, processor, *next((r, i) for r, i, f in zip(rows, instructions, failed) if not f), answers, how.temperature or 1.))
+        ids, logps = _written(model, inputs, how, lambda answers: _score_row(model, processor, *next((r, i) for r, i, f in zip(rows, instructions, failed) if not f), answers, how.temperature or 1.))
+        drawn = [Completion(t, i, l) for t, i, l in zip(tok.batch_decode(ids, skip_special_tokens=True), ids, logps)]
+        groups = iter(drawn[i:i + how.n] for i in range(0, len(drawn), how.n))
+        out = [f or next(groups) for f in failed]
+        if how.logps and None in logps: _add_logps(model, processor, rows, instructions, out)
     except (RuntimeError, MemoryError) as e:
         if _no_memory(e): raise out_of_memory(model, len(inputs["input_ids"]), how, inputs["input_ids"].shape[1]) from None
         raise
     finally: model.train(was)
-    drawn = iter(Completion(t, i) for t, i in zip(tok.batch_decode(ids, skip_special_tokens=True), ids))
-    return [f or [next(drawn) for _ in range(how.n)] for f in failed]
+    return out
 
+def _add_logps(model, processor, rows, instructions, drawn):
+    "Log-probabilities of what was drawn without them"
+    for row, instruction, some in zip(rows, instructions, drawn):
+        if isinstance(some, Failed): continue
+        for c, l in zip(some, _score_row(model, processor, row, instruction, [c.ids for c in some], 1.)): c.logps = l
+
+# %% ../nbs/31_generate.ipynb #9ccde54c
 _writes = {}  # model type and precision → can `fast.write` be used?
 
 def _written(model, inputs, how, check):
-    "Tokens of each completion"
+    "Tokens of each completion, and their log-probabilities at temperature 1 or None"
     import torch
     kind = model.config.model_type, model.dtype
     if _writes.get(kind, True):
         try:
             ids, logps = write(model, inputs, how.n, how.max_new_tokens, _ends(model), how.temperature)
             if kind not in _writes: _writes[kind] = _agree(logps[0], check([ids[0]])[0], 1e-3 if model.dtype == torch.float32 else .05)
-            if _writes[kind]: return ids
+            if _writes[kind]: return ids, logps if how.logps and how.temperature in (0, 1) else [None] * len(ids)
             why = "its log-probabilities are not those of a plain pass"
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, NotImplementedError) as e: _writes[kind], why = False, f"{type(e).__name__}: {_line(e)}"
         print(f"{'sample':10} {kind[0]} is left to transformers' generate: {why}", flush=True)
     with torch.no_grad(): out = model.generate(**inputs, **how.kwargs, repetition_penalty=1., pad_token_id=model.generation_config.pad_token_id or next(iter(_ends(model))))
-    return [_until(ids, _ends(model)) for ids in out[:, inputs["input_ids"].shape[1]:].tolist()]
+    ids = [_until(ids, _ends(model)) for ids in out[:, inputs["input_ids"].shape[1]:].tolist()]
+    return ids, [None] * len(ids)
 
 def _agree(a, b, most): return sum(abs(x - y) for x, y in zip(a, b)) <= most * len(a)
 
@@ -287,14 +304,9 @@ class Transformers:
         import transformers
         return f"transformers {transformers.__version__}"
 
-    def sample(self, rows, instructions, how, seed, logps=False):
-        "For each row `Completion`s or `Failed`; with `logps`, each token's log-probability."
-        drawn = draw(self.model, self.processor, rows, instructions, how, seed)
-        if logps:
-            for i, d in enumerate(drawn):
-                if isinstance(d, list):
-                    for c, l in zip(d, self.score([rows[i]], [instructions[i]], [[c.ids for c in d]])[0]): c.logps = l
-        return drawn
+    def sample(self, rows, instructions, how, seed):
+        "For each row `Completion`s or `Failed`."
+        return draw(self.model, self.processor, rows, instructions, how, seed)
 
     def score(self, rows, instructions, answers):
         "Log-probabilities of given tokens."
@@ -395,25 +407,25 @@ class VLLM:
     @staticmethod
     def version(): return f"vLLM {vllm_version()}"
 
-    def sample(self, rows, instructions, how, seed, logps=False):
-        "For each row `Completion`s or `Failed`; with `logps`, each token's log-probability."
+    def sample(self, rows, instructions, how, seed):
+        "For each row `Completion`s or `Failed`."
         from vllm import SamplingParams, exceptions
         refused = getattr(exceptions, "VLLMClientError", ValueError)  # older versions raise a ValueError
         def ask(numbers):
-            params = [SamplingParams(**how.vllm, seed=derive_seed(seed, str(i)), logprobs=0 if logps else None) for i in numbers]
+            params = [SamplingParams(**how.vllm, seed=derive_seed(seed, str(i)), logprobs=0 if how.logps else None) for i in numbers]
             out = self.llm.generate([self._prompt(rows[i], instructions[i]) for i in numbers], params, use_tqdm=False)
-            return [self._read(o, how, logps) for o in out]
+            return [self._read(o, how) for o in out]
         return halves(ask, list(range(len(rows))), (*ROW_ERRORS, refused))
 
     def _prompt(self, row, instruction):
         p = {"prompt": prompt(self.processor, row, instruction)}
         return {**p, "multi_modal_data": {"image": row["images"]}} if row["images"] else p
 
-    def _read(self, out, how, logps):
+    def _read(self, out, how):
         token = getattr(self.processor, "image_token_id", None)
         if long := too_long(len(out.prompt_token_ids), out.prompt_token_ids.count(token), how.max_new_tokens, self.most): return long
         texts = tokenizer_of(self.processor).batch_decode([list(c.token_ids) for c in out.outputs], skip_special_tokens=True)
-        return [Completion(t, list(c.token_ids), [d[i].logprob for d, i in zip(c.logprobs, c.token_ids)] if logps else None) for t, c in zip(texts, out.outputs)]
+        return [Completion(t, list(c.token_ids), [d[i].logprob for d, i in zip(c.logprobs, c.token_ids)] if how.logps else None) for t, c in zip(texts, out.outputs)]
 
     def score(self, rows, instructions, answers):
         "Log-probabilities of given tokens, which vLLM reads as the end of a prompt."
@@ -500,25 +512,25 @@ class Server:
     @staticmethod
     def version(): return "a server"
 
-    def sample(self, rows, instructions, how, seed, logps=False):
-        "For each row `Completion`s or `Failed`; with `logps`, each token's log-probability."
+    def sample(self, rows, instructions, how, seed):
+        "For each row `Completion`s or `Failed`."
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(lambda i: self._ask(rows[i], instructions[i], how, derive_seed(seed, str(i)), logps), range(len(rows))))
+            return list(pool.map(lambda i: self._ask(rows[i], instructions[i], how, derive_seed(seed, str(i))), range(len(rows))))
 
-    def _ask(self, row, instruction, how, seed, logps):
+    def _ask(self, row, instruction, how, seed):
         from urllib.error import HTTPError
         try: content = [{"type": "image_url", "image_url": {"url": _data_url(i)}} for i in row["images"]]
         except Exception as e: return Failed(f"{type(e).__name__}: {_line(e)}")
         content = content + [{"type": "text", "text": conversation(row, instruction)[0]["content"]}] if content else conversation(row, instruction)[0]["content"]
         body = dict(how.vllm, model=self.name, messages=[{"role": "user", "content": content}], seed=seed)
-        if logps: body |= dict(logprobs=True, return_tokens_as_token_ids=True)
+        if how.logps: body |= dict(logprobs=True, return_tokens_as_token_ids=True)
         try: reply = _http(f"{self.url}/chat/completions", body)
         except HTTPError as e:
             if e.code in (400, 413, 422): return Failed(f"refused by the server: {_line(e.read().decode(errors='replace'))}")
             raise SpecsError(f"the server at {self.url} answered {e.code} {e.reason}: see its log; the same command goes on where this one stopped") from None
         except OSError as e: raise SpecsError(f"the server at {self.url} can't be reached any more ({_line(e)}): start it again with `{serve_command(self.name, self.url)}`; the same command goes on where this one stopped") from None
         if long := too_long(reply["usage"]["prompt_tokens"], 0, how.max_new_tokens, self.most): return long
-        return [_read_choice(c, logps) for c in reply["choices"]]
+        return [_read_choice(c, how.logps) for c in reply["choices"]]
 
     def score(self, rows, instructions, answers): raise SpecsError("a chat server can't score given tokens: ask for logps when sampling, or use engine: vllm")
 
@@ -567,6 +579,7 @@ class Job:
     model: str          # `tiny`, a folder or a hub name
     rows: list          # of the schema; or a lazy sequence of them
     instructions: list  # of the format that is asked for, one a row; or one for all
+    how: Sampling = None  # how to draw, where that differs from the other jobs'
 
     def batches(self, size):
         "Name and places of each batch; no row is touched."
@@ -576,7 +589,7 @@ class Job:
     def batch(self, name, places):
         "The rows of a batch, as a job of its own."
         one = isinstance(self.instructions, str)
-        return Job(name, self.model, [_read_row(self.rows, i) for i in places], [self.instructions if one else self.instructions[i] for i in places])
+        return Job(name, self.model, [_read_row(self.rows, i) for i in places], [self.instructions if one else self.instructions[i] for i in places], self.how)
 
 def _read_row(rows, i):
     "A row with its images decoded; `Failed` if that can't be done, since what can't be decoded can't be sent to another process either."
@@ -610,7 +623,8 @@ def answer(
     drawn = [r if isinstance(r, Failed) else next(drawn) for r in batch.rows]
     failed = [dict(row=i, id=r.id if r is d else r.get("id"), reason=d.reason) for i, (r, d) in enumerate(zip(batch.rows, drawn)) if isinstance(d, Failed)]
     if failed: write_json(Path(path).with_suffix(".failures.json"), failed)
-    write_json(path, texts_of(drawn, how.n))
+    if how.logps: write_json(Path(path).with_suffix(".surprise.json"), [[None] * how.n if isinstance(d, Failed) else [c.surprise and round(c.surprise, 5) for c in d] for d in drawn])
+    write_json(path, texts_of(drawn, how.n))  # last: a batch that has it is done
     return len(drawn), [f["reason"] for f in failed]
 
 # %% ../nbs/31_generate.ipynb #20e863f7
@@ -626,6 +640,11 @@ class Answers:
     def __len__(self): return len(self.job.rows)
     def __iter__(self):
         for name, _ in self.job.batches(self.size): yield from read_json(self.folder / f"{name}.json")
+
+    def surprises(self):
+        "For each row and text the mean of -log p over its tokens, in nats; None where that wasn't kept."
+        for name, places in self.job.batches(self.size):
+            yield from read_json(self.folder / f"{name}.surprise.json") or ([None] * len(ts) for ts in read_json(self.folder / f"{name}.json"))
 
     def failures(self):
         "Rows without an answer: row, id, reason."
@@ -648,15 +667,16 @@ def answer_all(
     pool=None,          # who works instead of `workers`: has `run(tasks, engine)` and `end()`, see `launch.Share` and `fleet.Fleet`
 )->dict:                # job's name → for each row a list of texts, None where there is no answer
     "Answer all jobs' rows, batch by batch; what is there already is not asked again. Raises `SpecsError` if every row of the beginning fails."
-    folder, size = Path(folder), max(1, how.batch_size // how.n)
-    left = {job.name: [b for b in job.batches(size) if not (folder / f"{b[0]}.json").exists()] for job in jobs}
+    folder, hows = Path(folder), {job.name: job.how or how for job in jobs}
+    sizes = {name: max(1, h.batch_size // h.n) for name, h in hows.items()}
+    left = {job.name: [b for b in job.batches(sizes[job.name]) if not (folder / f"{b[0]}.json").exists()] for job in jobs}
     names = {job.name: _choose(engine, job, load, folder, stage) for job in jobs if left[job.name]}
     total = sum(len(job.rows) for job in jobs)
     bar = Progress(stage, total, total - sum(len(places) for todo in left.values() for _, places in todo))
     try:
         for (name, _), some in groupby((job for job in jobs if left[job.name]), lambda job: _together(names[job.name], job)):
             some, seen, lost = list(some), 0, 0
-            tasks = ((job.batch(*b), how, seed, folder / f"{b[0]}.json", load, threads, name, options) for job in some for b in left[job.name])
+            tasks = ((job.batch(*b), hows[job.name], seed, folder / f"{b[0]}.json", load, threads, name, options) for job in some for b in left[job.name])
             todo = sum(len(places) for job in some for _, places in left[job.name])
             for rows, failed in (pool.run(tasks, ENGINES[name]) if pool else _run(tasks, *_processes(ENGINES[name], workers))):
                 bar.update(rows)
@@ -665,7 +685,7 @@ def answer_all(
                 if seen == lost and seen >= min(32, todo): raise SpecsError(f"none of {seen} questions could be asked of {some[0].model}: {failed[0]}")
     finally: bar.close()
     if pool: pool.end()
-    answers = {job.name: Answers(job, folder, size) for job in jobs}
+    answers = {job.name: Answers(job, folder, sizes[job.name]) for job in jobs}
     if n := sum(1 for a in answers.values() for _ in a.failures()): print(f"{stage:10} {n} of {sum(map(len, answers.values()))} questions have no answer; why is in {folder.name}/*.failures.json")
     return {name: list(a) for name, a in answers.items()} if keep else answers
 

@@ -135,7 +135,7 @@ def do_eval(
     run:Run,      # the run
     stage:Stage,  # `eval`
     pool=None,    # who answers, see `answer_all`
-    names=("base", "zero", "coldstart", "final"),  # the models
+    names=("base", "zero", "coldstart", "final"),  # the models; `coldstart@20` is the checkpoint after 20 steps
     only=(),      # names of splits; none: all
 )->dict:          # facts
     "The models on all splits."
@@ -147,7 +147,7 @@ def do_eval(
     tests = [load_rows(c.data, s, run.dir / "data") for s in ("test", "ood_visual")]
     clean = [without(t, train) for t in tests]
     if tests[0] and not clean[0]: raise SpecsError(f"all {len(tests[0])} rows of the ID test are among the {len(train)} training rows: take other questions for the test")
-    models = {m: c.model.path if m == "base" else str(run.dir / m / "model") for m in names}
+    models = {m: c.model.path if m == "base" else _model_of(run, m) for m in names}
     for f in c.data.ood_formats: _format(c, f)
     second = _judge(run)
     asked = splits(*clean, c.data.format, c.data.ood_formats)
@@ -155,6 +155,10 @@ def do_eval(
              workers=c.workers, load=_load(c), threads=c.threads, pool=pool, **_engine(c))
     facts = dict(workers=c.workers if c.workers > 1 else 0, dropped_from_tests=sum(len(t) - len(k) for t, k in zip(tests, clean)))
     return dict(facts, judge=second.summary) if second else facts
+
+def _model_of(run, name):
+    stage, _, step = name.partition("@")
+    return str(run.dir / stage / (f"checkpoints/checkpoint-{step}" if step else "model"))
 
 # %% ../nbs/80_pipeline.ipynb #9e477518
 def do_report(

@@ -7,7 +7,7 @@ __all__ = ['LOOKS', 'INK', 'CURVES', 'EXTRA', 'GF_WORDS', 'WEB', 'CHARTS_JS', 'P
            'CAUTION', 'Chart', 'smooth', 'lines', 'learning_curves', 'dots', 'score_charts', 'tries', 'passk_charts',
            'plane', 'gf_charts', 'draw', 'svg', 'inline', 'write_charts', 'Table', 'csv', 'latex', 'tex',
            'score_tables', 'paired_table', 'gf_rows', 'data_uri', 'scenes', 'spread', 'first_answers', 'question_rows',
-           'examples', 'pieces', 'duration', 'machine', 'facts', 'costs', 'judged', 'at', 'methods', 'libraries',
+           'examples', 'pieces', 'duration', 'machines', 'facts', 'costs', 'judged', 'at', 'methods', 'libraries',
            'hashed', 'embed', 'style', 'fill', 'write_report', 'unpaired_difference', 'read_runs', 'same_questions',
            'run_differences', 'config_differences', 'compared_charts', 'compare', 'over_seeds', 'grid_report']
 
@@ -293,7 +293,8 @@ def tex(
 
 # %% ../nbs/75_report.ipynb #ecd98721
 EXTRA = dict(greedy_accuracy="Greedy: right answer, %", greedy_format="Greedy: right format, %", greedy_strict="Greedy: both, %", no_opinion="Without opinion, %", truncated="Cut at the limit, %",
-             tokens="Length, tokens", words="Length, words", distinct="Different answers to a question", distinct_right="Different right completions", entropy="Entropy of the answers, bits")
+             tokens="Length, tokens", words="Length, words", distinct="Different answers to a question", distinct_right="Different right completions", entropy="Entropy of the answers, bits",
+             surprise="Surprise a token, nats")
 
 def _measured(metrics, names):
     "Tidy rows of what is there; shares are percentages, the rest is plain"
@@ -448,13 +449,13 @@ def duration(
     s = round(seconds)
     return f"{s} s" if s < 60 else f"{s // 60} min {s % 60:02} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02} min"
 
-def machine()->str:  # such as `2 CPU cores`
-    "The cores and GPUs that this process may use."
-    import os, torch
-    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ", ".join([f"{n} CPU core{'s' * (n != 1)}", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))])
-
 # %% ../nbs/75_report.ipynb #ac466648
+def machines(
+    stages:dict,  # stage → its stage.json
+)->str:           # such as `2 CPU cores`
+    "Where the stages were run."
+    return " and ".join(dict.fromkeys(s["machine"] for s in stages.values() if s.get("machine"))) or "not recorded"
+
 def facts(
     run:dict,  # from `read_run`
 )->dict:       # name → value
@@ -465,7 +466,7 @@ def facts(
             "Trained format": d.get("format"), "Other formats": ", ".join(d.get("ood_formats", [])),
             "Training": f"GRPO-zero {c['zero'].get('steps')} steps; cold start {cold.get('loss')} with λ = {cold.get('lam')}; final GRPO {c['final'].get('steps')} steps",
             "Evaluation": f"{c['eval'].get('n_samples')} sampled answers to each question, temperature {c['eval'].get('temperature')}", "Seed": run["config"].get("seed"), "Evaluated": ev.get("finished"),
-            "Machine": f"{machine()} (where this report was written)", "Versions": ", ".join(f"{k} {v}" for k, v in ev.get("versions", {}).items())}
+            "Machine": machines(run["stages"]), "Versions": ", ".join(f"{k} {v}" for k, v in ev.get("versions", {}).items())}
 
 def costs(
     stages:dict,  # stage → its stage.json
@@ -550,7 +551,7 @@ def methods(
             "answers are graded by rules in whatever form they stand, and those without a verdict are left out and counted; pass@k by the unbiased estimator.",
             "Intervals are 95 % percentile intervals of a bootstrap over questions (2000 resamples); differences between models are taken question by question before resampling.", _judge_words(c, s),
             f"One training run, seed {at(c, 'seed')}: the intervals cover the choice of questions, not the variation between trainings.",
-            f"Hardware: {' and '.join(dict.fromkeys(v['machine'] for v in done.values() if v.get('machine'))) or machine()}; "
+            f"Hardware: {machines(done)}; "
             f"wall-clock {times}, {costs(s)[1]} in all; peak memory {costs(s)[2]} GiB.",
             f"Versions: {', '.join(f'{k} {v}' for k, v in at(s['eval'], 'versions', {}).items())}."]
     return " ".join(filter(None, text))
@@ -833,7 +834,7 @@ TEMPLATES["judge"] = """{% if judged.counts %}<h2>What a judge decided</h2>
 """
 TEMPLATES["methods"] = """<h2>Methods</h2>
 {% if methods %}<div class="box"><p id="methods-text">{{ methods }}</p><button type="button" class="copy" data-from="methods-text" hidden>Copy</button></div>
-<p class="mute">Every setting is in <a href="config.yaml">config.yaml</a>. Hardware is that of the machine where this report was written.</p>{% else %}<p>There is no <code>config.yaml</code> to tell them from.</p>{% endif %}
+<p class="mute">Every setting is in <a href="config.yaml">config.yaml</a>.</p>{% else %}<p>There is no <code>config.yaml</code> to tell them from.</p>{% endif %}
 """
 TEMPLATES["run"] = """<h2>What was run</h2>
 <table>{% for k, v in facts.items() %}<tr><th class="key">{{ k }}</th><td>{{ "–" if v is none or v == "" else v }}</td></tr>{% endfor %}</table>

@@ -12,9 +12,11 @@ def row(i, answer="3", kind="number"): return dict(id=f"q{i}", question="how man
 @pytest.fixture
 def evaluated(tmp_path, monkeypatch):
     "An evaluation whose model says what we tell it: half right when it samples, always right when it is greedy"
+    class Said(list):
+        def surprises(self): return [[None if t is None else .5 for t in one] for one in self]
     def said(jobs, how, seed, folder, **kw):
-        def texts(a, b): return [f"\\boxed{{{a}}}", f"it is {a}", f"\\boxed{{{b}}}", None][:how.n]
-        return {j.name: [texts("3", "4") if r["kind"] == "number" else texts("air scatters the short waves", "it is painted") for r in j.rows] for j in jobs}
+        def texts(n, a, b): return [f"\\boxed{{{a}}}", f"it is {a}", f"\\boxed{{{b}}}", None][:n]
+        return {j.name: Said(texts(j.how.n, "3", "4") if r["kind"] == "number" else texts(j.how.n, "air scatters the short waves", "it is painted") for r in j.rows) for j in jobs}
     monkeypatch.setattr(ev, "answer_all", said)
     rows = [row(i) for i in range(6)] + [row(6, "light scatters on air", "text")]
     def run(**kw):
@@ -30,6 +32,7 @@ def test_metrics_of_an_evaluation(evaluated):
     assert m["distinct"]["mean"] == 2 and m["truncated"]["mean"] == 0 and m["tokens"]["mean"] > 1
     assert m["distinct_right"]["n"] == 6 and m["distinct_right"]["mean"] == 2
     assert math.isclose(m["no_opinion"]["mean"], (6 / 4 + 1) / 7) and m["accuracy"]["n"] == 6
+    assert m["surprise"]["mean"] == .5, "what could not be asked surprises nobody"
 
 def test_greedy_is_kept_apart(evaluated):
     m, path = evaluated()
