@@ -192,7 +192,8 @@ def _score_all(jobs, tests, answers, path, most, ask):
     metrics = {}
     with _answers_file(path) as write:
         for (m, s, greedy), job in jobs.items():
-            values, count, lines = Values(), token_counter(job.model), zip(*tests[s], answers[job.name], answers[job.name].surprises(), strict=True)
+            values, count = Values(), token_counter(job.model)
+            lines = (({k: v for k, v in r.items() if k != "images"}, *rest) for r, *rest in zip(*tests[s], answers[job.name], answers[job.name].surprises(), strict=True))
             while block := list(islice(lines, 256)):
                 scored = _measure_all(block, count, most, ask)
                 for one in scored: values.add(question_value(one))
