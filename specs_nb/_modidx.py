@@ -406,6 +406,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'specs_nb.generate.supported': ('generate.html#supported', 'specs_nb/generate.py'),
                                    'specs_nb.generate.texts_of': ('generate.html#texts_of', 'specs_nb/generate.py'),
                                    'specs_nb.generate.too_long': ('generate.html#too_long', 'specs_nb/generate.py'),
+                                   'specs_nb.generate.too_small_for_vllm': ('generate.html#too_small_for_vllm', 'specs_nb/generate.py'),
                                    'specs_nb.generate.unfit_for_vllm': ('generate.html#unfit_for_vllm', 'specs_nb/generate.py'),
                                    'specs_nb.generate.vllm_version': ('generate.html#vllm_version', 'specs_nb/generate.py')},
             'specs_nb.grading': { 'specs_nb.grading.Number': ('grading.html#number', 'specs_nb/grading.py'),
