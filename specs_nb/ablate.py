@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from . import __version__
 from .core import Interrupted, Run, SpecsError, Stage, atomic, file_digest, fingerprint, load_config, nearest, read_json, signals_ask, stop_asked, write_json
 from .models import resolve
 
@@ -28,14 +29,14 @@ class Arm:
 
 @dataclass
 class Grid:
-    "Arms, seeds and contrasts"
+    "Arms and seeds"
     arms: dict                                   # name → `Arm`
     config: str = None                           # a file or a built-in name that all arms begin with; None: the defaults
     set: dict = field(default_factory=dict)      # values for all arms
     seeds: dict = field(default_factory=lambda: dict(rest=5))  # group → how many
     first_seed: int = 0                          # of each group
     deep: dict = field(default_factory=dict)     # values for the deep evaluation, which takes the ID test alone
-    contrasts: list = field(default_factory=list)  # dicts: claim, a, b, model, split, metric
+
     teacher: dict = field(default_factory=dict)  # keywords of `teacher.train_teacher`, for arms with `distill.teacher: teacher/model`
 
 # %% ../nbs/79_ablate.ipynb #03c75ee7
@@ -55,19 +56,18 @@ def read_grid(
         for name, arm in (values.get("arms") or {}).items(): _only(arm, Arm, f"arm {name}")
         grid = Grid(**{**values, "arms": {n: Arm(**(a or {})) for n, a in (values.get("arms") or {}).items()}})
         return _check(grid)
-    except (SpecsError, TypeError) as e: raise SpecsError(f"{file}: {e}") from None
+    except (SpecsError, TypeError, AttributeError) as e: raise SpecsError(f"{file}: {e}") from None
 
 def _only(values, cls, where):
     for k in values or {}:
         if k not in cls.__dataclass_fields__: raise SpecsError(f"{where} has an unknown key {k!r}: {nearest(k, cls.__dataclass_fields__)}")
 
 def _check(grid):
+    for k in ("set", "deep", "seeds", "teacher"):
+        if not isinstance(getattr(grid, k), dict): raise SpecsError(f"{k} must be a mapping")
     if not grid.arms: raise SpecsError("no arms: name at least one")
     for n, a in grid.arms.items():
         if a.seeds not in grid.seeds: raise SpecsError(f"arm {n}: no seeds {a.seeds!r}: {nearest(a.seeds, grid.seeds)}")
-    for c in grid.contrasts:
-        for side in ("a", "b"):
-            if c.get(side) not in grid.arms: raise SpecsError(f"contrast {c.get('claim')!r}: no arm {c.get(side)!r}: {nearest(str(c.get(side)), grid.arms)}")
     return grid
 
 # %% ../nbs/79_ablate.ipynb #cfae0544
@@ -126,7 +126,7 @@ def _plan_cell(grid, arm, seed, keys, more, nodes, rank):
         nodes.setdefault(name, Node(name, stage, key, config, {s: cell[s] for s in needs}, rank=((what or "").startswith("deep"), *rank), **kw))
         cell[what or stage] = name
         return name
-    if config.distill.teacher.startswith("teacher"): add("teacher", fingerprint("teacher", grid.teacher), options=grid.teacher)
+    if cold and "teacher/model" in (config.distill.teacher, config.distill.rejected): add("teacher", fingerprint("teacher", __version__, grid.teacher), options=grid.teacher)
     if cold:
         add("zero", k["zero"])
         k = {**k, **{s: fingerprint(cell.get("teacher"), k[s]) for s in ("pairs", "coldstart", "final")}}
@@ -137,17 +137,22 @@ def _plan_cell(grid, arm, seed, keys, more, nodes, rank):
         deep = {"deep": grid.deep} if grid.arms[arm].deep and m in ("base", "final") else {}
         for what, values in dict(eval={}, **deep).items():
             c = arm_config(grid, arm, seed, more, **{p.replace(".", "__"): v for p, v in values.items()})
-            who = k.get(m) or file_digest(Path(resolve(c.model.path)))
-            add("eval", fingerprint(m, who, asdict(c.eval), asdict(c.data), c.seed, c.engine), [] if m == "base" else [m], f"{what}_{m}", c, models=(m,), only=("id",) if what == "deep" else ())
-    for step in grid.arms[arm].curve:
-        name = f"coldstart@{step}"
-        add("eval", fingerprint(name, k["coldstart"], asdict(config.eval), asdict(config.data), config.seed, config.engine), ["coldstart"], f"eval_{name}", models=(name,))
+            add("eval", _eval_key(c, m, k), [] if m == "base" else [m], f"{what}_{m}", c, models=(m,), only=("id",) if what == "deep" else ())
+    for step in grid.arms[arm].curve if cold else ():
+        add("eval", _eval_key(config, f"coldstart@{step}", k), ["coldstart"], f"eval_coldstart@{step}", models=(f"coldstart@{step}",))
     return cell
+
+def _eval_key(c, model, keys):
+    "The fingerprint of one model's evaluation: the model, the questions, how they are asked and who judges"
+    from specs_nb.sources import digest
+    base = Path(resolve(c.model.path))
+    who = keys.get(model.partition("@")[0]) or (file_digest(base) if base.is_dir() else str(base), asdict(c.model))
+    return fingerprint(model, who, asdict(c.eval), asdict(c.data), digest(c.data), c.seed, c.engine, c.judge.models and asdict(c.judge))
 
 def _samples(config, cell):
     "Name of the folder of the answers that pairs are made from: arms that ask the same share it"
     d = config.distill
-    return f"samples-{fingerprint(cell['zero'], cell.get('teacher'), d.teacher, d.rejected, d.n_prompts, d.n_samples, d.max_new_tokens, d.temperature, d.batch_size)[:16]}"
+    return f"samples-{fingerprint(cell['zero'], cell.get('teacher'), d.teacher, d.rejected, d.n_prompts, d.n_samples, d.max_new_tokens, d.temperature, d.batch_size, config.engine)[:16]}"
 
 # %% ../nbs/79_ablate.ipynb #6650423f
 _MODEL = ("model/config.json",)
@@ -203,11 +208,11 @@ def run_grid(
     workers:int=0,  # processes; 0: one a CPU core
 )->dict:          # node's name → what went wrong
     "Do all nodes, several at a time; what is done already is passed over."
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     done = {n for n, node in nodes.items() if _done(folder, node)}
     left, errors, running, t0, first = [n for n in sorted(nodes, key=lambda n: (nodes[n].rank, n)) if n not in done], {}, {}, time.monotonic(), len(done)
     print(f"grid       {len(nodes)} stages, {first} of them done before; {workers} at a time", flush=True)
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_patient) as pool:
         while (left or running) and not (stop_asked() and not running):
             held = {nodes[n].samples for n in running.values()} - {""}
             for name in [] if stop_asked() else _ready(left, nodes, done, held, workers - len(running)):
@@ -222,6 +227,11 @@ def run_grid(
     if stop_asked(): raise Interrupted(f"{len(done)} of {len(nodes)} stages are done and saved")
     errors.update({n: "not done, since a stage before it failed" for n in left})
     return errors
+
+def _patient():
+    "An idle worker leaves Ctrl-C to the first process; one at work asks for its own"
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 def _result(future, name):
     try: return future.result()
@@ -295,6 +305,7 @@ def ablate(
     run_stage,  # `pipeline.run_stage`
 )->int:         # exit code
     "`specs ablate`: run a grid, then write its tables; raises `SpecsError` for a grid that makes no sense."
+    if args.launcher or args.fleet: raise SpecsError("specs ablate runs its stages on this machine: --launcher and --fleet are not for it")
     grid, arms = read_grid(args.grid), [a for a in args.arms.split(",") if a]
     for a in arms:
         if a not in grid.arms: raise SpecsError(f"--arms: no arm {a!r}: {nearest(a, grid.arms)}")
@@ -307,18 +318,24 @@ def ablate(
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     lock = Run(folder, object())  # one process at a time
+    asked = ""
     try:
-        with signals_ask(): errors = run_grid(folder, nodes, run_stage, args.workers)
+        with signals_ask():
+            try: errors = run_grid(folder, nodes, run_stage, args.workers)
+            finally: asked = stop_asked()
     except (Interrupted, KeyboardInterrupt) as e:
         print(f"\nspecs: stopped: {e}. The same command goes on from there.", file=sys.stderr)
-        return 130
+        return 143 if asked == "SIGTERM" else 130
     finally:
+        _write_tables(folder, args.grid, *plan(grid, keys, more=args.overrides))  # of all arms, whichever were asked for
         lock.close()
-        tables = collect(folder, nodes, cells)
-        print(f"grid       {', '.join(f'{t}.parquet {len(r)} rows' for t, r in tables.items())} in {folder}")
-        from specs_nb.report import grid_report
-        shown = [r for r in tables["results"] if not r["deep"]]
-        if any(r["model"] in ("coldstart", "final") for r in shown): print(f"report: {grid_report(shown, folder / 'report.html', f'Grid {args.grid}')}")
     write_json(folder / "errors.json", errors)
     for name, wrong in errors.items(): print(f"{name}: {wrong} (see stages/{name}/log.txt)", file=sys.stderr)
     return 1 if errors else 0
+
+def _write_tables(folder, name, nodes, cells):
+    from specs_nb.report import grid_report
+    tables = collect(folder, nodes, cells)
+    print(f"grid       {', '.join(f'{t}.parquet {len(r)} rows' for t, r in tables.items())} in {folder}")
+    shown = [r for r in tables["results"] if not r["deep"] and "@" not in r["model"]]
+    if any(r["model"] in ("coldstart", "final") for r in shown): print(f"report: {grid_report(shown, folder / 'report.html', f'Grid {name}')}")

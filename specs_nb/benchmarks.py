@@ -160,11 +160,11 @@ def read_sample(
     said = sample.get("resps", sample["filtered_resps"])
     while isinstance(said, list): said = said[0] if said else ""
     failed = said.startswith(("[LMMS_EVAL_REQUEST_FAILED", "[LMMS_EVAL_BUDGET_EXCEEDED]"))
-    tokens = ((sample.get("token_counts") or [None])[0] or {}).get("output_tokens") or 0
-    ours = score(None if failed else said, gold, format) if gold else dict(format=FORMATS[format].parse(said) is not None, accuracy=None, strict=None)
+    tokens = ((sample.get("token_counts") or [None])[0] or {}).get("output_tokens")
+    ours = score(None if failed else said, gold, format) if gold else dict(format=None if failed else FORMATS[format].parse(said) is not None, accuracy=None, strict=None)
     theirs = sample.get("acc_score")
     return dict(doc_id=sample["doc_id"], text=said, answer=None if failed else answer_in(said, format), gold=sample["target"], lmms=theirs if isinstance(theirs, (int, float)) else None,
-                lmms_format=sample.get("format_score"), **ours, failed=failed, truncated=not failed and tokens >= max_new_tokens)
+                lmms_format=sample.get("format_score"), **ours, failed=failed, truncated=False if failed else None if tokens is None else tokens >= max_new_tokens)
 
 def _gold(sample, as_text):
     "The row of a stock benchmark's question, as far as its log shows it; None if it can't be told."

@@ -7,6 +7,7 @@ __all__ = ['LOSSES', 'dpo_loss', 'hybrid_loss', 'norm_loss', 'token_kl', 'refere
            'add_kl', 'coldstart_trainer', 'train_coldstart']
 
 # %% ../nbs/60_coldstart.ipynb #60055258
+import math
 from functools import partial
 from pathlib import Path
 from .core import Interrupted, Progress, SpecsError, fingerprint, read_json, write_json
@@ -176,6 +177,8 @@ def add_kl(
     "Add `λ·KL(policy ‖ reference)`, averaged over the tokens of chosen and rejected answers, to the trainer's loss; raises `SpecsError` where it can't."
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled: raise SpecsError("coldstart.loss dpo+kl can't be trained with weights spread over processes: take dpo+sft, or launch with ddp")
     policy = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    if any(getattr(policy.config.get_text_config(), k, None) not in (None, 1.) for k in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")):
+        raise SpecsError("coldstart.loss dpo+kl can't be computed for a model that scales its logits: take dpo+sft")
     models, heard, compute = [policy, trainer.ref_model or policy], [], trainer._compute_loss
     for m in {id(m): m for m in models}.values(): m.base_model.register_forward_hook(lambda module, args, out: heard.append(out.last_hidden_state))
     def with_kl(model, inputs, return_outputs):
@@ -225,11 +228,13 @@ def coldstart_trainer(
     seen = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * rank()[1]
     wasteful = adapter and 0 < seen < len(pairs)  # fewer steps than an epoch has: not every pair is needed
     once = config.fast and config.loss != "dpo+kl" and not wasteful
-    trainer = DPOTrainer(model, ref_model=_borrowed(model) if once and not adapter and not args.sync_ref_model else None, args=args,
+    borrowed = _borrowed(model) if once and not adapter and not args.sync_ref_model else None
+    trainer = DPOTrainer(model, ref_model=borrowed, args=args,
                          train_dataset=pairs.select_columns(keep), processing_class=processor, peft_config=adapter, callbacks=list(callbacks))
     float32_adapter(trainer.model)  # TRL rounds the adapter of a 4-bit model to bfloat16
     if config.fast: share_images(trainer); answers_only(trainer)
-    if once: reference_once(trainer, Path(out) / "reference.json", _key(start, trainer, pairs))
+    if once and not reference_once(trainer, Path(out) / "reference.json", _key(start, trainer, pairs)) and borrowed is not None:
+        raise SpecsError("coldstart.fast can't ask the reference beforehand under FSDP or DeepSpeed in one process: set coldstart.fast=false")
     if config.loss == "dpo+kl": add_kl(trainer, config.lam)
     quiet(trainer)
     return trainer
@@ -256,7 +261,8 @@ def train_coldstart(
     ds, out = read_pairs(pairs), Path(out)
     if not len(ds): raise SpecsError(f"{pairs} holds no pair: look at stage.json beside it for what was dropped")
     trainer = coldstart_trainer(start, ds, out, config, seed, **load)
-    total = trainer.args.max_steps if trainer.args.max_steps > 0 else int(len(trainer.get_train_dataloader()) * trainer.args.num_train_epochs)
+    a = trainer.args
+    total = a.max_steps if a.max_steps > 0 else math.ceil(a.num_train_epochs * math.ceil(len(trainer.get_train_dataloader()) / a.gradient_accumulation_steps))
     trainer.add_callback(watcher("coldstart", total, out / "history.json", ("rewards/chosen", "rewards/rejected", "loss"), tick))
     trainer.add_callback(monitor("coldstart", out))
     go_on(trainer)

@@ -201,6 +201,8 @@ def check(
         if not ok: raise SpecsError(message)
     c = config
     need(c.coldstart.lam >= 0, f"coldstart.lam is λ, the weight of the SFT term: it must be 0 or more, not {c.coldstart.lam}")
+    need(c.data.ood_formats, "data.ood_formats is empty: name at least one format of the OOD test")
+    need(c.threads >= 0, f"threads must be 0 (left to torch) or more, not {c.threads}")
     losses = "dpo+sft", "dpo", "sft", "dpo+kl", "dpo_norm+sft", "none"
     need(c.coldstart.loss in losses, f"coldstart.loss: no {c.coldstart.loss!r}; {nearest(c.coldstart.loss, losses)}")
     for stage in ("zero", "final"): need(getattr(c, stage).steps > 0, f"{stage}.steps must be positive")

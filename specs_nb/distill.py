@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from .core import SpecsError, atomic, derive_seed, read_json
 from .data import conversation
-from .formats import CORRUPTIONS, FORMATS, find_answer, strip_tags
+from .formats import CORRUPTIONS, FORMATS, announced, find_answer, strip_tags
 from .generate import Job, Sampling, answer_all
 from .grading import consistent, grade
 from .judge import JUDGED_KINDS, calibrate, calibration_table, in_bulk
@@ -26,9 +26,9 @@ def mend(
     "Reasoning and answer of a completion that doesn't keep the format."
     parts = next((p for f in FORMATS.values() if (p := f.parse(text))), None)
     if not parts:
-        answer = find_answer(text)
+        at, answer = announced(text)
         if not answer: return None
-        parts = text[:text.rindex(answer)].removesuffix("\\boxed{"), answer
+        parts = text[:at], answer
     reasoning = strip_tags(parts[0]).strip().removesuffix("Answer:").strip()
     lines = [l for l in reasoning.splitlines() if not l.startswith("```")]  # a fence is no thought
     while lines and lines[-1].strip() in ("", parts[1]): lines.pop()        # nor is the answer, said twice
@@ -101,8 +101,8 @@ def pair_up(
 
 def make_pairs(
     rows:list,         # of the schema
-    chosen:list,       # for each row the chosen (reasoning, answer)
-    rejected:list,     # for each row the (reasoning, answer) of the rejected side
+    chosen:list,       # for each row its chosen (reasoning, answer)s
+    rejected:list,     # for each row the (reasoning, answer)s of the rejected side
     format,            # the format that is trained
     corruptions:list,  # names of `CORRUPTIONS`
     max_pairs:int,     # at most so many
@@ -195,7 +195,7 @@ def distill(
     "Make preference pairs from two models' answers (the paper's stage 1); raises `SpecsError` if none is left."
     out, c, paths = Path(out), config, {"zero": zero, "base": base}
     draw = Sampling(c.n_samples, c.temperature, c.max_new_tokens, c.batch_size)
-    jobs = {who: Job(who if who in paths else "teacher", paths.get(who, who), rows, format.instruction) for who in (c.teacher, c.rejected)}
+    jobs = {who: Job(who if who in paths else "teacher" if who == c.teacher else "rejected", paths.get(who, who), rows, format.instruction) for who in (c.teacher, c.rejected)}
     texts = answer_all(list(jobs.values()), draw, seed, out / "samples", stage="pairs", keep=False, **how)
     sides = {"rejected": jobs[c.rejected].name, "chosen": jobs[c.teacher].name}
     verdicts, turns, parts = in_bulk(second, lambda ask: _choose(rows, texts, sides, format, c, seed, out / "samples.parquet", ask))
@@ -208,7 +208,7 @@ def distill(
             yield p
     write_pairs(counted(), out / "pairs.parquet")
     facts = dict(pairs=len(turns), questions=len(ids), verdicts=verdicts, corruptions=dict(sorted(kinds.items())))
-    return {**facts, **_second_facts(second, judged_cases(rows, texts[sides["chosen"]], format), compare, seed)} if second else facts
+    return {**facts, **_second_facts(second, judged_cases(rows, texts[sides["chosen"]], format) if compare else [], compare, seed)} if second else facts
 
 def _second_facts(second, cases, compare, seed):
     table = calibrate(second, cases, compare, seed) if compare else []
@@ -233,8 +233,12 @@ def _choose(rows, texts, sides, format, c, seed, path, ask):
     turns = take_turns(array("l", map(min, *counts.values())), c.max_pairs, derive_seed(seed, "pairs"))
     drawn, parts = {i for i, _ in turns}, {}
     for side, name in sides.items(): parts[side] = {i: [p for t in ts if (p := _look(side, t, rows[i], format, c, ask)[1])] for i, ts in enumerate(texts[name]) if i in drawn}
-    if c.teacher == c.rejected: parts["rejected"] = {i: p[::-1] for i, p in parts["rejected"].items()}  # not the same answer on both sides, where there are several
+    if c.teacher == c.rejected: parts["rejected"] = {i: _apart(parts["chosen"][i], p) for i, p in parts["rejected"].items()}
     return {m: verdicts[m] for m in dict.fromkeys((sides["chosen"], sides["rejected"]))}, turns, parts
+
+def _apart(chosen, rejected):
+    "The rejected side in the rotation in which answers meet themselves least"
+    return min((rejected[k:] + rejected[:k] for k in range(len(rejected))), key=lambda r: sum(a == b for a, b in zip(chosen, r)))
 
 def _look(side, text, row, format, c, ask):
     "Verdict on a completion, and the (reasoning, answer) that it can give to its side, or None"

@@ -69,7 +69,7 @@ def score(
     parts, answer = FORMATS[format].parse(text), answer_in(text, format)
     right = grade(answer, row["answer"], row["kind"], row["choices"]) if answer else False
     if right is None and ask and row["kind"] in JUDGED_KINDS: right = ask("answer", question=row["question"], gold=row["answer"], prediction=answer)
-    return {"format": parts is not None, "accuracy": right, "strict": None if right is None else bool(right and parts)}
+    return {"format": parts is not None, "accuracy": right, "strict": right if parts else False}
 
 def answer_in(
     text:str,    # a completion, or None

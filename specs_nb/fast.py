@@ -25,6 +25,7 @@ def read_prompts(
     "Keys and values of all tokens of the prompts but the last."
     from transformers import DynamicCache
     base = base_of(model)
+    if hasattr(base.base_model, "rope_deltas"): base.base_model.rope_deltas = None  # of an earlier batch, which may have had images
     cache = DynamicCache(config=base.config.get_text_config(decoder=True))
     base.base_model(**{k: v[:, :-1] if k in PER_TOKEN else v for k, v in inputs.items()}, past_key_values=cache, use_cache=True)
     return cache, getattr(base.base_model, "rope_deltas", None) if "image_grid_thw" in inputs else None
@@ -76,6 +77,16 @@ def score(
     return torch.cat(logps)[back], torch.cat(entropies)[back]
 
 # %% ../nbs/29_fast.ipynb #5e214e9e
+def _draw(logits, temperature, suppress):
+    "A token for each row, and its log-probability"
+    import torch
+    logps = (logits / (temperature or 1.)).log_softmax(-1)
+    p = logps.exp()
+    if suppress: p[:, suppress] = 0
+    token = torch.multinomial(p, 1) if temperature else p.argmax(-1, keepdim=True)
+    return token, logps.gather(1, token)[:, 0]
+
+# %% ../nbs/29_fast.ipynb #e24d80d3
 def write(
     model,             # of transformers, or an adapter around it
     inputs:dict,       # of the model, one row a prompt, padded on the left
@@ -111,14 +122,6 @@ def write(
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
     return tuple([r[:k] for r, k in zip(x.tolist(), lengths.tolist())] for x in (tokens, logps))
 
-def _draw(logits, temperature, suppress):
-    import torch
-    logps = (logits / (temperature or 1.)).log_softmax(-1)
-    p = logps.exp()
-    if suppress: p[:, suppress] = 0
-    token = torch.multinomial(p, 1) if temperature else p.argmax(-1, keepdim=True)
-    return token, logps.gather(1, token)[:, 0]
-
 # %% ../nbs/29_fast.ipynb #2ad7f035
 def _cut(name, value, images, inputs):
     "A field of the processor cut into one piece a row; None if it isn't clear how."
@@ -131,7 +134,7 @@ def _cut(name, value, images, inputs):
 
 def pick_images(
     inputs:dict,  # fields of the processor
-    images:list,  # images of each row, their number
+    images:list,  # how many images each row has
     rows,         # rows to take
 ):                # the same fields; None if one can't be cut by rows
     "Fields of the processor for some rows."
@@ -142,7 +145,11 @@ def pick_images(
 
 class Once:
     "A processor that reads what comes `n` times in a row once, and repeats the result"
-    def __init__(self, processor, n): self.processor, self.n = processor, n
+    def __init__(
+        self,
+        processor,  # of the model
+        n:int,      # rows in a row with the same prompt and the same images
+    ): self.processor, self.n = processor, n
     def __getattr__(self, name): return getattr(self.processor, name)
     def __call__(self, images=None, text=None, **how):
         n, whole = self.n, lambda: self.processor(images=images, text=text, **how)
@@ -153,18 +160,16 @@ class Once:
         return whole() if many is None else type(few)(many)
 
 # %% ../nbs/29_fast.ipynb #5358d7ef
-_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
-
 def why_stock(
     trainer,  # a GRPOTrainer
 ):            # one line, or None
     "Why nothing of the step can be made faster."
-    a, base = trainer.args, base_of(trainer.model)
+    base = base_of(trainer.model)
     if trainer.use_vllm: return "vLLM writes the answers"
     if trainer.accelerator.num_processes > 1: return "several processes train together"
     if trainer.use_transformers_continuous_batching or trainer.tools or trainer.rollout_func or trainer.environment_factories: return "TRL writes in a way of its own (tools, environments, rollouts or continuous batching)"
     if base.config._attn_implementation not in ("sdpa", "eager"): return f"attention {base.config._attn_implementation} was not tried"
-    if any(m.p for m in base.modules() if type(m).__name__ == "Dropout"): return "dropout is on"
+    if any(m.p for m in base.modules() if type(m).__name__ == "Dropout") or getattr(base.config.get_text_config(decoder=True), "attention_dropout", 0): return "dropout is on"
     kinds = {str(getattr(c, "peft_type", "")).split(".")[-1] for c in getattr(trainer.model, "peft_config", {}).values()}
     if kinds - {"LORA"}: return f"adapters of kind {', '.join(sorted(kinds))} were not tried"
     if trainer.aux_loss_enabled: return "a mixture of experts has a loss of its own"
@@ -190,8 +195,8 @@ def why_stock_scoring(
 TOLERANCE = 1e-3, .05  # of a token's log-probability: the largest difference in float32, the mean in 16 bits
 
 # %% ../nbs/29_fast.ipynb #e8f855aa
-class _Fast:
-    "What is replaced in TRL's trainer"
+class _Judge:
+    "Which parts of TRL's trainer are replaced"
     _few = _group = None  # fields of the prompts that are being written to; prompt of each row that is being scored
 
     def _fast(self, part):
@@ -205,6 +210,9 @@ class _Fast:
         self._why[part] = why
         if why: print(f"{part} of answers is left to TRL, at its speed: {why}", flush=True)
 
+# %% ../nbs/29_fast.ipynb #2eecc2bd
+class _Writing(_Judge):
+    "Prompts encoded and answers written"
     def _tokenize_prompts(self, prompts):
         n, self._few = self.num_generations, None
         if not self._fast("writing") or len(prompts) % n: return super()._tokenize_prompts(prompts)
@@ -232,16 +240,9 @@ class _Fast:
             _compare(self, "writing", _pad(logps[::n], 0., "right").to(stock), stock, mask)
         return ids
 
-    def _generate_and_score_completions(self, inputs):
-        n, real, scoring = self.num_generations, self.processing_class, self._fast("scoring") and len(inputs) % self.num_generations == 0
-        if self.model.training and hasattr(real, "image_processor"): self.processing_class = Once(real, n)
-        try: out = super()._generate_and_score_completions(inputs)
-        finally: self.processing_class = real
-        if scoring:
-            out["group"] = _groups(out, n)
-            if "scoring" not in self._tried: _try(self, "scoring", lambda: self._check_scores(out))
-        return out
-
+# %% ../nbs/29_fast.ipynb #ca7548fe
+class _Scoring(_Judge):
+    "Answers scored"
     def _check_scores(self, out):
         import torch
         ids, mask = (torch.cat([out[f"prompt_{k}"], out[f"completion_{k}"]], 1) for k in ("ids", "mask"))
@@ -270,6 +271,19 @@ class _Fast:
         images = pick_images(fields, num_images or [0] * len(ids), first.tolist())
         if images is None: raise ValueError(f"{_UNCLEAR} {', '.join(fields)}")
         with self.accelerator.autocast(): return score(model, ids, mask, n, group, images, first)
+
+# %% ../nbs/29_fast.ipynb #9f43e766
+class _Fast(_Scoring, _Writing):
+    "What is replaced in TRL's trainer"
+    def _generate_and_score_completions(self, inputs):
+        n, real, scoring = self.num_generations, self.processing_class, self._fast("scoring") and len(inputs) % self.num_generations == 0
+        if self.model.training and hasattr(real, "image_processor"): self.processing_class = Once(real, n)
+        try: out = super()._generate_and_score_completions(inputs)
+        finally: self.processing_class = real
+        if scoring:
+            out["group"] = _groups(out, n)
+            if "scoring" not in self._tried: _try(self, "scoring", lambda: self._check_scores(out))
+        return out
 
 # %% ../nbs/29_fast.ipynb #fd09de09
 def fast_trainer(

@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'PAPER_CORRUPTIONS', 'CORRUPTIONS', 'blank', 'TagFormat', 'boxed', 'BoxedFormat', 'LineFormat',
            'JsonFormat', 'drop_all_tags', 'drop_answer_tags', 'drop_think_tags', 'plain_answer', 'shift_tags',
            'unclosed_answer', 'unopened_think', 'trailing_words', 'repeated_answer', 'fenced', 'capital_tags',
-           'strip_tags', 'find_answer']
+           'strip_tags', 'find_answer', 'announced']
 
 # %% ../nbs/20_formats.ipynb #ac5eafff
 import json, re
@@ -283,7 +283,7 @@ def capital_tags(
 CORRUPTIONS = PAPER_CORRUPTIONS | {f.__name__: f for f in (unclosed_answer, unopened_think, trailing_words, repeated_answer, fenced, capital_tags)}
 
 # %% ../nbs/20_formats.ipynb #bf8e571c
-_SAYS = re.compile(r"(?:final answer|answer)(?: is|:)\s*", re.I)
+_SAYS = re.compile(r"(?:\bthe )?(?:final )?answer(?: is|:)\s*", re.I)
 _TAGS = re.compile(r"</?(?:think|answer)>|\[/?(?:reason|final)\]", re.I)
 _OPEN = re.compile(r"(?:<answer>|\[final\])", re.I)
 
@@ -299,8 +299,17 @@ def find_answer(
     "The answer of a completion, kept to a format or not: a parse, an open tag, a box, `Answer:`, or the last line."
     for f in FORMATS.values():
         if (parts := f.parse(text)): return parts[1]
-    if (m := list(_OPEN.finditer(text))): text = text[m[-1].end():].split("<")[0].split("[/")[0]
-    elif (found := boxed(text)): return found[-1].strip() or None
-    elif (m := list(_SAYS.finditer(text))): text = text[m[-1].end():].splitlines()[0] if text[m[-1].end():] else ""
-    lines = [line for line in strip_tags(text).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else None
+    return announced(text)[1]
+
+def announced(
+    text:str,  # a completion that keeps no format
+)->tuple:      # (place where its announcement begins, the answer as written); (None, None) without one
+    "The answer and where it begins, with the tag, the box or the words that announce it."
+    at, said = None, text
+    if (m := list(_OPEN.finditer(text))): at, said = m[-1].start(), text[m[-1].end():].split("<")[0].split("[/")[0]
+    elif (found := boxed(text)): at, said = text.rindex("\\boxed{" + found[-1]), found[-1]
+    elif (m := list(_SAYS.finditer(text))): at, said = m[-1].start(), (text[m[-1].end():].splitlines() or [""])[0]
+    if at is not None and said in boxed(text): return (at, said.strip()) if said.strip() else (None, None)
+    lines = [line for line in strip_tags(said).splitlines() if line.strip()]
+    if not lines: return None, None
+    return text.rindex(lines[-1].strip()) if at is None else at, lines[-1].strip()

@@ -202,7 +202,7 @@ def draw(
     torch.manual_seed(seed)
     model.eval()
     try:
-        ids, logps = _written(model, inputs, how, lambda answers: _score_row(model, processor, *next((r, i) for r, i, f in zip(rows, instructions, failed) if not f), answers, how.temperature or 1.))
+        ids, logps = _written(model, inputs, how, seed, lambda answers: _score_row(model, processor, *next((r, i) for r, i, f in zip(rows, instructions, failed) if not f), answers, how.temperature or 1.))
         drawn = [Completion(t, i, l) for t, i, l in zip(tok.batch_decode(ids, skip_special_tokens=True), ids, logps)]
         groups = iter(drawn[i:i + how.n] for i in range(0, len(drawn), how.n))
         out = [f or next(groups) for f in failed]
@@ -222,7 +222,7 @@ def _add_logps(model, processor, rows, instructions, drawn):
 # %% ../nbs/31_generate.ipynb #9ccde54c
 _writes = {}  # model type and precision → can `fast.write` be used?
 
-def _written(model, inputs, how, check):
+def _written(model, inputs, how, seed, check):
     "Tokens of each completion, and their log-probabilities at temperature 1 or None"
     import torch
     kind = model.config.model_type, model.dtype
@@ -234,6 +234,7 @@ def _written(model, inputs, how, check):
             why = "its log-probabilities are not those of a plain pass"
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, NotImplementedError) as e: _writes[kind], why = False, f"{type(e).__name__}: {_line(e)}"
         print(f"{'sample':10} {kind[0]} is left to transformers' generate: {why}", flush=True)
+    torch.manual_seed(seed)  # whatever `write` has drawn before it was given up
     with torch.no_grad(): out = model.generate(**inputs, **how.kwargs, repetition_penalty=1., pad_token_id=model.generation_config.pad_token_id or next(iter(_ends(model))))
     ids = [_until(ids, _ends(model)) for ids in out[:, inputs["input_ids"].shape[1]:].tolist()]
     return ids, [None] * len(ids)
@@ -305,11 +306,22 @@ class Transformers:
         import transformers
         return f"transformers {transformers.__version__}"
 
-    def sample(self, rows, instructions, how, seed):
-        "For each row `Completion`s or `Failed`."
+    def sample(
+        self,
+        rows:list,         # of the schema
+        instructions:list, # of the format that is asked for, one a row
+        how:Sampling,      # how to draw
+        seed:int,          # of the batch
+    )->list:               # for each row `how.n` `Completion`s, or `Failed`
+        "Completions of one batch."
         return draw(self.model, self.processor, rows, instructions, how, seed)
 
-    def score(self, rows, instructions, answers):
+    def score(
+        self,
+        rows:list,         # of the schema
+        instructions:list, # of the format that is asked for, one a row
+        answers:list,      # for each row a list of answers, each a list of tokens
+    )->list:               # for each row and answer, the log-probability of each token
         "Log-probabilities of given tokens."
         return score(self.model, self.processor, rows, instructions, answers)
 
@@ -408,8 +420,14 @@ class VLLM:
     @staticmethod
     def version(): return f"vLLM {vllm_version()}"
 
-    def sample(self, rows, instructions, how, seed):
-        "For each row `Completion`s or `Failed`."
+    def sample(
+        self,
+        rows:list,         # of the schema
+        instructions:list, # of the format that is asked for, one a row
+        how:Sampling,      # how to draw
+        seed:int,          # of the batch
+    )->list:               # for each row `how.n` `Completion`s, or `Failed`
+        "Completions of one batch."
         from vllm import SamplingParams, exceptions
         refused = getattr(exceptions, "VLLMClientError", ValueError)  # older versions raise a ValueError
         def ask(numbers):
@@ -428,7 +446,12 @@ class VLLM:
         texts = tokenizer_of(self.processor).batch_decode([list(c.token_ids) for c in out.outputs], skip_special_tokens=True)
         return [Completion(t, list(c.token_ids), [d[i].logprob for d, i in zip(c.logprobs, c.token_ids)] if how.logps else None) for t, c in zip(texts, out.outputs)]
 
-    def score(self, rows, instructions, answers):
+    def score(
+        self,
+        rows:list,         # of the schema
+        instructions:list, # of the format that is asked for, one a row
+        answers:list,      # for each row a list of answers, each a list of tokens
+    )->list:               # for each row and answer, the log-probability of each token
         "Log-probabilities of given tokens, which vLLM reads as the end of a prompt."
         from vllm import SamplingParams
         params, prompts, whole = SamplingParams(max_tokens=1, prompt_logprobs=0), [], []
@@ -513,8 +536,14 @@ class Server:
     @staticmethod
     def version(): return "a server"
 
-    def sample(self, rows, instructions, how, seed):
-        "For each row `Completion`s or `Failed`."
+    def sample(
+        self,
+        rows:list,         # of the schema
+        instructions:list, # of the format that is asked for, one a row
+        how:Sampling,      # how to draw
+        seed:int,          # of the batch
+    )->list:               # for each row `how.n` `Completion`s, or `Failed`
+        "Completions of one batch."
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(lambda i: self._ask(rows[i], instructions[i], how, derive_seed(seed, str(i))), range(len(rows))))
 
@@ -533,7 +562,14 @@ class Server:
         if long := too_long(reply["usage"]["prompt_tokens"], 0, how.max_new_tokens, self.most): return long
         return [_read_choice(c, how.logps) for c in reply["choices"]]
 
-    def score(self, rows, instructions, answers): raise SpecsError("a chat server can't score given tokens: ask for logps when sampling, or use engine: vllm")
+    def score(
+        self,
+        rows:list,         # of the schema
+        instructions:list, # of the format that is asked for, one a row
+        answers:list,      # for each row a list of answers, each a list of tokens
+    )->list:               # for each row and answer, the log-probability of each token
+        "Never: a chat server reads no answers."
+        raise SpecsError("a chat server can't score given tokens: ask for logps when sampling, or use engine: vllm")
 
 # %% ../nbs/31_generate.ipynb #2988f9f4
 def _is_model(known, path):
@@ -550,9 +586,10 @@ def _data_url(image):
 
 def _read_choice(choice, logps):
     text = choice["message"]["content"] or ""
-    if not logps: return Completion(text, None)
-    tokens = choice["logprobs"]["content"]
-    return Completion(text, [int(t["token"].removeprefix("token_id:")) for t in tokens], [t["logprob"] for t in tokens])
+    tokens = (choice.get("logprobs") or {}).get("content") if logps else None  # a server that isn't vLLM's may tell nothing, or words for tokens
+    if not tokens: return Completion(text, None)
+    known = all(t["token"].startswith("token_id:") for t in tokens)
+    return Completion(text, [int(t["token"].removeprefix("token_id:")) for t in tokens] if known else None, [t["logprob"] for t in tokens])
 
 # %% ../nbs/31_generate.ipynb #44440150
 ENGINES = {"transformers": Transformers, "vllm": VLLM, "server": Server}
@@ -593,12 +630,19 @@ class Job:
     instructions: list  # of the format that is asked for, one a row; or one for all
     how: Sampling = None  # how to draw, where that differs from the other jobs'
 
-    def batches(self, size):
+    def batches(
+        self,
+        size:int,  # rows of a batch
+    ):             # (name, places) of each
         "Name and places of each batch; no row is touched."
         n = len(self.rows)
         return ((f"{self.name}-{i}", range(i, min(i + size, n))) for i in range(0, n, size))
 
-    def batch(self, name, places):
+    def batch(
+        self,
+        name:str,  # of the batch
+        places,    # of its rows
+    ):             # a `Job`
         "The rows of a batch, as a job of its own."
         one = isinstance(self.instructions, str)
         return Job(name, self.model, [_read_row(self.rows, i) for i in places], [self.instructions if one else self.instructions[i] for i in places], self.how)
@@ -653,12 +697,12 @@ class Answers:
     def __iter__(self):
         for name, _ in self.job.batches(self.size): yield from read_json(self.folder / f"{name}.json")
 
-    def surprises(self):
+    def surprises(self):  # yields a list a row
         "For each row and text the mean of -log p over its tokens, in nats; None where that wasn't kept."
         for name, places in self.job.batches(self.size):
             yield from read_json(self.folder / f"{name}.surprise.json") or ([None] * len(ts) for ts in read_json(self.folder / f"{name}.json"))
 
-    def failures(self):
+    def failures(self):  # yields dicts
         "Rows without an answer: row, id, reason."
         for name, places in self.job.batches(self.size):
             for f in read_json(self.folder / f"{name}.failures.json") or []: yield {**f, "row": places[0] + f["row"]}

@@ -299,7 +299,8 @@ def parser()->argparse.ArgumentParser:  # of the `specs` command
         s = sub.add_parser(name, help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
                            aliases=["distill"] if name == "pairs" else [])
         s.add_argument("-c", "--config", metavar="FILE", help=f"a YAML file, or one of {', '.join(builtin_configs())}; without it, the run folder's own or the defaults")
-        s.add_argument("--run-dir", default="runs/default", metavar="DIR", help="the run folder (runs/default)")
+        home = "runs/ablate" if name == "ablate" else "runs/default"
+        s.add_argument("--run-dir", default=home, metavar="DIR", help=f"the run folder ({home})")
         s.add_argument("--launcher", default="", metavar="COMMAND", help="start each stage by it: 'torchrun --nproc_per_node 8', ddp, fsdp2, zero2, zero3, 'srun torchrun …'")
         s.add_argument("--fleet", default="", metavar="ADDRESS", help="answer questions by a Ray cluster: local, auto, or ray://host:10001")
         s.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the file")

@@ -12,6 +12,7 @@ __all__ = ['LOOKS', 'INK', 'CURVES', 'EXTRA', 'GF_WORDS', 'WEB', 'CHARTS_JS', 'P
            'run_differences', 'config_differences', 'compared_charts', 'compare', 'over_seeds', 'grid_report']
 
 # %% ../nbs/75_report.ipynb #bcb2d4b6
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from .core import SpecsError, atomic, read_json
@@ -60,7 +61,7 @@ def lines(
     "One line for each name, long ones smoothed; values that are missing are left out."
     out = []
     for name, (_, points) in series.items():
-        points = [(x, y) for x, y in points if y is not None and y == y]
+        points = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
         means = smooth([y for _, y in points], len(points) // 12 * 2 + 1 if len(points) > 15 else 1)
         out += [dict(name=name, x=x, y=m, **({"raw": y} if len(points) > 15 else {})) for (x, y), m in zip(points, means)]
     return Chart(id, title, "lines", out, {n: ink for n, (ink, _) in series.items()}, **{"x": "step", **more})
@@ -268,7 +269,7 @@ def csv(
     out, keys = io.StringIO(), [*table.by, "mean", "lo", "hi", "n"]
     w = writer.writer(out, lineterminator="\n")
     w.writerow(keys)
-    safe = lambda x: "'" + x if isinstance(x, str) and x[:1] in ("=", "+", "@", "\t") else x
+    safe = lambda x: "'" + x if isinstance(x, str) and x[:1] in ("=", "+", "-", "@", "\t", "\r") else x
     for row in table.rows: w.writerow(["" if row.get(k) is None else safe(row[k]) for k in keys])
     return out.getvalue()
 
@@ -508,10 +509,15 @@ def _trainer(config, stage):
     t = t if isinstance(t, dict) else {}
     return ", ".join([words.format(t[k]) for k, words in _KNOBS.items() if k in t] + [f"{k} = {v}" for k, v in t.items() if k not in _KNOBS and k not in _SILENT])
 
+def _weights(c, stage):
+    "Which weights a stage trains"
+    q = at(c, f"{stage}.qlora") is True
+    return f"{'Q' * q}LoRA of rank {at(c, f'{stage}.lora_rank')}, merged at the end" if q or at(c, f"{stage}.lora") is True else "all weights"
+
 def _grpo(c, stage, start):
     rewards = at(c, f"{stage}.rewards", {})
     paid = " + ".join(f"{w:g} × {name}" for name, w in rewards.items()) if isinstance(rewards, dict) else "?"
-    return f"{at(c, f'{stage}.steps')} steps of GRPO from the {start} ({_trainer(c, stage)}; reward: {paid})"
+    return f"{at(c, f'{stage}.steps')} steps of GRPO from the {start} ({_trainer(c, stage)}; {_weights(c, stage)}; reward: {paid}, where format pays 0.5 and accuracy 1)"
 
 # %% ../nbs/75_report.ipynb #22ea676f
 _LOSSES = {"dpo+sft": "DPO + λ·SFT", "dpo": "DPO", "sft": "SFT on the chosen answers", "dpo+kl": "DPO + λ·KL to the base", "dpo_norm+sft": "length-normalised DPO + λ·SFT"}
@@ -521,16 +527,17 @@ def _pairs_words(c, p):
     "How the pairs were made"
     who = lambda key: MODELS.get(at(c, f"distill.{key}"), at(c, f"distill.{key}"))
     made = f"{p.get('pairs', '?')} preference pairs over {p.get('questions', '?')} questions"
+    also = at(c, "distill.formats", "none")
     how = ["a right answer whose format can be mended was mended"] * (at(c, "distill.mend") is True) + ["answers whose reasoning ends elsewhere were dropped"] * (at(c, "distill.check_consistency") is True)
     return (f"To each of {at(c, 'distill.n_prompts')} training questions, {who('teacher')} and {who('rejected')} gave {at(c, 'distill.n_samples')} answers (temperature {at(c, 'distill.temperature')}, "
             f"at most {at(c, 'distill.max_new_tokens')} new tokens), which made {made}. Chosen: right answers of {who('teacher')}{''.join('; ' + h for h in how)}. Rejected: "
-            f"from {who('rejected')}, {_DIFFER.get(at(c, 'distill.differ', 'form'), '?').format(at(c, 'distill.corruptions'))}.")
+            f"from {who('rejected')}, {_DIFFER.get(at(c, 'distill.differ', 'form'), '?').format(at(c, 'distill.corruptions'))}"
+            f"{'' if also == 'none' else f'; pairs also ask for {also}, and then the rejected answer keeps the trained format'}.")
 
 def _cold_words(c, s):
     if at(c, "coldstart.loss") == "none": return "There was no cold start."
-    weights = f"LoRA of rank {at(c, 'coldstart.lora_rank')}, merged at the end" if at(c, "coldstart.lora") is True else "all weights"
     lam = f", λ = {at(c, 'coldstart.lam')}" if "+" in str(at(c, "coldstart.loss")) else ""
-    return f"Cold start: {_LOSSES.get(at(c, 'coldstart.loss'), at(c, 'coldstart.loss'))}{lam} on these pairs, {s.get('steps', '?')} steps ({_trainer(c, 'coldstart')}; {weights})."
+    return f"Cold start: {_LOSSES.get(at(c, 'coldstart.loss'), at(c, 'coldstart.loss'))}{lam} on these pairs, {s.get('steps', '?')} steps ({_trainer(c, 'coldstart')}; {_weights(c, 'coldstart')})."
 
 def methods(
     run:dict,  # from `read_run`
@@ -789,7 +796,7 @@ A gain of zero, or a loss, on either side gives 0: nothing generalized. How larg
 """
 VERDICTS = dict(kept="right and in form", mended="right, its form was mended", wrong="wrong answer", unreadable="no answer with a reasoning to be found",
                 ungradable="the grader had no opinion", malformed="right, but out of form, and mending is off", unmendable="its own text breaks the format",
-                inconsistent="the reasoning ends on another answer")
+                inconsistent="the reasoning ends on another answer", unanswered="the question could not be asked")
 TEMPLATES["distilled"] = """<h2>Distillation: what was kept, what was dropped</h2>
 {% set p = run.stages.pairs %}{% if p.verdicts %}<p>{{ p.pairs }} pairs of {{ p.questions }} questions.</p>
 <table><thead><tr><th>verdict</th><th>why</th>{% for m in p.verdicts %}<th class="n">{{ models[m] or m }}</th>{% endfor %}</tr></thead>
@@ -1052,6 +1059,6 @@ def grid_report(
     seeds = sorted({v["n"] for v in spans.values()})
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     return fill(dict(scores=charts), dict(grid=Table("grid", title, rows, ("what", "arm", "model"))), ["grid"], Path(out), name=Path(out).resolve().parent.name, kind="grid", date=None, title=title,
-                findings=[f"{len({r['arm'] for r in rows})} arms, {seeds[0]} to {seeds[-1]} seeds each."], caution="Intervals are Student's 95 % intervals over seeds: the choice of questions, and the variation between trainings.")
+                findings=[f"{len({r['arm'] for r in rows})} arms, {seeds[0] if len(seeds) == 1 else f'{seeds[0]} to {seeds[-1]}'} seeds each."], caution="Intervals are Student's 95 % intervals over seeds: the choice of questions, and the variation between trainings.")
 
 TEMPLATES["grid"] = _MACROS + """<h2>By arm</h2><p>Percent, mean over seeds.</p><div class="grid">{% for c in charts.scores %}{{ m.figure(c) }}{% endfor %}</div>{{ m.folded(tables.grid) }}"""

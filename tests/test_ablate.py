@@ -49,7 +49,7 @@ def test_tables(grid):
 
 @pytest.mark.parametrize("text, says", [
     ("arms: {}", "no arms"), ("armz: {a: {}}", "did you mean 'arms'"), ("arms: {a: {sett: {}}}", "did you mean 'set'"),
-    ("arms: {a: {seeds: many}}", "no seeds 'many'"), ("arms: {a: {}}\ncontrasts: [{claim: x, a: a, b: c}]", "no arm 'c'"), ("arms: [", "no valid YAML")])
+    ("arms: {a: {seeds: many}}", "no seeds 'many'"), ("arms: {a: {}}\nset: [x]", "set must be a mapping"), ("arms: [", "no valid YAML")])
 def test_bad_grid(tmp_path, text, says):
     (tmp_path / "g.yaml").write_text(text)
     with pytest.raises(SpecsError, match=says): read_grid(tmp_path / "g.yaml")
