@@ -117,6 +117,7 @@ def plan(
             cells[arm, s] = _plan_cell(grid, arm, s, keys, more, nodes, (grid.arms[arm].seeds != "main", s, place))
     return nodes, cells
 
+# %% ../nbs/79_ablate.ipynb #b7e7a2ac
 def _plan_cell(grid, arm, seed, keys, more, nodes, rank):
     "The nodes of one arm with one seed; gives what → node's name"
     config = arm_config(grid, arm, seed, more)
@@ -190,6 +191,7 @@ def _work(folder, home, node, run_stage):
 def _link(path, to):
     if not path.is_symlink(): path.symlink_to(to)
 
+# %% ../nbs/79_ablate.ipynb #ef9a306f
 def _teach(home, node):
     from specs_nb.teacher import train_teacher
     stage = Stage(home / "teacher", node.key, OUTPUTS["teacher"])
@@ -228,6 +230,7 @@ def run_grid(
     errors.update({n: "not done, since a stage before it failed" for n in left})
     return errors
 
+# %% ../nbs/79_ablate.ipynb #ca505670
 def _patient():
     "An idle worker leaves Ctrl-C to the first process; one at work asks for its own"
     import signal
@@ -299,6 +302,7 @@ def add_grid_options(
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="stages side by side (as many as there are cores)")
     parser.add_argument("--plan", action="store_true", help="only say what there is to do")
 
+# %% ../nbs/79_ablate.ipynb #d44b4467
 def ablate(
     args,       # from `pipeline.parse`
     keys,       # `pipeline.keys`

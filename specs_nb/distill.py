@@ -81,6 +81,15 @@ def take_turns(
     order = sorted(range(len(counts)), key=places.__getitem__)
     return list(islice(((i, k) for k in range(max(counts, default=0)) for i in order if counts[i] > k), most))
 
+# %% ../nbs/50_distill.ipynb #cbea7d0b
+def _spoil(parts, asked, trained, corruption, differ):
+    "What was done to the rejected side, and its text"
+    if differ == "answer": return "wrong_answer", asked.render(*parts)
+    if asked is not trained: return "other_format", trained.render(*parts)
+    return corruption, CORRUPTIONS[corruption](trained.render(*parts), trained)
+
+def _says(text): return [{"role": "assistant", "content": text}]
+
 def pair_up(
     rows:list,         # of the schema
     turns:list,        # from `take_turns`
@@ -99,6 +108,7 @@ def pair_up(
         how, bad = _spoil(rejected[i][k], fmt, format, corruptions[turn % len(corruptions)], differ)
         yield {**rows[i], "prompt": conversation(rows[i], fmt.instruction), "chosen": _says(fmt.render(*chosen[i][k])), "rejected": _says(bad), "corruption": how}
 
+# %% ../nbs/50_distill.ipynb #ca96e02f
 def make_pairs(
     rows:list,         # of the schema
     chosen:list,       # for each row its chosen (reasoning, answer)s
@@ -113,15 +123,6 @@ def make_pairs(
     "Pairs, spread over questions, formats and corruptions."
     turns = take_turns([min(len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)], max_pairs, seed)
     return list(pair_up(rows, turns, chosen, rejected, format, corruptions, differ, formats))
-
-# %% ../nbs/50_distill.ipynb #4b26d819
-def _spoil(parts, asked, trained, corruption, differ):
-    "What was done to the rejected side, and its text"
-    if differ == "answer": return "wrong_answer", asked.render(*parts)
-    if asked is not trained: return "other_format", trained.render(*parts)
-    return corruption, CORRUPTIONS[corruption](trained.render(*parts), trained)
-
-def _says(text): return [{"role": "assistant", "content": text}]
 
 # %% ../nbs/50_distill.ipynb #d756da61
 def write_pairs(

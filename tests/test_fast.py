@@ -58,6 +58,17 @@ def test_groups_divided_over_batches(tmp_path):
     "A shuffled generation batch that is used in two parts, each with rows of all groups"
     same(*trainer(tmp_path, per_device_train_batch_size=4, steps_per_generation=2, gradient_accumulation_steps=2))
 
+def test_a_batch_without_pictures_after_one_with(monkeypatch):
+    "Qwen2.5-VL keeps the last batch's positions in itself; they must not reach the next one"
+    from specs_nb import generate as g
+    model, processor = load_model("tiny")
+    how, asks = g.Sampling(temperature=0., max_new_tokens=24), [FMT.instruction] * 4
+    ids = lambda: [c.ids for (c,) in g.draw(model, processor, rows(4, eyes=False), asks, how)]
+    g.draw(model, processor, rows(4), asks, how)
+    mine = ids()
+    monkeypatch.setattr(g, "_writes", {(model.config.model_type, model.dtype): False})
+    assert mine == ids(), "as generate has it"
+
 def test_greedy_answers_are_generates():
     model, processor = load_model("tiny")
     asked = rows(3)
