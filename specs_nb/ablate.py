@@ -337,6 +337,7 @@ def ablate(
     for name, wrong in errors.items(): print(f"{name}: {wrong} (see stages/{name}/log.txt)", file=sys.stderr)
     return 1 if errors else 0
 
+# %% ../nbs/79_ablate.ipynb #36d75768
 def _write_tables(folder, name, nodes, cells):
     from specs_nb.report import grid_report
     tables = collect(folder, nodes, cells)

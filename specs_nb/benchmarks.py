@@ -291,6 +291,7 @@ def run_lmms(
     write_json(out / "metrics.json", tables)
     return tables
 
+# %% ../nbs/73_benchmarks.ipynb #ecef9896
 def last_error(
     log:str,  # of lmms-eval
 )->str:       # one line

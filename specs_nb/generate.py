@@ -392,6 +392,16 @@ def one_per_image(
     token, vlm = getattr(processor, "image_token_id", None), tokenizer_of(processor) is not processor
     return [t for i, t in enumerate(ids) if not (vlm and t == token and i and ids[i - 1] == token)]
 
+def _with_answers(processor, rows, instructions, answers):
+    "Prompts with an answer behind each, for vLLM; and for each all tokens as transformers has them, and how many are the answer's"
+    prompts, whole = [], []
+    for row, instruction, some in zip(rows, instructions, answers, strict=True):
+        ids = encode(processor, [row], [instruction])["input_ids"][0].tolist()
+        for a in some:
+            prompts.append({"prompt_token_ids": one_per_image(ids, processor) + a, **({"multi_modal_data": {"image": row["images"]}} if row["images"] else {})})
+            whole.append((ids + a, len(a)))
+    return prompts, whole
+
 # %% ../nbs/31_generate.ipynb #66ccb155
 class VLLM:
     "vLLM in this process"
@@ -407,14 +417,7 @@ class VLLM:
         if why := unfit_for_vllm(path, load): raise SpecsError(f"{why}, or engine: transformers")
         from specs_nb.models import load_processor, resolve
         self.processor = load_processor(path)
-        how = dict(dtype=load.get("dtype", "float32"), seed=0, logprobs_mode="raw_logprobs", disable_log_stats=True, **settle())
-        if tokenizer_of(self.processor) is not self.processor: how["limit_mm_per_prompt"] = {"video": 0}
-        for ours, theirs in dict(max_model_len="max_model_len", gpu_memory="gpu_memory_utilization", tensor_parallel="tensor_parallel_size").items():
-            if options.get(ours): how[theirs] = options[ours]
-        from vllm import LLM
-        try:
-            with real_stdout(): self.llm = LLM(model=resolve(path), **{**how, **options.get("options", {})})
-        except (RuntimeError, ValueError, TypeError) as e: raise _vllm_start(e, path, how) from e
+        self.llm = _start_vllm(resolve(path), path, load, options, tokenizer_of(self.processor) is not self.processor)
         self.most = self.llm.llm_engine.model_config.max_model_len
 
     @staticmethod
@@ -454,13 +457,8 @@ class VLLM:
     )->list:               # for each row and answer, the log-probability of each token
         "Log-probabilities of given tokens, which vLLM reads as the end of a prompt."
         from vllm import SamplingParams
-        params, prompts, whole = SamplingParams(max_tokens=1, prompt_logprobs=0), [], []
-        for row, instruction, some in zip(rows, instructions, answers, strict=True):
-            ids = encode(self.processor, [row], [instruction])["input_ids"][0].tolist()
-            for a in some:
-                prompts.append({"prompt_token_ids": one_per_image(ids, self.processor) + a, **({"multi_modal_data": {"image": row["images"]}} if row["images"] else {})})
-                whole.append((ids + a, len(a)))
-        out = self.llm.generate(prompts, params, use_tqdm=False)
+        prompts, whole = _with_answers(self.processor, rows, instructions, answers)
+        out = self.llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
         if any(list(o.prompt_token_ids) != ids for o, (ids, _) in zip(out, whole)): raise SpecsError("vLLM reads other tokens than transformers for the same prompt: engine: transformers")
         scored = iter([[d[i].logprob for d, i in list(zip(o.prompt_logprobs, ids))[-n:]] for o, (ids, n) in zip(out, whole)])
         return [[next(scored) for _ in some] for some in answers]
@@ -474,6 +472,17 @@ def unfit_for_vllm(
     if load.get("quantize"): return "vLLM is not given models quantized here: load without quantize"
     if (Path(path) / "adapter_config.json").exists(): return f"{path} is an adapter, and vLLM is given whole models: merge it first (models.merge_adapter)"
     return ""
+
+def _start_vllm(folder, path, load, options, eyes):
+    "vLLM's engine for a model"
+    how = dict(dtype=load.get("dtype", "float32"), seed=0, logprobs_mode="raw_logprobs", disable_log_stats=True, **settle())
+    if eyes: how["limit_mm_per_prompt"] = {"video": 0}
+    for ours, theirs in dict(max_model_len="max_model_len", gpu_memory="gpu_memory_utilization", tensor_parallel="tensor_parallel_size").items():
+        if options.get(ours): how[theirs] = options[ours]
+    from vllm import LLM
+    try:
+        with real_stdout(): return LLM(model=folder, **{**how, **options.get("options", {})})
+    except (RuntimeError, ValueError, TypeError) as e: raise _vllm_start(e, path, how) from e
 
 def _vllm_start(e, path, how):
     "The error of an engine that didn't start, with the setting to change and by how much."
@@ -549,11 +558,8 @@ class Server:
 
     def _ask(self, row, instruction, how, seed):
         from urllib.error import HTTPError
-        try: content = [{"type": "image_url", "image_url": {"url": _data_url(i)}} for i in row["images"]]
+        try: body = dict(_chat_body(row, instruction, how), model=self.name, seed=seed)
         except Exception as e: return Failed(f"{type(e).__name__}: {_line(e)}")
-        content = content + [{"type": "text", "text": conversation(row, instruction)[0]["content"]}] if content else conversation(row, instruction)[0]["content"]
-        body = dict(how.vllm, model=self.name, messages=[{"role": "user", "content": content}], seed=seed)
-        if how.logps: body |= dict(logprobs=True, return_tokens_as_token_ids=True)
         try: reply = _http(f"{self.url}/chat/completions", body)
         except HTTPError as e:
             if e.code in (400, 413, 422): return Failed(f"refused by the server: {_line(e.read().decode(errors='replace'))}")
@@ -583,6 +589,12 @@ def _data_url(image):
     data = io.BytesIO()
     (image if image.mode in ("RGB", "RGBA", "L") else image.convert("RGB")).save(data, "PNG")
     return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+def _chat_body(row, instruction, how):
+    "What a chat server is sent"
+    text, images = conversation(row, instruction)[0]["content"], [{"type": "image_url", "image_url": {"url": _data_url(i)}} for i in row["images"]]
+    body = dict(how.vllm, messages=[{"role": "user", "content": images + [{"type": "text", "text": text}] if images else text}])
+    return body | (dict(logprobs=True, return_tokens_as_token_ids=True) if how.logps else {})
 
 def _read_choice(choice, logps):
     text = choice["message"]["content"] or ""

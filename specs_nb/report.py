@@ -395,6 +395,7 @@ def first_answers(
         if not a.get("greedy"): out.setdefault(a["split"], {}).setdefault(a["id"], {}).setdefault(a["model"], a)
     return out
 
+# %% ../nbs/75_report.ipynb #6abb76da
 def question_rows(
     run_dir:Path,  # a run folder
 )->dict:           # split → (rows, id → place)
@@ -412,6 +413,7 @@ def question_rows(
         out[split] = rows, {i: place for place, i in enumerate(rows.column("id") if isinstance(rows, Rows) else [r["id"] for r in rows])}
     return out
 
+# %% ../nbs/75_report.ipynb #bc1052e9
 def examples(
     run_dir:Path,  # a run folder
     n:int=40,      # questions of each test
@@ -534,11 +536,13 @@ def _pairs_words(c, p):
             f"from {who('rejected')}, {_DIFFER.get(at(c, 'distill.differ', 'form'), '?').format(at(c, 'distill.corruptions'))}"
             f"{'' if also == 'none' else f'; pairs also ask for {also}, and then the rejected answer keeps the trained format'}.")
 
+# %% ../nbs/75_report.ipynb #76bc14a1
 def _cold_words(c, s):
     if at(c, "coldstart.loss") == "none": return "There was no cold start."
     lam = f", λ = {at(c, 'coldstart.lam')}" if "+" in str(at(c, "coldstart.loss")) else ""
     return f"Cold start: {_LOSSES.get(at(c, 'coldstart.loss'), at(c, 'coldstart.loss'))}{lam} on these pairs, {s.get('steps', '?')} steps ({_trainer(c, 'coldstart')}; {_weights(c, 'coldstart')})."
 
+# %% ../nbs/75_report.ipynb #96bdd69b
 def methods(
     run:dict,  # from `read_run`
 )->str:        # a paragraph; empty without a configuration
@@ -1003,6 +1007,7 @@ TEMPLATES["compared_gf"] = TEMPLATES["gf"].replace("<h2>Generalization Factor</h
 TEMPLATES["compared_curves"] = TEMPLATES["curves"].replace("of one training each", "of single trainings")
 TEMPLATES["compared_passk"] = TEMPLATES["passk"].replace("""<details><summary>The same as a table</summary>{{ m.folded(tables.passk) }}</details>""", "")
 
+# %% ../nbs/75_report.ipynb #3f4bcb1d
 def compare(
     runs:list,  # run folders; the first is what the others are compared with
     out:Path,   # a folder: gets compare.html and report/
