@@ -38,7 +38,7 @@ def bootstrap(
 )->dict:             # mean, lo, hi, n
     "Mean with a bootstrap interval over questions; all None gives None values and n = 0."
     import numpy as np
-    v = np.array(values, dtype=float)
+    v = np.array(values if isinstance(values, array) else list(values), dtype=float)
     v = v[~np.isnan(v)]
     if not len(v): return dict(mean=None, lo=None, hi=None, n=0)
     rng, few = np.random.default_rng(seed), max(1, min(100, 100_000 // len(v)))  # at a time, for memory
