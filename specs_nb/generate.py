@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VLLM_VERSIONS', 'ROW_ERRORS', 'ENGINES', 'SMALL', 'prompt', 'encode', 'Sampling', 'Completion', 'Failed', 'too_long',
-           'context_of', 'score', 'cache_bytes', 'out_of_memory', 'draw', 'sample_batch', 'texts_of', 'Transformers',
-           'vllm_version', 'supported', 'need_vllm', 'settle', 'real_stdout', 'halves', 'one_per_image', 'VLLM',
-           'unfit_for_vllm', 'serve_command', 'Server', 'too_small_for_vllm', 'pick_engine', 'Job', 'answer', 'Answers',
-           'answer_all']
+           'context_of', 'score', 'cache_bytes', 'out_of_memory', 'draw', 'sample_batch', 'texts_of', 'Engine',
+           'Transformers', 'vllm_version', 'supported', 'need_vllm', 'settle', 'real_stdout', 'halves', 'one_per_image',
+           'VLLM', 'unfit_for_vllm', 'serve_command', 'Server', 'too_small_for_vllm', 'pick_engine', 'Job', 'answer',
+           'Answers', 'answer_all']
 
 # %% ../nbs/31_generate.ipynb #06aee498
 import base64, contextlib, io, json, os, re, sys, time
@@ -287,8 +287,32 @@ def texts_of(
     "The texts of what an engine drew."
     return [[None] * n if isinstance(d, Failed) else [c.text for c in d] for d in drawn]
 
+# %% ../nbs/31_generate.ipynb #e1a2b3c4
+class Engine:
+    "Who answers"
+    workers = False  # may several processes share the work?
+
+    def sample(
+        self,
+        rows:list,         # of the schema
+        instructions:list, # of the format that is asked for, one a row
+        how:Sampling,      # how to draw
+        seed:int,          # of the batch
+    )->list:               # for each row `how.n` `Completion`s, or `Failed`
+        "Completions of one batch."
+        raise NotImplementedError
+
+    def score(
+        self,
+        rows:list,         # of the schema
+        instructions:list, # of the format that is asked for, one a row
+        answers:list,      # for each row a list of answers, each a list of tokens
+    )->list:               # for each row and answer, the log-probability of each token
+        "Log-probabilities of given tokens; raises `SpecsError` where they can't be had."
+        raise SpecsError("a chat server can't score given tokens: ask for logps when sampling, or use engine: vllm")
+
 # %% ../nbs/31_generate.ipynb #b1bf3277
-class Transformers:
+class Transformers(Engine):
     "transformers in this process"
     workers = True  # several processes may share the work
 
@@ -306,23 +330,10 @@ class Transformers:
         import transformers
         return f"transformers {transformers.__version__}"
 
-    def sample(
-        self,
-        rows:list,         # of the schema
-        instructions:list, # of the format that is asked for, one a row
-        how:Sampling,      # how to draw
-        seed:int,          # of the batch
-    )->list:               # for each row `how.n` `Completion`s, or `Failed`
-        "Completions of one batch."
+    def sample(self, rows, instructions, how, seed):
         return draw(self.model, self.processor, rows, instructions, how, seed)
 
-    def score(
-        self,
-        rows:list,         # of the schema
-        instructions:list, # of the format that is asked for, one a row
-        answers:list,      # for each row a list of answers, each a list of tokens
-    )->list:               # for each row and answer, the log-probability of each token
-        "Log-probabilities of given tokens."
+    def score(self, rows, instructions, answers):
         return score(self.model, self.processor, rows, instructions, answers)
 
 # %% ../nbs/31_generate.ipynb #6f13676f
@@ -403,9 +414,8 @@ def _with_answers(processor, rows, instructions, answers):
     return prompts, whole
 
 # %% ../nbs/31_generate.ipynb #66ccb155
-class VLLM:
-    "vLLM in this process"
-    workers = False  # one engine fills the device
+class VLLM(Engine):
+    "vLLM in this process; one engine fills the device"
 
     def __init__(
         self,
@@ -423,14 +433,7 @@ class VLLM:
     @staticmethod
     def version(): return f"vLLM {vllm_version()}"
 
-    def sample(
-        self,
-        rows:list,         # of the schema
-        instructions:list, # of the format that is asked for, one a row
-        how:Sampling,      # how to draw
-        seed:int,          # of the batch
-    )->list:               # for each row `how.n` `Completion`s, or `Failed`
-        "Completions of one batch."
+    def sample(self, rows, instructions, how, seed):
         from vllm import SamplingParams, exceptions
         refused = getattr(exceptions, "VLLMClientError", ValueError)  # older versions raise a ValueError
         def ask(numbers):
@@ -449,12 +452,7 @@ class VLLM:
         texts = tokenizer_of(self.processor).batch_decode([list(c.token_ids) for c in out.outputs], skip_special_tokens=True)
         return [Completion(t, list(c.token_ids), [d[i].logprob for d, i in zip(c.logprobs, c.token_ids)] if how.logps else None) for t, c in zip(texts, out.outputs)]
 
-    def score(
-        self,
-        rows:list,         # of the schema
-        instructions:list, # of the format that is asked for, one a row
-        answers:list,      # for each row a list of answers, each a list of tokens
-    )->list:               # for each row and answer, the log-probability of each token
+    def score(self, rows, instructions, answers):
         "Log-probabilities of given tokens, which vLLM reads as the end of a prompt."
         from vllm import SamplingParams
         prompts, whole = _with_answers(self.processor, rows, instructions, answers)
@@ -522,9 +520,8 @@ def _http(url, body=None, timeout=600, tries=3):
         time.sleep(.5 * 2 ** (tries - again - 1))
 
 # %% ../nbs/31_generate.ipynb #5b75f4c9
-class Server:
-    "An OpenAI-compatible vLLM server"
-    workers = False  # requests are side by side already
+class Server(Engine):
+    "An OpenAI-compatible vLLM server; requests are side by side already"
 
     def __init__(
         self,
@@ -545,14 +542,7 @@ class Server:
     @staticmethod
     def version(): return "a server"
 
-    def sample(
-        self,
-        rows:list,         # of the schema
-        instructions:list, # of the format that is asked for, one a row
-        how:Sampling,      # how to draw
-        seed:int,          # of the batch
-    )->list:               # for each row `how.n` `Completion`s, or `Failed`
-        "Completions of one batch."
+    def sample(self, rows, instructions, how, seed):
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(lambda i: self._ask(rows[i], instructions[i], how, derive_seed(seed, str(i))), range(len(rows))))
 
@@ -567,15 +557,6 @@ class Server:
         except OSError as e: raise SpecsError(f"the server at {self.url} can't be reached any more ({_line(e)}): start it again with `{serve_command(self.name, self.url)}`; the same command goes on where this one stopped") from None
         if long := too_long(reply["usage"]["prompt_tokens"], 0, how.max_new_tokens, self.most): return long
         return [_read_choice(c, how.logps) for c in reply["choices"]]
-
-    def score(
-        self,
-        rows:list,         # of the schema
-        instructions:list, # of the format that is asked for, one a row
-        answers:list,      # for each row a list of answers, each a list of tokens
-    )->list:               # for each row and answer, the log-probability of each token
-        "Never: a chat server reads no answers."
-        raise SpecsError("a chat server can't score given tokens: ask for logps when sampling, or use engine: vllm")
 
 # %% ../nbs/31_generate.ipynb #2988f9f4
 def _is_model(known, path):
