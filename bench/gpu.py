@@ -1,9 +1,10 @@
 """How fast and how large: distillation (answering), DPO and GRPO on a model of 7B's shape with random weights, all weights or LoRA or QLoRA.
 
-No GPU has run this yet. On a CPU with the embedded model it only shows that the script works:
+What an H100 said is in results/gpu_*.json. On a CPU with the embedded model it only shows that the script works:
 
     python bench/gpu.py --shape tiny --device cpu           # seconds; figures that mean nothing for a GPU
     python bench/gpu.py gpu.json                            # the 7B shape on the GPU at hand, LoRA and QLoRA
+    python bench/gpu.py --shape 3b --compare                # and TRL as it is beside our faster steps
     specs doctor -c qwen7b_qlora_80gb --rate gpu.json       # its pace as the doctor's
 
 Weights are drawn from the configuration, nothing is downloaded; they are written once to a temporary folder (16 GiB for 7B) so that the
@@ -50,8 +51,9 @@ class Clock:
     "Seconds of each step after the first, and the peak memory."
     def __init__(self, cuda): self.cuda, self.at = cuda, []
     def start(self):
-        import torch
+        import gc, torch
         from specs_nb.core import reset_peak_memory
+        gc.collect()  # the last measurement's trainer holds itself, and its model
         if self.cuda: torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
         else: reset_peak_memory()
         return self
@@ -78,7 +80,7 @@ def timed(trainer, clock):
     trainer.train()
 
 
-def distill(start, a, how, load, shape, tmp):
+def distill(start, a, how, load, shape, tmp, fast):
     "Answering: the prompts of one batch, each with `new` tokens."
     import torch
     from specs_nb.doctor import generation
@@ -101,7 +103,7 @@ def distill(start, a, how, load, shape, tmp):
 def image_tokens(inputs, model): return int((inputs["input_ids"] == model.config.image_token_id).sum())
 
 
-def dpo(start, a, how, load, shape, tmp):
+def dpo(start, a, how, load, shape, tmp, fast):
     "DPO + SFT: pairs of answers of some `new` tokens."
     from specs_nb.coldstart import coldstart_trainer
     from specs_nb.core import ColdStartStage
@@ -117,7 +119,7 @@ def dpo(start, a, how, load, shape, tmp):
     write_pairs(make_pairs(rows, said, said, FORMATS["think_answer"], ["plain_answer"], n), tmp / "pairs.parquet")
     clock = Clock(a.device == "cuda").start()
     stage = ColdStartStage(lora=how == "lora", qlora=how == "qlora", trainer=dict(per_device_train_batch_size=a.micro, max_steps=a.steps + 2,
-                           learning_rate=1e-6, gradient_checkpointing=a.checkpoint, bf16=a.device == "cuda", save_strategy="no"))
+                           learning_rate=1e-6, gradient_checkpointing=a.checkpoint, bf16=a.device == "cuda", save_strategy="no"), fast=fast)
     trainer = coldstart_trainer(start, read_pairs(tmp / "pairs.parquet"), tmp / "dpo", stage, **load)
     seen = []
     compute = trainer.compute_loss
@@ -131,7 +133,7 @@ def dpo(start, a, how, load, shape, tmp):
     return facts(clock, generated=0, trained=t, flops=(train_flops(how) + 2) * shape.total * t, expect=expect)  # + 2: the reference reads too
 
 
-def grpo(start, a, how, load, shape, tmp):
+def grpo(start, a, how, load, shape, tmp, fast):
     "GRPO: one micro-batch of rollouts answered, scored and trained a step."
     from specs_nb.core import GRPOStage
     from specs_nb.doctor import generation, training
@@ -139,8 +141,7 @@ def grpo(start, a, how, load, shape, tmp):
     from specs_nb.grpo import grpo_trainer
     clock = Clock(a.device == "cuda").start()
     stage = GRPOStage(steps=a.steps + 2, lora=how == "lora", qlora=how == "qlora", trainer=dict(per_device_train_batch_size=a.rollouts, num_generations=a.rollouts,
-                      max_completion_length=a.new, learning_rate=1e-6, gradient_checkpointing=a.checkpoint, bf16=a.device == "cuda", save_strategy="no",
-                      generation_kwargs={"min_new_tokens": a.new}))
+                      max_completion_length=a.new, learning_rate=1e-6, gradient_checkpointing=a.checkpoint, bf16=a.device == "cuda", save_strategy="no"), fast=fast)
     trainer = grpo_trainer(start, questions(8, a.pixels), tmp / "grpo", stage, FORMATS["think_answer"], **load)
     seen, compute = [], trainer._compute_loss
     def listen(model, inputs): seen.append((inputs["prompt_ids"].shape, inputs["completion_ids"].shape, int((inputs["prompt_ids"] == trainer.model.config.image_token_id).sum()))); return compute(model, inputs)
@@ -164,6 +165,9 @@ def facts(clock, generated, trained, flops, expect):
                 peak_gib=clock.peak(), predicted_gib=expect.peak / 2**30, tflops=flops / clock.step / 1e12)
 
 
+def show(name, r): print(f"{name:18}" + "  ".join(f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in r.items()), flush=True)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("out", nargs="?", help="JSON file")
@@ -177,9 +181,12 @@ def main():
     p.add_argument("--new", type=int, help="tokens of an answer (1024; tiny 16)")
     p.add_argument("--pixels", type=int, help="side of the pictures (448: 256 tokens; tiny 84)")
     p.add_argument("--steps", type=int, default=3, help="measured steps, after one that is not counted")
+    p.add_argument("--only", nargs="+", help="of these measurements only some, by name: 'dpo qlora'")
+    p.add_argument("--compare", action="store_true", help="DPO and GRPO also by TRL as it is (fast: false)")
+    p.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, help="gradient checkpointing (on; tiny off)")
     a = p.parse_args()
     small = a.shape == "tiny"
-    a.checkpoint = not small
+    if a.checkpoint is None: a.checkpoint = not small
     for name, large, little in (("sequences", 64, 8), ("micro", 4, 2), ("rollouts", 8, 4), ("new", 1024, 16), ("pixels", 448, 84), ("train", ["lora", "qlora"], ["full", "lora", "qlora"])):
         if getattr(a, name) is None: setattr(a, name, little if small else large)
     import torch
@@ -199,12 +206,16 @@ def main():
         shape = shape_of(start)
         for work in a.work:
             for how in a.train if work != "distill" else [h for h in ("lora", "qlora") if h in a.train] or ["lora"]:
-                name = f"{work} {how}" if work != "distill" else f"distill {'4 bits' if how == 'qlora' else load['dtype']}"
-                try: r = globals()[work](start, a, how, load, shape, Path(tmp))
-                except torch.OutOfMemoryError as e: r = dict(out_of_memory=" ".join(str(e).split())[:200])
-                if peak and "tflops" in r: r["mfu"] = r["tflops"] / peak
-                out["results"][name] = r
-                print(f"{name:18}" + "  ".join(f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in r.items()), flush=True)
+                for fast in [True, False] if a.compare and work != "distill" else [True]:
+                    name = f"{work} {how}{'' if fast else ' stock'}" if work != "distill" else f"distill {'4 bits' if how == 'qlora' else load['dtype']}"
+                    if a.only and name not in a.only: continue
+                    try: r = globals()[work](start, a, how, load, shape, Path(tmp), fast)
+                    except torch.OutOfMemoryError as e: r = dict(out_of_memory=" ".join(str(e).split())[:200])
+                    if peak and "tflops" in r: r["mfu"] = r["tflops"] / peak
+                    out["results"][name] = r
+                    if not fast and "step_seconds" in r and "step_seconds" in (ours := out["results"][f"{work} {how}"]): ours["to_stock"] = ours["step_seconds"] / r["step_seconds"]
+                    show(name, r)
+                    if a.out: Path(a.out).write_text(json.dumps(out, indent=1) + "\n")   # what is measured stays, whatever happens next
     ok = {k: r for k, r in out["results"].items() if "tokens_per_second" in r}
     out["rates"] = {n: max(r["tokens_per_second"] for k, r in ok.items() if k.startswith(w)) for n, w in (("generate", "distill"), ("train", "dpo")) if any(k.startswith(w) for k in ok)}
     if a.out: Path(a.out).write_text(json.dumps(out, indent=1) + "\n")

@@ -104,6 +104,8 @@ def pick_attn(
     return attn
 
 # %% ../nbs/30_models.ipynb #f1ad1699
+_told = set()  # kinds of models of which was said that Liger's kernels don't fit
+
 def apply_liger(
     model,              # of transformers
     liger:str="auto",   # `auto`, `need` or `none`
@@ -115,13 +117,21 @@ def apply_liger(
     cuda = torch.cuda.is_available() if cuda is None else cuda
     if liger == "none" or (liger == "auto" and not (cuda and _installed("liger_kernel"))): return False
     if not _installed("liger_kernel"): raise SpecsError("model.liger is need, but liger_kernel is not installed: pip install liger-kernel, or set model.liger to auto")
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
-    if model.config.model_type not in known:
-        if liger == "auto": return False
-        raise SpecsError(f"model.liger is need, but Liger has no kernels for {model.config.model_type}: set model.liger to auto")
-    # the fused loss would keep TRL from the logits that it needs
-    _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)
+    kind = model.config.model_type
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
+        if kind not in known:
+            if liger == "auto": return False
+            raise SpecsError(f"model.liger is need, but Liger has no kernels for {kind}: set model.liger to auto")
+        # the fused loss would keep TRL from the logits that it needs
+        _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)
+    except (ImportError, AttributeError) as e:  # Liger reaches into transformers' classes, which a new release may rename
+        why = f"the installed Liger doesn't fit the installed transformers for {kind} ({str(e).split(' (')[0]})"
+        if liger == "need": raise SpecsError(f"model.liger is need, but {why}: set model.liger to auto, or install versions that fit") from e
+        if kind not in _told: print(f"Liger's kernels are left out: {why}", flush=True)
+        _told.add(kind)
+        return False
     return True
 
 # %% ../nbs/30_models.ipynb #0d151a9d

@@ -11,7 +11,8 @@ from specs_nb.distill import distill, read_pairs
 from specs_nb.formats import FORMATS
 from specs_nb.models import random_model
 
-STEPS = dict(per_device_train_batch_size=4, max_steps=3, gradient_checkpointing=False, save_strategy="no", weight_decay=.1)
+STEPS = dict(per_device_train_batch_size=4, max_steps=3, gradient_checkpointing=False, save_strategy="no", weight_decay=.1, bf16=False)  # on a GPU TRL's default is true
+torch.backends.cudnn.allow_tf32 = False  # nor are a GPU's convolutions exact as they come
 
 
 @pytest.fixture(scope="module")

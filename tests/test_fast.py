@@ -9,7 +9,8 @@ from specs_nb.grpo import grpo_trainer
 from specs_nb.models import FAMILIES, load_model, random_model
 
 FMT = FORMATS["think_answer"]
-HOW = dict(per_device_train_batch_size=8, num_generations=4, max_completion_length=12, gradient_checkpointing=False)
+HOW = dict(per_device_train_batch_size=8, num_generations=4, max_completion_length=12, gradient_checkpointing=False, bf16=False)  # on a GPU TRL's default is true
+torch.backends.cudnn.allow_tf32 = False  # nor are a GPU's convolutions exact as they come
 
 def rows(n, eyes=True): return [r if eyes else {**r, "images": []} for r in world.rows("train", n)]
 
@@ -29,7 +30,7 @@ def gradients(t, inputs):
 def same(t, inputs):
     "Loss and gradients with the fast scores and with TRL's"
     assert "group" in inputs and t._tried == {"writing", "scoring"} and t._why == {"writing": None, "scoring": None}
-    inputs["advantages"] = torch.linspace(-1, 1, len(inputs["advantages"]))
+    inputs["advantages"] = torch.linspace(-1, 1, len(inputs["advantages"]), device=inputs["advantages"].device)
     (a, mine), (b, stock) = gradients(t, inputs), gradients(t, {k: v for k, v in inputs.items() if k != "group"})
     assert a == pytest.approx(b, abs=1e-6) and mine.keys() == stock.keys() and any(g.any() for g in stock.values())
     most = max(g.norm() for g in stock.values())
@@ -72,7 +73,7 @@ def test_a_batch_without_pictures_after_one_with(monkeypatch):
 def test_greedy_answers_are_generates():
     model, processor = load_model("tiny")
     asked = rows(3)
-    inputs = encode(processor, asked, [FMT.instruction + " Be brief." * i for i in range(3)])  # prompts of different length
+    inputs = encode(processor, asked, [FMT.instruction + " Be brief." * i for i in range(3)]).to(model.device)  # prompts of different length
     ids, logps = write(model, inputs, 2, 40, [processor.tokenizer.eos_token_id], temperature=0)
     theirs = model.generate(**inputs, do_sample=False, max_new_tokens=40)[:, inputs["input_ids"].shape[1]:].tolist()
     assert len({len(i) for i in ids}) > 1, "answers end at different times, so that some left the batch early"
@@ -81,8 +82,8 @@ def test_greedy_answers_are_generates():
 def test_drawn_as_the_model_says():
     "Frequencies of the first token against its probabilities, at a temperature, with one token never written"
     model, processor = load_model("tiny")
-    inputs, n = encode(processor, rows(1), [FMT.instruction]), 4000
-    with torch.no_grad(): p = (model(**inputs).logits[0, -1] / 2).softmax(-1)
+    inputs, n = encode(processor, rows(1), [FMT.instruction]).to(model.device), 4000
+    with torch.no_grad(): p = (model(**inputs).logits[0, -1] / 2).softmax(-1).cpu()
     never = int(p.argmax())
     torch.manual_seed(0)
     ids, logps = write(model, inputs, n, 1, [0], temperature=2., suppress=[never])

@@ -79,6 +79,7 @@ def test_4_bit_stages_go_on_with_one_adapter(tmp_path, pay):
     words = torch.arange(4, 60)[None]
     for name in ("cold", "final"):
         whole, four = load_model(str(tmp_path/name/"model"))[0], load_model(str(tmp_path/name/"model/adapter"), quantize=True)[0]
+        words = words.to(whole.device)
         with torch.no_grad(): assert torch.allclose(whole(input_ids=words).logits, four(input_ids=words).logits, atol=1e-3)
     assert moved(tmp_path/"cold/model", tmp_path/"final/model")
 
