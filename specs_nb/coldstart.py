@@ -13,7 +13,7 @@ from pathlib import Path
 from .core import Interrupted, Progress, SpecsError, fingerprint, read_json, write_json
 from .distill import read_pairs
 from .grpo import go_on, go_on_later, quiet, trainer_config, watcher
-from .models import base_digest, float32_adapter, is_vlm, load_to_train
+from .models import base_digest, float32_adapter, is_vlm, load_to_train, rest_eyes
 from .monitor import monitor
 from .ranks import is_main, rank, save_trained, stop_agreed
 
@@ -232,6 +232,7 @@ def coldstart_trainer(
     trainer = DPOTrainer(model, ref_model=borrowed, args=args,
                          train_dataset=pairs.select_columns(keep), processing_class=processor, peft_config=adapter, callbacks=list(callbacks))
     float32_adapter(trainer.model)  # TRL rounds the adapter of a 4-bit model to bfloat16
+    rest_eyes(trainer.model)
     if config.fast: share_images(trainer); answers_only(trainer)
     if once and not reference_once(trainer, Path(out) / "reference.json", _key(start, trainer, pairs)) and borrowed is not None:
         raise SpecsError("coldstart.fast can't ask the reference beforehand under FSDP or DeepSpeed in one process: set coldstart.fast=false")

@@ -6,8 +6,8 @@
 __all__ = ['SpecsError', 'nearest', 'DataConfig', 'ModelConfig', 'grpo_trainer_defaults', 'GRPOStage', 'DistillStage',
            'ColdStartStage', 'EvalStage', 'JudgeConfig', 'VLLMConfig', 'Config', 'merge', 'check', 'parse_override',
            'builtin_configs', 'load_config', 'atomic', 'write_json', 'read_json', 'Run', 'fingerprint', 'file_digest',
-           'reset_peak_memory', 'peak_memory_gb', 'versions', 'machine', 'Stage', 'Interrupted', 'stop_asked',
-           'signals_ask', 'Progress', 'derive_seed']
+           'reset_peak_memory', 'peak_gpu_gb', 'peak_memory_gb', 'versions', 'machine', 'Stage', 'Interrupted',
+           'stop_asked', 'signals_ask', 'Progress', 'derive_seed']
 
 # %% ../nbs/00_core.ipynb #e7bd4e6c
 import contextlib, dataclasses, difflib, hashlib, json, os, sys, time
@@ -40,6 +40,7 @@ class DataConfig:
     n_test: int = 200       # questions of each test split
     images: str = "any"     # `with` or `without` keeps rows that have images, or have none; `any` wants all alike
     max_pixels: int = 40_000_000  # of one image; a larger one is not decoded
+    shrink_to: int = 0      # pixels; a larger image is made so small. 0: images stay as they are
     bad_rows: str = "auto"  # `drop` counts them, `stop` ends the run at the first; `auto`: stop in a folder of your own, else drop
     pass_rate: list = field(default_factory=list)  # [lo, hi]: keep questions that a model answers this often
     pass_rate_samples: int = 0  # 0: the set's own rates; else measured with the base model, so many answers each
@@ -220,6 +221,7 @@ def check(
          f"data.pass_rate is [lowest, highest], two numbers from 0 to 1, not {rate}")
     need(c.data.pass_rate_samples >= 0, f"data.pass_rate_samples must be 0 (the set's own rates) or more, not {c.data.pass_rate_samples}")
     need(c.data.max_pixels > 0, f"data.max_pixels must be positive, not {c.data.max_pixels}")
+    need(c.data.shrink_to >= 0, f"data.shrink_to must be a number of pixels, or 0 to leave images as they are, not {c.data.shrink_to}")
     for path, t in {"distill.temperature": c.distill.temperature, "eval.temperature": c.eval.temperature}.items():
         need(t > 0, f"{path} must be positive, not {t}: these stages sample")
     need(c.engine in ("auto", "transformers", "vllm", "server"), f"engine: no {c.engine!r}; {nearest(c.engine, ('auto', 'transformers', 'vllm', 'server'))}")
@@ -345,8 +347,14 @@ def file_digest(
 
 # %% ../nbs/00_core.ipynb #a34d74a8
 def reset_peak_memory():
-    "Start the count of `peak_memory_gb` anew, where the system can (Linux)."
+    "Start the count of `peak_memory_gb` and `peak_gpu_gb` anew, the first where the system can (Linux)."
     with contextlib.suppress(OSError): Path("/proc/self/clear_refs").write_text("5")
+    if peak_gpu_gb() is not None: sys.modules["torch"].cuda.reset_peak_memory_stats()
+
+def peak_gpu_gb():  # GiB, or None where this process uses no GPU
+    "What torch has allocated on this process's GPU at most since `reset_peak_memory`; vLLM's own process is not in it."
+    torch = sys.modules.get("torch")
+    return torch.cuda.max_memory_allocated() / 2**30 if torch and torch.cuda.is_available() and torch.cuda.is_initialized() else None
 
 def peak_memory_gb(
     workers:int=0,  # processes that worked beside this one, each as large as the largest
@@ -420,7 +428,7 @@ class Stage:
     ):
         "Mark the stage as done, with its cost."
         write_json(self.dir / "stage.json", {**self.info, "state": "done", "seconds": round(time.monotonic() - self._t0, 1),
-                                             "peak_memory_gb": round(peak_memory_gb(workers), 2), "machine": machine(), "finished": time.strftime("%Y-%m-%d %H:%M"), **facts})
+                                             "peak_memory_gb": round(peak_memory_gb(workers), 2), **({"peak_gpu_gb": round(gpu, 2)} if (gpu := peak_gpu_gb()) is not None else {}), "machine": machine(), "finished": time.strftime("%Y-%m-%d %H:%M"), **facts})
 
 # %% ../nbs/00_core.ipynb #6c5f572b
 class Interrupted(Exception):

@@ -373,6 +373,9 @@ def prompt_of(
 )->Prompt:             # given, or counted in some rows where data and processor are at hand, or assumed
     "The longest of a run's first 64 prompts."
     if tokens: return Prompt(tokens, image or 0, "given")
+    if config.data.source != "world" and config.data.shrink_to:  # 28 × 28 pixels are a token of Qwen2.5-VL
+        most = config.data.shrink_to // 28**2
+        return Prompt(most + 256, most, "one image of data.shrink_to pixels and 256 tokens of text")
     if config.data.source != "world" or not Path(resolve(config.model.path)).is_dir(): return Prompt()
     from specs_nb import world
     from specs_nb.formats import FORMATS

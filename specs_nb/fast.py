@@ -111,13 +111,14 @@ def write(
             logits = model(input_ids=token, attention_mask=mask, position_ids=positions(mask, deltas, 1), past_key_values=cache, use_cache=True).logits[:, -1]
             token, logp = _draw(logits.float(), temperature, suppress)
             tokens[left, t], logps[left, t] = token[:, 0], logp
-            lengths[left[going]] = t + 1
+            lengths[left] += going
             going = going & ~torch.isin(token[:, 0], ends)
             stay = int(going.sum())
             if not stay: break
             if stay <= .875 * len(going):
                 keep = going.nonzero()[:, 0]
-                cache, token, mask, left, going = spread(cache, keep), token[keep], mask[keep], left[keep], going[keep]
+                for layer in cache.layers: layer.keys, layer.values = layer.keys[keep], layer.values[keep]  # one after the other: never two whole caches
+                token, mask, left, going = token[keep], mask[keep], left[keep], going[keep]
                 deltas = None if deltas is None else deltas[keep]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
     return tuple([r[:k] for r, k in zip(x.tolist(), lengths.tolist())] for x in (tokens, logps))

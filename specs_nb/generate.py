@@ -366,11 +366,12 @@ def need_vllm():
 # %% ../nbs/31_generate.ipynb #ca00ea41
 def settle()->dict:  # keywords for `vllm.LLM`
     "Settings of vLLM that hold unless the environment says otherwise; to be called before it is imported."
+    # The engine stays in this process, which no signal stops in the middle of an answer; what else it starts must not be a fork of one that has looked at the GPU.
+    always = dict(VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_WORKER_MULTIPROC_METHOD="spawn", PYTORCH_NVML_BASED_CUDA_CHECK="1")
+    for k, v in always.items(): os.environ.setdefault(k, v)
     import torch
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if torch.cuda.is_available(): return {}
-    for k, v in dict(VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", TORCHDYNAMO_DISABLE="1", VLLM_USE_AOT_COMPILE="0").items(): os.environ.setdefault(k, v)
+    for k, v in dict(VLLM_CPU_KVCACHE_SPACE="1", TORCHDYNAMO_DISABLE="1", VLLM_USE_AOT_COMPILE="0").items(): os.environ.setdefault(k, v)
     return dict(enforce_eager=True, enable_chunked_prefill=False)
 
 @contextlib.contextmanager
@@ -447,6 +448,7 @@ class VLLM(Engine):
         return {**p, "multi_modal_data": {"image": row["images"]}} if row["images"] else p
 
     def _read(self, out, how):
+        if any(c.finish_reason == "abort" for c in out.outputs): raise SpecsError("vLLM was told to stop in the middle of an answer, so its batch isn't kept: the same command goes on from there")
         token = getattr(self.processor, "image_token_id", None)
         if long := too_long(len(out.prompt_token_ids), out.prompt_token_ids.count(token), how.max_new_tokens, self.most): return long
         texts = tokenizer_of(self.processor).batch_decode([list(c.token_ids) for c in out.outputs], skip_special_tokens=True)

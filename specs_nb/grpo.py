@@ -12,7 +12,7 @@ from pathlib import Path
 from .core import Interrupted, Progress, SpecsError, nearest, read_json, stop_asked, write_json
 from .data import grpo_dataset
 from .fast import fast_trainer
-from .models import check_eyes, float32_adapter, load_to_train, model_class, tokenizer_of
+from .models import check_eyes, float32_adapter, load_to_train, model_class, rest_eyes, tokenizer_of
 from .monitor import monitor
 from .ranks import is_main, save_trained, stop_agreed
 from .rewards import REWARDS, load_reward
@@ -178,6 +178,7 @@ def grpo_trainer(
         cls = fast_trainer(GRPOTrainer) if config.fast else GRPOTrainer
         trainer = cls(model, funcs, args, grpo_dataset(rows, format.instruction, format.name), processing_class=processor, peft_config=adapter)
     float32_adapter(trainer.model)  # TRL rounds the adapter of a 4-bit model to bfloat16
+    rest_eyes(trainer.model)
     watch_vllm(trainer, rows, format.instruction, vllm)
     quiet(trainer)
     return trainer

@@ -79,8 +79,13 @@ def _settle(config):
     if config.threads: torch.set_num_threads(config.threads)
 
 def _own_gpu():
+    "This rank's GPU, for itself and for the processes it starts (vLLM's), which see no other."
     import os, torch
-    if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    if not torch.cuda.is_available(): return
+    cards = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    mine = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+    torch.cuda.set_device(mine)
+    os.environ["CUDA_VISIBLE_DEVICES"] = cards[mine]
 
 # %% ../nbs/82_launch.ipynb #96538197
 def _heed(stop):

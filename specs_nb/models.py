@@ -6,7 +6,7 @@
 __all__ = ['FAMILIES', 'LORA_TARGETS', 'resolve', 'is_vlm', 'load_config_of', 'model_class', 'load_processor', 'tokenizer_of',
            'quiet_libraries', 'pick_attn', 'apply_liger', 'check_fit', 'load_model', 'random_model', 'lora_config',
            'save_model', 'is_4bit', 'nf4_config', 'float32_adapter', 'save_adapter', 'base_digest', 'load_adapter',
-           'load_to_train', 'check_eyes', 'model_card', 'push']
+           'load_to_train', 'rest_eyes', 'check_eyes', 'model_card', 'push']
 
 # %% ../nbs/30_models.ipynb #507e1bb6
 import hashlib, json
@@ -380,6 +380,18 @@ def load_to_train(
     model, processor = load_model(start, quantize=config.qlora, **load)
     return model, processor, lora_config(config.lora_rank) if config.lora or config.qlora else None
 
+def rest_eyes(
+    model,  # that a trainer has wrapped
+):
+    "Let gradients end before a vision tower that isn't trained: for checkpointing, the trainer made its input ask for them, so that all of it would be computed backward for nothing."
+    from transformers import PreTrainedModel
+    for part in model.modules():
+        if not isinstance(part, PreTrainedModel) or any(p.requires_grad for p in part.parameters()): continue
+        try: first = part.get_input_embeddings()
+        except NotImplementedError: continue
+        for key, hook in list(getattr(first, "_forward_hooks", {}).items()):
+            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"): del first._forward_hooks[key]
+
 # %% ../nbs/30_models.ipynb #c23210d2
 def check_eyes(
     model,      # of transformers
@@ -411,13 +423,13 @@ def model_card(
     base, data = config["model"]["path"], config["data"]
     head = {"library_name": "transformers", "tags": ["specs", "grpo", "dpo", "trl"], "pipeline_tag": "image-text-to-text" if "vision_config" in (read_json(run / model / "model/config.json") or {"vision_config": 0}) else "text-generation"}
     if "/" in base and not Path(base).exists(): head["base_model"] = base
-    costs = [(s, f"{d['seconds']:.0f}", d.get("peak_memory_gb", "")) for s in ("zero", "pairs", "coldstart", "final", "eval") if (d := read_json(run / s / "stage.json")) and d.get("state") == "done"]
+    costs = [(s, f"{d['seconds']:.0f}", d.get("peak_memory_gb", ""), d.get("peak_gpu_gb", "")) for s in ("zero", "pairs", "coldstart", "final", "eval") if (d := read_json(run / s / "stage.json")) and d.get("state") == "done"]
     metrics = read_json(run / "eval/metrics.json")
     parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {Path(base).name}, {model} model of SPECS",
              "Trained with `specs_nb`, an open implementation of [SPECS](https://arxiv.org/abs/2510.25801): GRPO-zero, self-distilled preference pairs, a cold start with DPO + λ·SFT, final GRPO.",
              f"- base: `{Path(base).name if Path(base).exists() else base}`\n- data: `{Path(data['source']).name}`, {data['n_train']} rows, format `{data['format']}`\n- seed: {config['seed']}\n- finished: {stage.get('finished', 'unknown')}"]
     if metrics: parts += ["## Results", _results(metrics)]
-    parts += ["## Cost", _table(("stage", "seconds", "peak memory, GiB"), costs), "## Recipe", "```yaml\n" + yaml.safe_dump({k: config[k] for k in ("model", "zero", "distill", "coldstart", "final") if k in config}, sort_keys=False).replace(str(Path(base).parent) + "/", "" if Path(base).exists() else "\0") + "```",
+    parts += ["## Cost", _table(("stage", "seconds", "peak memory, GiB", "of the GPU, GiB"), costs), "## Recipe", "```yaml\n" + yaml.safe_dump({k: config[k] for k in ("model", "zero", "distill", "coldstart", "final") if k in config}, sort_keys=False).replace(str(Path(base).parent) + "/", "" if Path(base).exists() else "\0") + "```",
               "Versions: " + ", ".join(f"{k} {v}" for k, v in stage.get("versions", {}).items())]
     return "\n\n".join(parts) + "\n"
 

@@ -261,6 +261,7 @@ def _do(name, run, stage, **kw):
 def _release():
     "Give back what a stage's models took, before the next stage starts processes of its own."
     import ctypes, gc
+    if asks := sys.modules.get("specs_nb.generate"): asks._loaded.clear()  # the model that answered last
     gc.collect()  # a trainer holds itself by its callbacks, and with it the model
     if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized(): torch.cuda.empty_cache()  # vLLM takes a share of what is free
     if sys.platform == "linux": ctypes.CDLL(None).malloc_trim(0)

@@ -477,7 +477,8 @@ def costs(
     "What each stage cost."
     def row(name, s):
         state = {"done": "done", "running": "cut off"}.get(s.get("state"), "not run")
-        return name, STAGES[name], state, duration(s["seconds"]) if "seconds" in s else "–", f"{s['peak_memory_gb']:.2f}" if s.get("peak_memory_gb") else "–"
+        memory = f"{s['peak_memory_gb']:.2f}" if s.get("peak_memory_gb") else "–"
+        return name, STAGES[name], state, duration(s["seconds"]) if "seconds" in s else "–", memory + (f", GPU {s['peak_gpu_gb']:.2f}" if s.get("peak_gpu_gb") else "")
     memory = [s["peak_memory_gb"] for s in stages.values() if s.get("peak_memory_gb")]
     return [row(*kv) for kv in stages.items()], duration(sum(s.get("seconds", 0) for s in stages.values())), f"{max(memory):.2f}" if memory else "–"
 

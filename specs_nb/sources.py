@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from .core import DataConfig, Progress, SpecsError, derive_seed, fingerprint, nearest, read_json, write_json
-from .data import FILES, Picture, Rows, check_images, decode, features, find_choices, pixel_digest, to_png, write_rows
+from .data import FILES, Picture, Rows, check_images, decode, features, find_choices, pixel_digest, shrink, to_png, write_rows
 from . import data as rows_of
 from .formats import boxed, find_answer
 from .grading import KINDS, UNITS, clean, explain_grade, grade, kind_of, read_boxes, read_letters, read_number, unwrap
@@ -163,9 +163,10 @@ def pictures(
     items,          # see `image_bytes`
     folder:Path,    # paths lie below it
     max_pixels:int, # of one image
+    shrink_to:int=0,# pixels; a larger one is made so small
 )->list:            # of `data.Picture`
     "Images, read and decoded; raises `Drop`."
-    return [_picture(i, folder, max_pixels) for i in items]
+    return [shrink(_picture(i, folder, max_pixels), shrink_to) for i in items]
 
 def _picture(item, folder, max_pixels):
     data = image_bytes(item, folder)
@@ -270,7 +271,7 @@ def finish(
     else: answer, kind, choices = infer(question, answer, choices, draft.get("as_text", False))
     if limits and data.pass_rate and not data.pass_rate_samples: _within(draft["rate"], data.pass_rate)
     check_gold(answer, kind, choices)
-    return dict(id=str(where if draft["id"] in (None, "") else draft["id"]), question=question, images=pictures(images, folder, data.max_pixels), answer=answer, kind=kind, choices=choices,
+    return dict(id=str(where if draft["id"] in (None, "") else draft["id"]), question=question, images=pictures(images, folder, data.max_pixels, data.shrink_to), answer=answer, kind=kind, choices=choices,
                 source=str(draft.get("source") or folder.name), rate=draft["rate"])
 
 def _within(rate, limits):

@@ -110,6 +110,11 @@ def dense_weights(
         yield plain_name(name), p.data
 
 # %% ../nbs/39_vllm_sync.ipynb #f620384c
+def _computes_in(args, model):
+    "The dtype of the forward pass: autocast's, or the weights' own."
+    import torch
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.get_input_embeddings().weight.dtype
+
 @contextlib.contextmanager
 def beside_vllm(
     args,        # TRL's `GRPOConfig`
@@ -122,7 +127,7 @@ def beside_vllm(
         return
     import torch
     from trl.generation import vllm_generation as theirs
-    how = dict(dtype=str(model.get_input_embeddings().weight.dtype).removeprefix("torch."), **settle(), **getattr(config, "options", {}))
+    how = {"dtype": str(_computes_in(args, model)).removeprefix("torch."), **settle(), **getattr(config, "options", {})}
     if not torch.cuda.is_available():
         from vllm import _custom_ops
         _custom_ops._supports_onednn = False
@@ -166,7 +171,7 @@ def sync_check(
 ):                        # a `TrainerCallback`
     "A callback that stops training with `SpecsError` when vLLM's model isn't the trainer's."
     from transformers import TrainerCallback
-    tolerance = tolerance or tolerance_of(trainer.model.get_input_embeddings().weight.dtype)
+    tolerance = tolerance or tolerance_of(_computes_in(trainer.args, trainer.model))
     class SyncCheck(TrainerCallback):
         found = []
         def on_step_end(self, args, state, control, **kw):

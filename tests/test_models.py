@@ -66,6 +66,26 @@ def test_text_model_refuses_images(tmp_path, pay):
     with pytest.raises(SpecsError, match="text model, but row .* has images: set data.images"):
         grpo_trainer(built("text", tmp_path), rows(4), tmp_path, GRPOStage(steps=1, trainer=GRPO), FMT)
 
+def test_a_frozen_tower_is_not_computed_backward(tmp_path, pay, monkeypatch):
+    "Checkpointing makes TRL ask for gradients of the tower's input; without them the adapter's are the same"
+    from specs_nb import grpo
+    def gradients(name):
+        t = grpo.grpo_trainer("tiny", rows(4), tmp_path/name, GRPOStage(steps=1, lora=True, lora_rank=4, trainer={**GRPO, "gradient_checkpointing": True}), FMT)
+        t.model.train()
+        t.current_gradient_accumulation_steps, asked = 1, []
+        t.model.get_base_model().model.visual.patch_embed.register_forward_hook(lambda module, args, out: asked.append(out.requires_grad))
+        torch.manual_seed(0)
+        inputs = t._prepare_inputs(next(iter(t.get_train_dataloader())))
+        inputs["advantages"] = torch.linspace(-1, 1, len(inputs["advantages"]), device=inputs["advantages"].device)
+        asked.clear()
+        t._compute_loss(t.model, inputs).backward()
+        return any(asked), {n: p.grad.clone() for n, p in t.model.named_parameters() if p.grad is not None}
+    rested, mine = gradients("rested")
+    monkeypatch.setattr(grpo, "rest_eyes", lambda model: None)
+    stock, theirs = gradients("stock")
+    assert stock and not rested and mine.keys() == theirs.keys() and any(g.any() for g in mine.values())
+    for n in mine: torch.testing.assert_close(mine[n], theirs[n])
+
 def test_4_bit_stages_go_on_with_one_adapter(tmp_path, pay):
     "Cold start, then GRPO, both in 4 bits: the second trains the first one's adapter, and each merged model is what was trained"
     from specs_nb.coldstart import train_coldstart
