@@ -213,7 +213,7 @@ def main():
                     except torch.OutOfMemoryError as e: r = dict(out_of_memory=" ".join(str(e).split())[:200])
                     if peak and "tflops" in r: r["mfu"] = r["tflops"] / peak
                     out["results"][name] = r
-                    if not fast and "step_seconds" in r and "step_seconds" in (ours := out["results"][f"{work} {how}"]): ours["to_stock"] = ours["step_seconds"] / r["step_seconds"]
+                    if not fast and "step_seconds" in r and "step_seconds" in (ours := out["results"].get(f"{work} {how}", {})): ours["to_stock"] = ours["step_seconds"] / r["step_seconds"]
                     show(name, r)
                     if a.out: Path(a.out).write_text(json.dumps(out, indent=1) + "\n")   # what is measured stays, whatever happens next
     ok = {k: r for k, r in out["results"].items() if "tokens_per_second" in r}
