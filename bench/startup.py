@@ -2,11 +2,16 @@
 
 Usage: python bench/startup.py [--json OUT.json] [--rounds N]
 """
+
 import argparse, json, os, platform, resource, statistics, subprocess, sys, time
 from datetime import date
 from pathlib import Path
 
-WAYS = {"python": "pass", "import specs_nb": "import specs_nb", "specs --help": "import sys; sys.argv = ['specs', '--help']; from specs_nb.pipeline import main; main()"}
+WAYS = {
+    "python": "pass",
+    "import specs_nb": "import specs_nb",
+    "specs --help": "import sys; sys.argv = ['specs', '--help']; from specs_nb.pipeline import main; main()",
+}
 
 
 def once(code):
@@ -14,7 +19,8 @@ def once(code):
     used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     wall, cpu = time.perf_counter(), used()
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if r.returncode: sys.exit(f"{code!r} ended with {r.returncode}: {(r.stderr or r.stdout)[-1500:]}")
+    if r.returncode:
+        sys.exit(f"{code!r} ended with {r.returncode}: {(r.stderr or r.stdout)[-1500:]}")
     return time.perf_counter() - wall, used() - cpu
 
 
@@ -27,10 +33,23 @@ if __name__ == "__main__":
     for i in range(a.rounds + 1):  # the first fills the disk's cache
         for w, code in WAYS.items():
             found = once(code)
-            if i: seen[w].append(found)
+            if i:
+                seen[w].append(found)
     wall, cpu = ({w: statistics.median(x[k] for x in s) for w, s in seen.items()} for k in (0, 1))
-    out = dict(date=str(date.today()), machine=f"{os.cpu_count()} CPU cores, {platform.machine()}", python=platform.python_version(), rounds=a.rounds, wall_s=wall, cpu_s=cpu,
-               times_bare_python={w: cpu[w] / cpu["python"] for w in WAYS})
-    print("  ".join(f"{w}: {1000 * cpu[w]:.0f} ms, {out['times_bare_python'][w]:.2f} of bare Python" for w in list(WAYS)[1:]))
+    out = dict(
+        date=str(date.today()),
+        machine=f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        python=platform.python_version(),
+        rounds=a.rounds,
+        wall_s=wall,
+        cpu_s=cpu,
+        times_bare_python={w: cpu[w] / cpu["python"] for w in WAYS},
+    )
+    print(
+        "  ".join(
+            f"{w}: {1000 * cpu[w]:.0f} ms, {out['times_bare_python'][w]:.2f} of bare Python"
+            for w in list(WAYS)[1:]
+        )
+    )
     a.json.parent.mkdir(parents=True, exist_ok=True)
     a.json.write_text(json.dumps(out, indent=1) + "\n")

@@ -14,107 +14,167 @@ from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from . import __version__
-from .core import Interrupted, Run, SpecsError, Stage, atomic, file_digest, fingerprint, load_config, nearest, read_json, signals_ask, stop_asked, write_json
+from specs_nb.core import (
+    Interrupted,
+    Run,
+    SpecsError,
+    Stage,
+    atomic,
+    file_digest,
+    fingerprint,
+    load_config,
+    nearest,
+    read_json,
+    signals_ask,
+    stop_asked,
+    write_json,
+)
 from .models import resolve
 
 # %% ../nbs/79_ablate.ipynb #ecb770e3
 @dataclass
 class Arm:
     "One way to do it"
+
     set: dict = field(default_factory=dict)  # values, by path in the configuration
-    seeds: str = "rest"                      # a name in `Grid.seeds`
-    says: str = ""                           # in words
-    deep: bool = False                       # many answers to each question, for pass@k
-    curve: list = field(default_factory=list)  # steps of the cold start at which its checkpoint is evaluated too
+    seeds: str = "rest"  # a name in `Grid.seeds`
+    says: str = ""  # in words
+    deep: bool = False  # many answers to each question, for pass@k
+    # steps of the cold start at which its checkpoint is evaluated too
+    curve: list = field(default_factory=list)
+
 
 @dataclass
 class Grid:
     "Arms and seeds"
-    arms: dict                                   # name → `Arm`
-    config: str = None                           # a file or a built-in name that all arms begin with; None: the defaults
-    set: dict = field(default_factory=dict)      # values for all arms
-    seeds: dict = field(default_factory=lambda: dict(rest=5))  # group → how many
-    first_seed: int = 0                          # of each group
-    deep: dict = field(default_factory=dict)     # values for the deep evaluation, which takes the ID test alone
 
-    teacher: dict = field(default_factory=dict)  # keywords of `teacher.train_teacher`, for arms with `distill.teacher: teacher/model`
+    arms: dict  # name → `Arm`
+    config: str = None  # a file or a built-in name that all arms begin with; None: the defaults
+    set: dict = field(default_factory=dict)  # values for all arms
+    seeds: dict = field(default_factory=lambda: dict(rest=5))  # group → how many
+    first_seed: int = 0  # of each group
+    # values for the deep evaluation, which takes the ID test alone
+    deep: dict = field(default_factory=dict)
+
+    # keywords of `teacher.train_teacher`, for arms with `distill.teacher: teacher/model`
+    teacher: dict = field(default_factory=dict)
 
 # %% ../nbs/79_ablate.ipynb #03c75ee7
-GRIDS = Path(__file__).parent / "configs/grids" if "__file__" in globals() else Path("../specs_nb/configs/grids")
+GRIDS = (
+    Path(__file__).parent / "configs/grids" if "__file__" in globals() else Path("../specs_nb/configs/grids")
+)
+
 
 def read_grid(
-    file,      # a YAML file, or the name of one in `configs/grids`
-)->Grid:       # checked
+    file,  # a YAML file, or the name of one in `configs/grids`
+) -> Grid:  # checked
     "Read a grid; raises `SpecsError` for what is unknown in it."
     import yaml
+
     path = GRIDS / f"{file}.yaml" if (GRIDS / f"{file}.yaml").exists() else Path(file)
-    try: values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as e: raise SpecsError(f"the grid {file} can't be read ({e.strerror}): give a YAML file, or one of {', '.join(p.stem for p in GRIDS.glob('*.yaml'))}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise SpecsError(f"the grid {file} is no valid YAML: {' '.join(str(e).split())}") from None
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as e:
+        raise SpecsError(
+            f"the grid {file} can't be read ({e.strerror}): give a YAML file, or one of"
+            f" {', '.join(p.stem for p in GRIDS.glob('*.yaml'))}"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise SpecsError(f"the grid {file} is no valid YAML: {' '.join(str(e).split())}") from None
     try:
         _only(values, Grid, "the grid")
-        for name, arm in (values.get("arms") or {}).items(): _only(arm, Arm, f"arm {name}")
-        grid = Grid(**{**values, "arms": {n: Arm(**(a or {})) for n, a in (values.get("arms") or {}).items()}})
+        for name, arm in (values.get("arms") or {}).items():
+            _only(arm, Arm, f"arm {name}")
+        grid = Grid(
+            **{**values, "arms": {n: Arm(**(a or {})) for n, a in (values.get("arms") or {}).items()}}
+        )
         return _check(grid)
-    except (SpecsError, TypeError, AttributeError) as e: raise SpecsError(f"{file}: {e}") from None
+    except (SpecsError, TypeError, AttributeError) as e:
+        raise SpecsError(f"{file}: {e}") from None
+
 
 def _only(values, cls, where):
     for k in values or {}:
-        if k not in cls.__dataclass_fields__: raise SpecsError(f"{where} has an unknown key {k!r}: {nearest(k, cls.__dataclass_fields__)}")
+        if k not in cls.__dataclass_fields__:
+            raise SpecsError(f"{where} has an unknown key {k!r}: {nearest(k, cls.__dataclass_fields__)}")
+
 
 def _check(grid):
     for k in ("set", "deep", "seeds", "teacher"):
-        if not isinstance(getattr(grid, k), dict): raise SpecsError(f"{k} must be a mapping")
-    if not grid.arms: raise SpecsError("no arms: name at least one")
+        if not isinstance(getattr(grid, k), dict):
+            raise SpecsError(f"{k} must be a mapping")
+    if not grid.arms:
+        raise SpecsError("no arms: name at least one")
     for n, a in grid.arms.items():
-        if a.seeds not in grid.seeds: raise SpecsError(f"arm {n}: no seeds {a.seeds!r}: {nearest(a.seeds, grid.seeds)}")
+        if a.seeds not in grid.seeds:
+            raise SpecsError(f"arm {n}: no seeds {a.seeds!r}: {nearest(a.seeds, grid.seeds)}")
     return grid
 
 # %% ../nbs/79_ablate.ipynb #cfae0544
 def arm_config(
-    grid:Grid,   # the grid
-    arm:str,     # name
-    seed:int,    # of the run and of its questions
-    more=(),     # overrides for all arms, such as `final.steps=3`
-    **last,      # values that win over everything, by path with `__` for `.`
-):               # a `Config`
+    grid: Grid,  # the grid
+    arm: str,  # name
+    seed: int,  # of the run and of its questions
+    more=(),  # overrides for all arms, such as `final.steps=3`
+    **last,  # values that win over everything, by path with `__` for `.`
+):  # a `Config`
     "The configuration of one arm with one seed; raises `SpecsError` that names the arm."
     import yaml
-    values = {"report_to": "none", "samples": 0, "workers": 1, **grid.set, **grid.arms[arm].set, "seed": seed, "data.seed": seed}
+
+    values = {
+        "report_to": "none",
+        "samples": 0,
+        "workers": 1,
+        **grid.set,
+        **grid.arms[arm].set,
+        "seed": seed,
+        "data.seed": seed,
+    }
     values.update({k.replace("__", "."): v for k, v in last.items()})
-    texts = [f"{k}={yaml.safe_dump(v, default_flow_style=True, width=9999).removesuffix(chr(10) + '...' + chr(10)).strip()}" for k, v in values.items()]
-    try: return load_config(grid.config, [*texts, *more])
-    except SpecsError as e: raise SpecsError(f"arm {arm}: {e}") from None
+    texts = [
+        f"{k}={yaml.safe_dump(v, default_flow_style=True, width=9999).removesuffix(chr(10) + '...' + chr(10)).strip()}"
+        for k, v in values.items()
+    ]
+    try:
+        return load_config(grid.config, [*texts, *more])
+    except SpecsError as e:
+        raise SpecsError(f"arm {arm}: {e}") from None
 
 # %% ../nbs/79_ablate.ipynb #3cb6ee7b
 @dataclass
 class Node:
     "One stage to be done"
-    name: str     # of the folder: stage and fingerprint
-    stage: str    # zero, pairs, coldstart, final, eval or teacher
-    key: str      # fingerprint of its inputs
+
+    name: str  # of the folder: stage and fingerprint
+    stage: str  # zero, pairs, coldstart, final, eval or teacher
+    key: str  # fingerprint of its inputs
     config: object  # a `Config`
     needs: dict = field(default_factory=dict)  # stage → name of the node it comes from
     models: tuple = ()  # for eval: which
-    only: tuple = ()    # for eval: which splits; none: all
-    samples: str = ""   # folder of shared samples: one node at a time writes there
+    only: tuple = ()  # for eval: which splits; none: all
+    samples: str = ""  # folder of shared samples: one node at a time writes there
     options: dict = field(default_factory=dict)  # of the teacher
-    rank: tuple = ()    # lower goes first
+    rank: tuple = ()  # lower goes first
 
 # %% ../nbs/79_ablate.ipynb #3e1761b4
 def plan(
-    grid:Grid,   # the grid
-    keys,        # `pipeline.keys`
-    arms=None,   # names of those to do; None: all
+    grid: Grid,  # the grid
+    keys,  # `pipeline.keys`
+    arms=None,  # names of those to do; None: all
     seeds=None,  # at most so many; None: as many as the grid says
-    more=(),     # overrides for all arms
-)->tuple:        # (nodes by name, cells: (arm, seed) → what → node's name)
+    more=(),  # overrides for all arms
+) -> tuple:  # (nodes by name, cells: (arm, seed) → what → node's name)
     "Every stage that the grid needs, once."
     nodes, cells = {}, {}
     for place, arm in enumerate(grid.arms):
-        if arms and arm not in arms: continue
-        for s in range(grid.first_seed, grid.first_seed + min(grid.seeds[grid.arms[arm].seeds], seeds or 10**9)):
-            cells[arm, s] = _plan_cell(grid, arm, s, keys, more, nodes, (grid.arms[arm].seeds != "main", s, place))
+        if arms and arm not in arms:
+            continue
+        for s in range(
+            grid.first_seed, grid.first_seed + min(grid.seeds[grid.arms[arm].seeds], seeds or 10**9)
+        ):
+            cells[arm, s] = _plan_cell(
+                grid, arm, s, keys, more, nodes, (grid.arms[arm].seeds != "main", s, place)
+            )
     return nodes, cells
 
 # %% ../nbs/79_ablate.ipynb #b7e7a2ac
@@ -122,97 +182,182 @@ def _plan_cell(grid, arm, seed, keys, more, nodes, rank):
     "The nodes of one arm with one seed; gives what → node's name"
     config = arm_config(grid, arm, seed, more)
     k, cold, cell = keys(config), config.coldstart.loss != "none", {}
+
     def add(stage, key, needs=(), what=None, config=config, **kw):
         name = f"{what or stage}-{key[:16]}"
-        nodes.setdefault(name, Node(name, stage, key, config, {s: cell[s] for s in needs}, rank=((what or "").startswith("deep"), *rank), **kw))
+        nodes.setdefault(
+            name,
+            Node(
+                name,
+                stage,
+                key,
+                config,
+                {s: cell[s] for s in needs},
+                rank=((what or "").startswith("deep"), *rank),
+                **kw,
+            ),
+        )
         cell[what or stage] = name
         return name
-    if cold and "teacher/model" in (config.distill.teacher, config.distill.rejected): add("teacher", fingerprint("teacher", __version__, grid.teacher), options=grid.teacher)
+
+    if cold and "teacher/model" in (config.distill.teacher, config.distill.rejected):
+        add("teacher", fingerprint("teacher", __version__, grid.teacher), options=grid.teacher)
     if cold:
         add("zero", k["zero"])
         k = {**k, **{s: fingerprint(cell.get("teacher"), k[s]) for s in ("pairs", "coldstart", "final")}}
-        add("pairs", k["pairs"], [s for s in ("zero", "teacher") if s in cell], samples=_samples(config, cell))
+        add(
+            "pairs", k["pairs"], [s for s in ("zero", "teacher") if s in cell], samples=_samples(config, cell)
+        )
     add("coldstart", k["coldstart"], ["pairs"] if cold else [])
     add("final", k["final"], ["coldstart"])
     for m in ("base", "zero", "coldstart", "final") if cold else ("base", "final"):
         deep = {"deep": grid.deep} if grid.arms[arm].deep and m in ("base", "final") else {}
         for what, values in dict(eval={}, **deep).items():
             c = arm_config(grid, arm, seed, more, **{p.replace(".", "__"): v for p, v in values.items()})
-            add("eval", _eval_key(c, m, k), [] if m == "base" else [m], f"{what}_{m}", c, models=(m,), only=("id",) if what == "deep" else ())
+            add(
+                "eval",
+                _eval_key(c, m, k),
+                [] if m == "base" else [m],
+                f"{what}_{m}",
+                c,
+                models=(m,),
+                only=("id",) if what == "deep" else (),
+            )
     for step in grid.arms[arm].curve if cold else ():
-        add("eval", _eval_key(config, f"coldstart@{step}", k), ["coldstart"], f"eval_coldstart@{step}", models=(f"coldstart@{step}",))
+        add(
+            "eval",
+            _eval_key(config, f"coldstart@{step}", k),
+            ["coldstart"],
+            f"eval_coldstart@{step}",
+            models=(f"coldstart@{step}",),
+        )
     return cell
+
 
 def _eval_key(c, model, keys):
     "The fingerprint of one model's evaluation: the model, the questions, how they are asked and who judges"
     from specs_nb.sources import digest
+
     base = Path(resolve(c.model.path))
-    who = keys.get(model.partition("@")[0]) or (file_digest(base) if base.is_dir() else str(base), asdict(c.model))
-    return fingerprint(model, who, asdict(c.eval), asdict(c.data), digest(c.data), c.seed, c.engine, c.judge.models and asdict(c.judge))
+    who = keys.get(model.partition("@")[0]) or (
+        file_digest(base) if base.is_dir() else str(base),
+        asdict(c.model),
+    )
+    return fingerprint(
+        model,
+        who,
+        asdict(c.eval),
+        asdict(c.data),
+        digest(c.data),
+        c.seed,
+        c.engine,
+        c.judge.models and asdict(c.judge),
+    )
+
 
 def _samples(config, cell):
     "Name of the folder of the answers that pairs are made from: arms that ask the same share it"
     d = config.distill
-    return f"samples-{fingerprint(cell['zero'], cell.get('teacher'), d.teacher, d.rejected, d.n_prompts, d.n_samples, d.max_new_tokens, d.temperature, d.batch_size, config.engine)[:16]}"
+    return (
+        f"samples-{fingerprint(cell['zero'], cell.get('teacher'), d.teacher, d.rejected, d.n_prompts, d.n_samples, d.max_new_tokens, d.temperature, d.batch_size, config.engine)[:16]}"
+    )
 
 # %% ../nbs/79_ablate.ipynb #6650423f
 _MODEL = ("model/config.json",)
-OUTPUTS = dict(zero=_MODEL, pairs=("pairs.parquet",), coldstart=_MODEL, final=_MODEL, eval=("metrics.json",), report=(), teacher=_MODEL)  # stage → files it leaves
+# stage → files it leaves
+OUTPUTS = dict(
+    zero=_MODEL,
+    pairs=("pairs.parquet",),
+    coldstart=_MODEL,
+    final=_MODEL,
+    eval=("metrics.json",),
+    report=(),
+    teacher=_MODEL,
+)
 
 # %% ../nbs/79_ablate.ipynb #888d3610
 def work(
-    folder:Path,  # of the grid
-    node:Node,    # what to do
-    run_stage,    # `pipeline.run_stage`
-)->str:           # empty, `interrupted`, or what went wrong
+    folder: Path,  # of the grid
+    node: Node,  # what to do
+    run_stage,  # `pipeline.run_stage`
+) -> str:  # empty, `interrupted`, or what went wrong
     "Do one node."
     home = Path(folder) / "stages" / node.name
     home.mkdir(parents=True, exist_ok=True)
-    with open(home / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log), signals_ask():
-        try: _work(folder, home, node, run_stage)
-        except (Interrupted, KeyboardInterrupt): return "interrupted"
-        except SpecsError as e: return str(e)
+    with (
+        open(home / "log.txt", "a") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+        signals_ask(),
+    ):
+        try:
+            _work(folder, home, node, run_stage)
+        except (Interrupted, KeyboardInterrupt):
+            return "interrupted"
+        except SpecsError as e:
+            return str(e)
         except Exception as e:
             traceback.print_exc()
             return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
     return ""
 
+
 def _work(folder, home, node, run_stage):
     run = Run(home, node.config)
     try:
-        for stage, name in node.needs.items(): _link(home / stage, f"../{name}/{stage}")
+        for stage, name in node.needs.items():
+            _link(home / stage, f"../{name}/{stage}")
         if node.samples:
-            for d in (home / "pairs", Path(folder) / "stages" / node.samples): d.mkdir(exist_ok=True)
+            for d in (home / "pairs", Path(folder) / "stages" / node.samples):
+                d.mkdir(exist_ok=True)
             _link(home / "pairs/samples", f"../../{node.samples}")
-        if node.stage == "teacher": _teach(home, node)
-        else: run_stage(run, node.stage, node.key, **(dict(names=node.models, only=node.only) if node.models else {}))
-    finally: run.close()
+        if node.stage == "teacher":
+            _teach(home, node)
+        else:
+            run_stage(
+                run, node.stage, node.key, **(dict(names=node.models, only=node.only) if node.models else {})
+            )
+    finally:
+        run.close()
+
 
 def _link(path, to):
-    if not path.is_symlink(): path.symlink_to(to)
+    if not path.is_symlink():
+        path.symlink_to(to)
 
 # %% ../nbs/79_ablate.ipynb #ef9a306f
 def _teach(home, node):
     from specs_nb.teacher import train_teacher
+
     stage = Stage(home / "teacher", node.key, OUTPUTS["teacher"])
-    if stage.done: return
+    if stage.done:
+        return
     stage.begin()
     stage.end(**train_teacher(home / "teacher/model", **node.options))
+
 
 def _done(folder, node):
     return Stage(Path(folder) / "stages" / node.name / node.stage, node.key, OUTPUTS[node.stage]).done
 
 # %% ../nbs/79_ablate.ipynb #c5eb0bbc
 def run_grid(
-    folder:Path,  # of the grid
-    nodes:dict,   # from `plan`
-    run_stage,    # `pipeline.run_stage`
-    workers:int=0,  # processes; 0: one a CPU core
-)->dict:          # node's name → what went wrong
+    folder: Path,  # of the grid
+    nodes: dict,  # from `plan`
+    run_stage,  # `pipeline.run_stage`
+    workers: int = 0,  # processes; 0: one a CPU core
+) -> dict:  # node's name → what went wrong
     "Do all nodes, several at a time; what is done already is passed over."
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    workers = workers or (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    )
     done = {n for n, node in nodes.items() if _done(folder, node)}
-    left, errors, running, t0, first = [n for n in sorted(nodes, key=lambda n: (nodes[n].rank, n)) if n not in done], {}, {}, time.monotonic(), len(done)
+    left, errors, running, t0, first = (
+        [n for n in sorted(nodes, key=lambda n: (nodes[n].rank, n)) if n not in done],
+        {},
+        {},
+        time.monotonic(),
+        len(done),
+    )
     print(f"grid       {len(nodes)} stages, {first} of them done before; {workers} at a time", flush=True)
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_patient) as pool:
         while (left or running) and not (stop_asked() and not running):
@@ -220,13 +365,17 @@ def run_grid(
             for name in [] if stop_asked() else _ready(left, nodes, done, held, workers - len(running)):
                 left.remove(name)
                 running[pool.submit(work, folder, nodes[name], run_stage)] = name
-            if not running: break
+            if not running:
+                break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name = running.pop(future)
-                if (wrong := _result(future, name)): errors[name] = wrong
-                else: done.add(name)
+                if wrong := _result(future, name):
+                    errors[name] = wrong
+                else:
+                    done.add(name)
                 _tell(name, wrong, len(done), len(nodes), first, time.monotonic() - t0)
-    if stop_asked(): raise Interrupted(f"{len(done)} of {len(nodes)} stages are done and saved")
+    if stop_asked():
+        raise Interrupted(f"{len(done)} of {len(nodes)} stages are done and saved")
     errors.update({n: "not done, since a stage before it failed" for n in left})
     return errors
 
@@ -234,22 +383,33 @@ def run_grid(
 def _patient():
     "An idle worker leaves Ctrl-C to the first process; one at work asks for its own"
     import signal
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+
 def _result(future, name):
-    try: return future.result()
-    except BrokenProcessPool: raise SpecsError(f"{name}: the process at work on it was killed, perhaps for its memory; the same command goes on, and --workers 1 takes less") from None
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise SpecsError(
+            f"{name}: the process at work on it was killed, perhaps for its memory; the same command goes on,"
+            " and --workers 1 takes less"
+        ) from None
+
 
 def _ready(left, nodes, done, held, free):
     "Names of the next nodes, at most `free`, no two of which write the same samples"
     out = []
     for name in left:
         n = nodes[name]
-        if len(out) == free: break
+        if len(out) == free:
+            break
         if done.issuperset(n.needs.values()) and n.samples not in held:
             out.append(name)
-            if n.samples: held = held | {n.samples}
+            if n.samples:
+                held = held | {n.samples}
     return out
+
 
 def _tell(name, wrong, n, total, first, seconds):
     each = seconds / max(1, n - first)
@@ -257,90 +417,148 @@ def _tell(name, wrong, n, total, first, seconds):
 
 # %% ../nbs/79_ablate.ipynb #6cd2070a
 def collect(
-    folder:Path,  # of the grid
-    nodes:dict,   # from `plan`
-    cells:dict,   # from `plan`
-)->dict:          # table → rows, written as `results.parquet`, `questions.parquet`, `costs.parquet`, `history.parquet`
+    folder: Path,  # of the grid
+    nodes: dict,  # from `plan`
+    cells: dict,  # from `plan`
+) -> (
+    dict
+):  # table → rows, written as `results.parquet`, `questions.parquet`, `costs.parquet`, `history.parquet`
     "Gather what is done so far."
     out = dict(results=[], questions=[], costs=[], history=[])
     for (arm, seed), cell in cells.items():
         for what, name in cell.items():
             node, where = nodes[name], dict(arm=arm, seed=seed)
-            if not _done(folder, node): continue
+            if not _done(folder, node):
+                continue
             home = Path(folder) / "stages" / name / node.stage
-            out["costs"].append(dict(where, stage=what, node=name, **{k: (read_json(home / "stage.json") or {}).get(k) for k in ("seconds", "peak_memory_gb", "steps", "tokens", "pairs")}))
-            if node.stage == "eval": _gather_eval(out, where, what, node.models[0], home)
-            for h in read_json(home / "history.json") or []: out["history"] += [dict(where, stage=what, step=h["step"], key=k, value=float(v)) for k, v in h.items() if k != "step" and isinstance(v, (int, float))]
-    for table, rows in out.items(): _write(rows, Path(folder) / f"{table}.parquet")
+            out["costs"].append(
+                dict(
+                    where,
+                    stage=what,
+                    node=name,
+                    **{
+                        k: (read_json(home / "stage.json") or {}).get(k)
+                        for k in ("seconds", "peak_memory_gb", "steps", "tokens", "pairs")
+                    },
+                )
+            )
+            if node.stage == "eval":
+                _gather_eval(out, where, what, node.models[0], home)
+            for h in read_json(home / "history.json") or []:
+                out["history"] += [
+                    dict(where, stage=what, step=h["step"], key=k, value=float(v))
+                    for k, v in h.items()
+                    if k != "step" and isinstance(v, (int, float))
+                ]
+    for table, rows in out.items():
+        _write(rows, Path(folder) / f"{table}.parquet")
     return out
+
 
 def _gather_eval(out, where, what, model, home):
     import pyarrow.parquet as pq
+
     where = dict(where, model=model, deep=what.startswith("deep"))
-    for split, metrics in read_json(home / "metrics.json")[model].items(): out["results"] += [dict(where, split=split, metric=m, **v) for m, v in metrics.items()]
+    for split, metrics in read_json(home / "metrics.json")[model].items():
+        out["results"] += [dict(where, split=split, metric=m, **v) for m, v in metrics.items()]
     answers, of = pq.read_table(home / "answers.parquet").to_pylist(), {}
     for a in answers:
-        if a.get("greedy"): continue
+        if a.get("greedy"):
+            continue
         of.setdefault((a["split"], a["asked"], a["id"]), []).append(a)
     for (split, asked, i), some in of.items():
         known = [a for a in some if a["accuracy"] is not None]
-        out["questions"].append(dict(where, split=split, asked=asked, id=i, n=len(known), distinct_right=len({a["text"] for a in known if a["accuracy"]}), **{f"{m}_n": sum(map(bool, (a[m] for a in known))) for m in ("accuracy", "format", "strict")}))
+        out["questions"].append(
+            dict(
+                where,
+                split=split,
+                asked=asked,
+                id=i,
+                n=len(known),
+                distinct_right=len({a["text"] for a in known if a["accuracy"]}),
+                **{f"{m}_n": sum(map(bool, (a[m] for a in known))) for m in ("accuracy", "format", "strict")},
+            )
+        )
+
 
 def _write(rows, path):
     import pyarrow as pa, pyarrow.parquet as pq
-    if not rows: return
-    with atomic(path) as part: pq.write_table(pa.Table.from_pylist(rows), part)
+
+    if not rows:
+        return
+    with atomic(path) as part:
+        pq.write_table(pa.Table.from_pylist(rows), part)
 
 # %% ../nbs/79_ablate.ipynb #1f45d8a8
 def add_grid_options(
     parser,  # of `specs ablate`
 ):
     "Options of `specs ablate`."
-    parser.add_argument("--grid", default="paper", metavar="FILE", help=f"a YAML file, or one of {', '.join(p.stem for p in sorted(GRIDS.glob('*.yaml')))} (paper)")
+    parser.add_argument(
+        "--grid",
+        default="paper",
+        metavar="FILE",
+        help=f"a YAML file, or one of {', '.join(p.stem for p in sorted(GRIDS.glob('*.yaml')))} (paper)",
+    )
     parser.add_argument("--arms", default="", metavar="A,B", help="only these arms")
     parser.add_argument("--seeds", type=int, metavar="N", help="at most so many seeds an arm")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="stages side by side (as many as there are cores)")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="stages side by side (as many as there are cores)"
+    )
     parser.add_argument("--plan", action="store_true", help="only say what there is to do")
 
 # %% ../nbs/79_ablate.ipynb #d44b4467
 def ablate(
-    args,       # from `pipeline.parse`
-    keys,       # `pipeline.keys`
+    args,  # from `pipeline.parse`
+    keys,  # `pipeline.keys`
     run_stage,  # `pipeline.run_stage`
-)->int:         # exit code
+) -> int:  # exit code
     "`specs ablate`: run a grid, then write its tables; raises `SpecsError` for a grid that makes no sense."
-    if args.launcher or args.fleet: raise SpecsError("specs ablate runs its stages on this machine: --launcher and --fleet are not for it")
+    if args.launcher or args.fleet:
+        raise SpecsError(
+            "specs ablate runs its stages on this machine: --launcher and --fleet are not for it"
+        )
     grid, arms = read_grid(args.grid), [a for a in args.arms.split(",") if a]
     for a in arms:
-        if a not in grid.arms: raise SpecsError(f"--arms: no arm {a!r}: {nearest(a, grid.arms)}")
-    if args.config: grid.config = args.config
+        if a not in grid.arms:
+            raise SpecsError(f"--arms: no arm {a!r}: {nearest(a, grid.arms)}")
+    if args.config:
+        grid.config = args.config
     nodes, cells = plan(grid, keys, arms, args.seeds, args.overrides)
     folder, count = Path(args.run_dir), {}
-    for n in nodes.values(): count[n.name.split("-")[0]] = count.get(n.name.split("-")[0], 0) + 1
+    for n in nodes.values():
+        count[n.name.split("-")[0]] = count.get(n.name.split("-")[0], 0) + 1
     print("grid       " + ", ".join(f"{n} {what}" for what, n in count.items()))
-    if args.plan: return 0
+    if args.plan:
+        return 0
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     lock = Run(folder, object())  # one process at a time
     asked = ""
     try:
         with signals_ask():
-            try: errors = run_grid(folder, nodes, run_stage, args.workers)
-            finally: asked = stop_asked()
+            try:
+                errors = run_grid(folder, nodes, run_stage, args.workers)
+            finally:
+                asked = stop_asked()
     except (Interrupted, KeyboardInterrupt) as e:
         print(f"\nspecs: stopped: {e}. The same command goes on from there.", file=sys.stderr)
         return 143 if asked == "SIGTERM" else 130
     finally:
-        _write_tables(folder, args.grid, *plan(grid, keys, more=args.overrides))  # of all arms, whichever were asked for
+        # of all arms, whichever were asked for
+        _write_tables(folder, args.grid, *plan(grid, keys, more=args.overrides))
         lock.close()
     write_json(folder / "errors.json", errors)
-    for name, wrong in errors.items(): print(f"{name}: {wrong} (see stages/{name}/log.txt)", file=sys.stderr)
+    for name, wrong in errors.items():
+        print(f"{name}: {wrong} (see stages/{name}/log.txt)", file=sys.stderr)
     return 1 if errors else 0
 
 # %% ../nbs/79_ablate.ipynb #36d75768
 def _write_tables(folder, name, nodes, cells):
     from specs_nb.report import grid_report
+
     tables = collect(folder, nodes, cells)
     print(f"grid       {', '.join(f'{t}.parquet {len(r)} rows' for t, r in tables.items())} in {folder}")
     shown = [r for r in tables["results"] if not r["deep"] and "@" not in r["model"]]
-    if any(r["model"] in ("coldstart", "final") for r in shown): print(f"report: {grid_report(shown, folder / 'report.html', f'Grid {name}')}")
+    if any(r["model"] in ("coldstart", "final") for r in shown):
+        print(f"report: {grid_report(shown, folder / 'report.html', f'Grid {name}')}")

@@ -14,151 +14,223 @@ from .evaluate import bootstrap
 
 # %% ../nbs/71_analysis.ipynb #7b43e12f
 def generalization_factor(
-    g_id:float,     # gain in distribution
-    g_ood:float,    # gain out of distribution, same unit
-    beta:float=2.,  # weight of the OOD gain
-)->float:           # same unit
+    g_id: float,  # gain in distribution
+    g_ood: float,  # gain out of distribution, same unit
+    beta: float = 2.0,  # weight of the OOD gain
+) -> float:  # same unit
     "F-β of two gains, the paper's Generalization Factor; 0 where a gain is zero or negative, None where one isn't known."
-    if g_id is None or g_ood is None: return None
-    if g_id <= 0 or g_ood <= 0: return 0.
+    if g_id is None or g_ood is None:
+        return None
+    if g_id <= 0 or g_ood <= 0:
+        return 0.0
     return (1 + beta**2) * g_id * g_ood / (beta**2 * g_id + g_ood)
 
 # %% ../nbs/71_analysis.ipynb #50393f85
 def value_at(
-    metrics:dict,  # from `evaluate`; parts of it may be missing
-    *path,         # model, split, metric
-)->dict:           # mean, lo, hi, n; empty where there is nothing
+    metrics: dict,  # from `evaluate`; parts of it may be missing
+    *path,  # model, split, metric
+) -> dict:  # mean, lo, hi, n; empty where there is nothing
     "A value of the metrics, wherever the path ends."
-    for key in path: metrics = (metrics or {}).get(key)
+    for key in path:
+        metrics = (metrics or {}).get(key)
     return metrics or {}
 
 # %% ../nbs/71_analysis.ipynb #1721f7e3
 def gf_table(
-    metrics:dict,            # from `evaluate`
-    metric:str="strict",     # which one
-    ood:str="ood_format",    # which split is out of distribution
-)->dict:                     # model → gf_raw, gf_gain, gain_id, gain_ood
+    metrics: dict,  # from `evaluate`
+    metric: str = "strict",  # which one
+    ood: str = "ood_format",  # which split is out of distribution
+) -> dict:  # model → gf_raw, gf_gain, gain_id, gain_ood
     "Both readings of the Generalization Factor for each model but the base, and the gains; a model without the values is left out."
-    def at(model, split): return value_at(metrics, model, split, metric).get("mean")
+
+    def at(model, split):
+        return value_at(metrics, model, split, metric).get("mean")
+
     out = {}
     for m in metrics:
-        if m == "base" or None in (at(m, "id"), at(m, ood), at("base", "id"), at("base", ood)): continue
+        if m == "base" or None in (at(m, "id"), at(m, ood), at("base", "id"), at("base", ood)):
+            continue
         gains = at(m, "id") - at("base", "id"), at(m, ood) - at("base", ood)
-        out[m] = dict(gf_raw=generalization_factor(at(m, "id"), at(m, ood)), gf_gain=generalization_factor(*gains), gain_id=gains[0], gain_ood=gains[1])
+        out[m] = dict(
+            gf_raw=generalization_factor(at(m, "id"), at(m, ood)),
+            gf_gain=generalization_factor(*gains),
+            gain_id=gains[0],
+            gain_ood=gains[1],
+        )
     return out
 
 # %% ../nbs/71_analysis.ipynb #e8d74896
 MODELS = dict(base="base", zero="GRPO-zero", coldstart="cold start", final="final")
 SPLITS = dict(id="trained format", ood_format="other formats", ood_visual="other pictures")
-METRICS = dict(accuracy="Right answer", format="Right format", strict="Right answer in the right format", passk="Right at least once")
-STAGES = dict(zero="GRPO from the base", pairs="both models answer, pairs are made", coldstart="the pairs' form is learned",
-              final="GRPO from the cold start", eval="all models take all tests")
+METRICS = dict(
+    accuracy="Right answer",
+    format="Right format",
+    strict="Right answer in the right format",
+    passk="Right at least once",
+)
+STAGES = dict(
+    zero="GRPO from the base",
+    pairs="both models answer, pairs are made",
+    coldstart="the pairs' form is learned",
+    final="GRPO from the cold start",
+    eval="all models take all tests",
+)
 
 # %% ../nbs/71_analysis.ipynb #ac66313f
 def read_run(
-    run_dir:Path,  # a run folder with eval/metrics.json
-)->dict:           # name, config, metrics, stages, history, answers
+    run_dir: Path,  # a run folder with eval/metrics.json
+) -> dict:  # name, config, metrics, stages, history, answers
     "What the report needs of a run, missing files as empty values; raises `SpecsError` if there are no metrics yet."
     import yaml
+
     run = Path(run_dir)
-    metrics, config, answers = read_json(run / "eval/metrics.json"), run / "config.yaml", run / "eval/answers.parquet"
-    if metrics is None: raise SpecsError(f"{run_dir} has no eval/metrics.json: run `specs eval` first")
-    return dict(name=run.resolve().name, config=(config.exists() and yaml.safe_load(config.read_text(encoding="utf-8"))) or {},
-                metrics=metrics, answers=read_answers(answers) if answers.exists() else [],
-                stages={s: read_json(run / s / "stage.json") or {} for s in STAGES},
-                history={s: read_json(run / s / "history.json") or [] for s in ("zero", "coldstart", "final")})
+    metrics, config, answers = (
+        read_json(run / "eval/metrics.json"),
+        run / "config.yaml",
+        run / "eval/answers.parquet",
+    )
+    if metrics is None:
+        raise SpecsError(f"{run_dir} has no eval/metrics.json: run `specs eval` first")
+    return dict(
+        name=run.resolve().name,
+        config=(config.exists() and yaml.safe_load(config.read_text(encoding="utf-8"))) or {},
+        metrics=metrics,
+        answers=read_answers(answers) if answers.exists() else [],
+        stages={s: read_json(run / s / "stage.json") or {} for s in STAGES},
+        history={s: read_json(run / s / "history.json") or [] for s in ("zero", "coldstart", "final")},
+    )
+
 
 def read_answers(
-    path:Path,  # answers.parquet of the evaluation
-)->list:        # of dicts with model, split, id, asked and three scores
+    path: Path,  # answers.parquet of the evaluation
+) -> list:  # of dicts with model, split, id, asked and three scores
     "The scores of each sampled answer, without the texts; raises `SpecsError` for a broken file."
     import pyarrow as pa, pyarrow.parquet as pq
+
     wanted = ("model", "split", "id", "asked", "greedy", "accuracy", "format", "strict")
-    try: rows = pq.read_table(path, columns=[c for c in wanted if c in pq.read_schema(path).names]).to_pylist()
-    except (pa.ArrowException, OSError): raise SpecsError(f"{path} can't be read: delete it and run `specs eval` again") from None
+    try:
+        rows = pq.read_table(path, columns=[c for c in wanted if c in pq.read_schema(path).names]).to_pylist()
+    except (pa.ArrowException, OSError):
+        raise SpecsError(f"{path} can't be read: delete it and run `specs eval` again") from None
     return [r for r in rows if not r.pop("greedy", False)]
 
 # %% ../nbs/71_analysis.ipynb #164fa39e
 def question_means(
-    answers:list,  # from `read_answers`
-    metric:str,    # accuracy, format or strict
-)->dict:           # (model, split) → question's id → mean over its samples
+    answers: list,  # from `read_answers`
+    metric: str,  # accuracy, format or strict
+) -> dict:  # (model, split) → question's id → mean over its samples
     "A question's score for each model; samples without opinion are left out."
     out = {}
     for a in answers:
-        if a[metric] is not None: out.setdefault((a["model"], a["split"]), {}).setdefault(a["id"], []).append(a[metric])
+        if a[metric] is not None:
+            out.setdefault((a["model"], a["split"]), {}).setdefault(a["id"], []).append(a[metric])
     return {key: {i: sum(v) / len(v) for i, v in of.items()} for key, of in out.items()}
 
 # %% ../nbs/71_analysis.ipynb #764dfbdf
 def paired_difference(
-    a:dict,  # question's id → score of one model
-    b:dict,  # the same of the other
-)->dict:     # mean, lo, hi, n of a - b
+    a: dict,  # question's id → score of one model
+    b: dict,  # the same of the other
+) -> dict:  # mean, lo, hi, n of a - b
     "How far `a` is ahead of `b` on the questions that both answered, with a 95 % interval."
     return bootstrap([a[i] - b[i] for i in a if i in b])
 
 # %% ../nbs/71_analysis.ipynb #5d414bc4
 PAIRED = (("final", "base"), ("final", "zero"), ("coldstart", "base"))
 
+
 def comparisons(
-    answers:list,  # from `read_answers`
-)->dict:           # (model, model) → split → metric → mean, lo, hi, n
+    answers: list,  # from `read_answers`
+) -> dict:  # (model, model) → split → metric → mean, lo, hi, n
     "The paired comparisons of the report."
     means = {m: question_means(answers, m) for m in ("accuracy", "format", "strict")}
-    return {(a, b): {s: {m: paired_difference(of.get((a, s), {}), of.get((b, s), {})) for m, of in means.items()} for s in SPLITS} for a, b in PAIRED}
+    return {
+        (a, b): {
+            s: {m: paired_difference(of.get((a, s), {}), of.get((b, s), {})) for m, of in means.items()}
+            for s in SPLITS
+        }
+        for a, b in PAIRED
+    }
 
 # %% ../nbs/71_analysis.ipynb #5b2e4d27
 def percent(
-    x,           # a share, or None
+    x,  # a share, or None
     sign=False,  # a difference: show the sign
-)->str:          # such as 62.5, +3.1, −0.4, –
+) -> str:  # such as 62.5, +3.1, −0.4, –
     "A share in percent, without the percent sign."
-    if x is None: return "–"
+    if x is None:
+        return "–"
     text = f"{100 * x:{'+' if sign else ''}.1f}"
     return "0.0" if text.lstrip("+-") == "0.0" else text.replace("-", "−")
 
 # %% ../nbs/71_analysis.ipynb #a8dc2e3b
 def interval(
-    v:dict,      # mean, lo, hi
+    v: dict,  # mean, lo, hi
     sign=False,  # a difference: show signs
-)->str:          # such as [55.0, 69.9]; empty without a mean
+) -> str:  # such as [55.0, 69.9]; empty without a mean
     "An interval in percent."
     return f"[{percent(v['lo'], sign)}, {percent(v['hi'], sign)}]" if v.get("mean") is not None else ""
 
 # %% ../nbs/71_analysis.ipynb #e0eb4f58
 def title(
-    metrics:dict,  # from `evaluate`
-)->str:            # one line
+    metrics: dict,  # from `evaluate`
+) -> str:  # one line
     "How the final model's accuracy compares with the base's: by whether their intervals touch."
     a, b = (value_at(metrics, m, "id", "accuracy") for m in ("final", "base"))
-    if None in (a.get("mean"), b.get("mean")): return "No comparison of the final model with the base: it was not evaluated"
-    word = "is right more often than" if a["lo"] > b["hi"] else "is right less often than" if a["hi"] < b["lo"] else "is not clearly different from"
+    if None in (a.get("mean"), b.get("mean")):
+        return "No comparison of the final model with the base: it was not evaluated"
+    word = (
+        "is right more often than"
+        if a["lo"] > b["hi"]
+        else "is right less often than" if a["hi"] < b["lo"] else "is not clearly different from"
+    )
     return f"The final model {word} the base: {percent(a['mean'])} % against {percent(b['mean'])} %"
 
 # %% ../nbs/71_analysis.ipynb #35d3d492
 def difference(
-    d:dict,  # from `paired_difference`
-)->str:      # the difference and what it shows
+    d: dict,  # from `paired_difference`
+) -> str:  # the difference and what it shows
     "A paired difference in words."
-    if d["mean"] is None: return "no question was answered by both"
+    if d["mean"] is None:
+        return "no question was answered by both"
     shows = "a gain" if d["lo"] > 0 else "a loss" if d["hi"] < 0 else "neither a gain nor a loss is shown"
     return f"{percent(d['mean'], True)} points {interval(d, True)}: {shows}"
 
 # %% ../nbs/71_analysis.ipynb #fa254abd
 def findings(
-    metrics:dict,  # from `evaluate`
-    versus:dict,   # from `comparisons`
-)->list:           # sentences
+    metrics: dict,  # from `evaluate`
+    versus: dict,  # from `comparisons`
+) -> list:  # sentences
     "What the run shows and what it doesn't, in a few sentences."
     a, b = (value_at(metrics, m, "id", "accuracy") for m in ("final", "base"))
-    touch = "can't be compared" if None in (a.get("mean"), b.get("mean")) else "touch" if a["lo"] <= b["hi"] and b["lo"] <= a["hi"] else "do not touch"
+    touch = (
+        "can't be compared"
+        if None in (a.get("mean"), b.get("mean"))
+        else "touch" if a["lo"] <= b["hi"] and b["lo"] <= a["hi"] else "do not touch"
+    )
     told = lambda v: f"{percent(v.get('mean'))} % {interval(v)}".strip()
     form = ", ".join(f"{name} {told(value_at(metrics, m, 'id', 'format'))}" for m, name in MODELS.items())
     say = lambda pair, split, metric: difference(versus[pair][split][metric])
-    out = [f"Right answers, final {told(a)}, base {told(b)}: the 95 % intervals {touch}. Final − base on the same questions: {say(('final', 'base'), 'id', 'accuracy')}.",
-           f"Answers that keep the trained format: {form}.",
-           f"Was the cold start worth it? Final − GRPO-zero, right answers: {say(('final', 'zero'), 'id', 'accuracy')}.",
-           f"Asked for formats that were never trained, final − base, right answer in the right format: {say(('final', 'base'), 'ood_format', 'strict')}.",
-           f"Pictures unlike those of training, final − base, right answers: {say(('final', 'base'), 'ood_visual', 'accuracy')}."]
-    n = min((s["accuracy"]["n"] for m in metrics.values() for s in (m or {}).values() if s and s.get("accuracy")), default=0)
+    out = [
+        (
+            f"Right answers, final {told(a)}, base {told(b)}: the 95 % intervals {touch}. Final − base on the"
+            f" same questions: {say(('final', 'base'), 'id', 'accuracy')}."
+        ),
+        f"Answers that keep the trained format: {form}.",
+        (
+            "Was the cold start worth it? Final − GRPO-zero, right answers:"
+            f" {say(('final', 'zero'), 'id', 'accuracy')}."
+        ),
+        (
+            "Asked for formats that were never trained, final − base, right answer in the right format:"
+            f" {say(('final', 'base'), 'ood_format', 'strict')}."
+        ),
+        (
+            "Pictures unlike those of training, final − base, right answers:"
+            f" {say(('final', 'base'), 'ood_visual', 'accuracy')}."
+        ),
+    ]
+    n = min(
+        (s["accuracy"]["n"] for m in metrics.values() for s in (m or {}).values() if s and s.get("accuracy")),
+        default=0,
+    )
     return out + ([f"Only {n} questions in a test: too few to conclude anything."] if n < 50 else [])

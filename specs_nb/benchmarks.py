@@ -19,20 +19,38 @@ from .sources import Drop, infer
 
 # %% ../nbs/73_benchmarks.ipynb #624de4f7
 VERSION = "0.7.3"
-NEEDS = "loguru sacrebleu portalocker tabulate lxml evaluate pytz tenacity Levenshtein rapidfuzz opencv-python-headless".split()
+NEEDS = (
+    "loguru sacrebleu portalocker tabulate lxml evaluate pytz tenacity Levenshtein rapidfuzz"
+    " opencv-python-headless".split()
+)
 INSTALL = f"pip install --no-deps lmms-eval=={VERSION} {' '.join(NEEDS)}"
 
+
 def find_lmms(
-    python:str=None,  # of lmms-eval's environment; None: SPECS_LMMS_PYTHON, else this one
-)->tuple:             # (python, folder of its tasks)
+    python: str = None,  # of lmms-eval's environment; None: SPECS_LMMS_PYTHON, else this one
+) -> tuple:  # (python, folder of its tasks)
     "Where lmms-eval is; raises `SpecsError` if it is missing or of another version."
     python = str(python or os.environ.get("SPECS_LMMS_PYTHON") or sys.executable)
-    ask = "import importlib.util as u, importlib.metadata as m; print(m.version('lmms-eval'), u.find_spec('lmms_eval').submodule_search_locations[0], sep='\\n')"
-    try: out = subprocess.run([python, "-c", ask], capture_output=True, text=True)
-    except OSError: raise SpecsError(f"no Python at {python}: set SPECS_LMMS_PYTHON to that of lmms-eval's environment") from None
-    if out.returncode: raise SpecsError(f"lmms-eval isn't installed for {Path(python).name}: `{INSTALL}` beside specs_nb, or set SPECS_LMMS_PYTHON to the Python of its environment")
+    ask = (
+        "import importlib.util as u, importlib.metadata as m; print(m.version('lmms-eval'),"
+        " u.find_spec('lmms_eval').submodule_search_locations[0], sep='\\n')"
+    )
+    try:
+        out = subprocess.run([python, "-c", ask], capture_output=True, text=True)
+    except OSError:
+        raise SpecsError(
+            f"no Python at {python}: set SPECS_LMMS_PYTHON to that of lmms-eval's environment"
+        ) from None
+    if out.returncode:
+        raise SpecsError(
+            f"lmms-eval isn't installed for {Path(python).name}: `{INSTALL}` beside specs_nb, or set"
+            " SPECS_LMMS_PYTHON to the Python of its environment"
+        )
     version, folder = out.stdout.split("\n")[:2]
-    if version != VERSION: raise SpecsError(f"lmms-eval {version} is installed, and its tasks and logs are known for {VERSION}: `{INSTALL}`")
+    if version != VERSION:
+        raise SpecsError(
+            f"lmms-eval {version} is installed, and its tasks and logs are known for {VERSION}: `{INSTALL}`"
+        )
     return python, Path(folder) / "tasks"
 
 # %% ../nbs/73_benchmarks.ipynb #c8ec76c8
@@ -42,26 +60,36 @@ BENCHMARKS = {
     "mathvision": dict(file="mathvision/reasoning/mathvision_reason_test.yaml", rows=3040),
     "mathvision_mini": dict(file="mathvision/reasoning/mathvision_reason_testmini.yaml", rows=304),
     "mathverse": dict(file="mathverse/reasoning/mathverse_testmini.yaml", rows=3940),
-    "mathverse_vision": dict(file="mathverse/reasoning/mathverse_testmini.yaml", rows=788, set=dict(dataset_name="testmini_version_split", test_split="vision_only")),
-    "megabench": dict(file="megabench/megabench_core.yaml", rows=6531, submission=True)}
+    "mathverse_vision": dict(
+        file="mathverse/reasoning/mathverse_testmini.yaml",
+        rows=788,
+        set=dict(dataset_name="testmini_version_split", test_split="vision_only"),
+    ),
+    "megabench": dict(file="megabench/megabench_core.yaml", rows=6531, submission=True),
+}
 
 # %% ../nbs/73_benchmarks.ipynb #ae6a0a10
 def task_file(
-    name:str,    # in `BENCHMARKS`
-    tasks:Path,  # folder of lmms-eval's tasks
-    to:Path,     # folder for ours
-)->str:          # the task's name
+    name: str,  # in `BENCHMARKS`
+    tasks: Path,  # folder of lmms-eval's tasks
+    to: Path,  # folder for ours
+) -> str:  # the task's name
     "Write the task of a benchmark; raises `SpecsError` for an unknown one, or a file that isn't there."
     import yaml
-    if name not in BENCHMARKS: raise SpecsError(f"no benchmark {name!r}; {nearest(name, BENCHMARKS)}")
+
+    if name not in BENCHMARKS:
+        raise SpecsError(f"no benchmark {name!r}; {nearest(name, BENCHMARKS)}")
     b = BENCHMARKS[name]
-    if not (stock := Path(tasks) / b["file"]).exists(): raise SpecsError(f"lmms-eval has no {b['file']}: is it {VERSION}? `{INSTALL}`")
+    if not (stock := Path(tasks) / b["file"]).exists():
+        raise SpecsError(f"lmms-eval has no {b['file']}: is it {VERSION}? `{INSTALL}`")
     Path(to).mkdir(parents=True, exist_ok=True)
-    (Path(to) / f"specs_{name}.yaml").write_text(yaml.safe_dump({"include": str(stock), "task": f"specs_{name}", **b.get("set", {})}))
+    (Path(to) / f"specs_{name}.yaml").write_text(
+        yaml.safe_dump({"include": str(stock), "task": f"specs_{name}", **b.get("set", {})})
+    )
     return f"specs_{name}"
 
 # %% ../nbs/73_benchmarks.ipynb #71975501
-_CODE = '''"Written by specs_nb.benchmarks"
+_CODE = """"Written by specs_nb.benchmarks"
 from lmms_eval.tasks._task_utils.reasoning_utils import compute_score
 
 def visual(doc): return [i.convert("RGB") for i in doc["images"]]
@@ -73,7 +101,7 @@ def messages(doc, lmms_eval_specific_kwargs=None):
 def results(doc, answers):
     scores = [compute_score("specs", a.strip(), doc["answer"], {"question": doc["prompt"]}) for a in answers]
     return {"acc_score": sum(s["acc_score"] for s in scores) / len(scores), "format_score": sum(s["format_reward_score"] for s in scores) / len(scores)}
-'''
+"""
 _YAML = """task: {task}
 dataset_path: parquet
 dataset_kwargs:
@@ -95,206 +123,386 @@ metric_list:
 
 # %% ../nbs/73_benchmarks.ipynb #bff33067
 def write_task(
-    rows:list,   # of the schema
-    name:str,    # letters, digits and _
-    to:Path,     # folder for tasks
-    format:str="think_answer",  # in `FORMATS`: what is asked for
-)->str:          # the task's name
+    rows: list,  # of the schema
+    name: str,  # letters, digits and _
+    to: Path,  # folder for tasks
+    format: str = "think_answer",  # in `FORMATS`: what is asked for
+) -> str:  # the task's name
     "Write rows as a task of lmms-eval; raises `SpecsError` for a name it can't have, or no rows."
     from datasets import Dataset, Features, Image, List, Value
-    if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in BENCHMARKS: raise SpecsError(f"a task can't be called {name!r}: take letters, digits and _, and no benchmark's name")
-    if not len(rows): raise SpecsError(f"task {name}: there are no rows to ask")
+
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in BENCHMARKS:
+        raise SpecsError(
+            f"a task can't be called {name!r}: take letters, digits and _, and no benchmark's name"
+        )
+    if not len(rows):
+        raise SpecsError(f"task {name}: there are no rows to ask")
     to, task = Path(to), f"specs_{name}"
     to.mkdir(parents=True, exist_ok=True)
-    docs = [dict(id=r["id"], prompt=prompt_text(r, FORMATS[format].instruction), answer=r["answer"], images=r["images"]) for r in rows]
+    docs = [
+        dict(
+            id=r["id"],
+            prompt=prompt_text(r, FORMATS[format].instruction),
+            answer=r["answer"],
+            images=r["images"],
+        )
+        for r in rows
+    ]
     text = {k: Value("string") for k in ("id", "prompt", "answer")}
     Dataset.from_list(docs, Features({**text, "images": List(Image())})).to_parquet(to / f"{task}.parquet")
     (to / f"{task}_code.py").write_text(_CODE)
     (to / f"{task}.yaml").write_text(_YAML.format(task=task))
-    write_json(to / f"{task}.gold.json", dict(format=format, rows=[{k: r[k] for k in ("id", "question", "answer", "kind", "choices")} for r in rows]))
+    write_json(
+        to / f"{task}.gold.json",
+        dict(
+            format=format,
+            rows=[{k: r[k] for k in ("id", "question", "answer", "kind", "choices")} for r in rows],
+        ),
+    )
     return task
 
 # %% ../nbs/73_benchmarks.ipynb #cff6747d
 def command(
-    python:str,        # of lmms-eval's environment
-    model:str,         # as the server knows it
-    url:str,           # of the server, with /v1
-    tasks:list,        # names of tasks in `folder`
-    folder:Path,       # of our task files
-    out:Path,          # for its results
-    max_new_tokens:int=16384, # longest answer
-    temperature:float=0.0,    # 0: greedy
-    system:Path=None,  # file with a system prompt; None: the task's own
-    limit:int=None,    # questions of each task; None: all
-    concurrency:int=16,# requests at a time
-)->list:               # arguments of a process
+    python: str,  # of lmms-eval's environment
+    model: str,  # as the server knows it
+    url: str,  # of the server, with /v1
+    tasks: list,  # names of tasks in `folder`
+    folder: Path,  # of our task files
+    out: Path,  # for its results
+    max_new_tokens: int = 16384,  # longest answer
+    temperature: float = 0.0,  # 0: greedy
+    system: Path = None,  # file with a system prompt; None: the task's own
+    limit: int = None,  # questions of each task; None: all
+    concurrency: int = 16,  # requests at a time
+) -> list:  # arguments of a process
     "lmms-eval's command line; raises `SpecsError` for a name it can't pass on."
-    if "," in f"{model}{url}{system or ''}": raise SpecsError(f"lmms-eval separates its arguments by commas, and there is one in {model!r}, {url!r} or the system prompt's path: serve the model under another name")
-    args = dict(model_version=model, base_url=url, api_key="EMPTY", num_cpus=concurrency, max_retries=3, **(dict(system_prompt=system) if system else {}))
+    if "," in f"{model}{url}{system or ''}":
+        raise SpecsError(
+            f"lmms-eval separates its arguments by commas, and there is one in {model!r}, {url!r} or the"
+            " system prompt's path: serve the model under another name"
+        )
+    args = dict(
+        model_version=model,
+        base_url=url,
+        api_key="EMPTY",
+        num_cpus=concurrency,
+        max_retries=3,
+        **(dict(system_prompt=system) if system else {}),
+    )
     pairs = lambda d: ",".join(f"{k}={v}" for k, v in d.items())
-    out = [python, "-m", "lmms_eval", "--model", "async_openai", "--model_args", pairs(args), "--tasks", ",".join(tasks), "--include_path", str(folder),
-           "--gen_kwargs", pairs(dict(max_new_tokens=max_new_tokens, temperature=temperature)), "--reasoning_tags", "none", "--process_docs_parallel", "1",
-           "--log_samples", "--output_path", str(out)]
+    out = [
+        python,
+        "-m",
+        "lmms_eval",
+        "--model",
+        "async_openai",
+        "--model_args",
+        pairs(args),
+        "--tasks",
+        ",".join(tasks),
+        "--include_path",
+        str(folder),
+        "--gen_kwargs",
+        pairs(dict(max_new_tokens=max_new_tokens, temperature=temperature)),
+        "--reasoning_tags",
+        "none",
+        "--process_docs_parallel",
+        "1",
+        "--log_samples",
+        "--output_path",
+        str(out),
+    ]
     return out + (["--limit", str(limit)] if limit else [])
 
 # %% ../nbs/73_benchmarks.ipynb #d0228652
 def judge_env(
-    url:str=None,    # of an OpenAI-compatible server, with /v1; None: no judge
-    model:str=None,  # its model
-    key:str="EMPTY", # its key
-)->dict:             # environment variables
+    url: str = None,  # of an OpenAI-compatible server, with /v1; None: no judge
+    model: str = None,  # its model
+    key: str = "EMPTY",  # its key
+) -> dict:  # environment variables
     "How lmms-eval's tasks are told of a judge; raises `SpecsError` if a server is named without a model."
-    if not url: return dict(USE_LLM_JUDGE="False", OPENAI_API_KEY="EMPTY")
-    if not model: raise SpecsError(f"which model of {url} shall judge? name it beside the address")
-    return dict(USE_LLM_JUDGE="True", JUDGE_BASE_URL=url, JUDGE_MODEL_NAME=model, JUDGE_API_KEY=key, API_TYPE="openai", OPENAI_API_URL=url, OPENAI_API_KEY=key, MODEL_VERSION=model,
-                MEGABENCH_OPEN_API_URL=f"{url}/chat/completions", MEGABENCH_OPEN_API_KEY=key, MEGABENCH_OPEN_API_MODEL=model)
+    if not url:
+        return dict(USE_LLM_JUDGE="False", OPENAI_API_KEY="EMPTY")
+    if not model:
+        raise SpecsError(f"which model of {url} shall judge? name it beside the address")
+    return dict(
+        USE_LLM_JUDGE="True",
+        JUDGE_BASE_URL=url,
+        JUDGE_MODEL_NAME=model,
+        JUDGE_API_KEY=key,
+        API_TYPE="openai",
+        OPENAI_API_URL=url,
+        OPENAI_API_KEY=key,
+        MODEL_VERSION=model,
+        MEGABENCH_OPEN_API_URL=f"{url}/chat/completions",
+        MEGABENCH_OPEN_API_KEY=key,
+        MEGABENCH_OPEN_API_MODEL=model,
+    )
 
 # %% ../nbs/73_benchmarks.ipynb #c5f10b8c
 def read_sample(
-    sample:dict,       # a line of lmms-eval's log
-    gold:dict,         # the row: answer, kind, choices; None: unknown
-    format:str,        # that was asked for
-    max_new_tokens:int,# longest answer
-)->dict:               # text, lmms (their score, or None), our `score`, failed, truncated
+    sample: dict,  # a line of lmms-eval's log
+    gold: dict,  # the row: answer, kind, choices; None: unknown
+    format: str,  # that was asked for
+    max_new_tokens: int,  # longest answer
+) -> dict:  # text, lmms (their score, or None), our `score`, failed, truncated
     "One answer, theirs and ours."
     said = sample.get("resps", sample["filtered_resps"])
-    while isinstance(said, list): said = said[0] if said else ""
+    while isinstance(said, list):
+        said = said[0] if said else ""
     failed = said.startswith(("[LMMS_EVAL_REQUEST_FAILED", "[LMMS_EVAL_BUDGET_EXCEEDED]"))
     tokens = ((sample.get("token_counts") or [None])[0] or {}).get("output_tokens")
-    ours = score(None if failed else said, gold, format) if gold else dict(format=None if failed else FORMATS[format].parse(said) is not None, accuracy=None, strict=None)
+    ours = (
+        score(None if failed else said, gold, format)
+        if gold
+        else dict(
+            format=None if failed else FORMATS[format].parse(said) is not None, accuracy=None, strict=None
+        )
+    )
     theirs = sample.get("acc_score")
-    return dict(doc_id=sample["doc_id"], text=said, answer=None if failed else answer_in(said, format), gold=sample["target"], lmms=theirs if isinstance(theirs, (int, float)) else None,
-                lmms_format=sample.get("format_score"), **ours, failed=failed, truncated=False if failed else None if tokens is None else tokens >= max_new_tokens)
+    return dict(
+        doc_id=sample["doc_id"],
+        text=said,
+        answer=None if failed else answer_in(said, format),
+        gold=sample["target"],
+        lmms=theirs if isinstance(theirs, (int, float)) else None,
+        lmms_format=sample.get("format_score"),
+        **ours,
+        failed=failed,
+        truncated=False if failed else None if tokens is None else tokens >= max_new_tokens,
+    )
+
 
 def _gold(sample, as_text):
     "The row of a stock benchmark's question, as far as its log shows it; None if it can't be told."
-    try: answer, kind, choices = infer(str(sample["input"]), sample["target"], as_text=as_text)
-    except Drop: return None
+    try:
+        answer, kind, choices = infer(str(sample["input"]), sample["target"], as_text=as_text)
+    except Drop:
+        return None
     return dict(question=sample["input"], answer=answer, kind=kind, choices=choices)
 
 # %% ../nbs/73_benchmarks.ipynb #b4e65075
 def tabulate(
-    samples:list,  # from `read_sample`
-)->dict:           # metric → mean, lo, hi, n
+    samples: list,  # from `read_sample`
+) -> dict:  # metric → mean, lo, hi, n
     "The table of a task."
     both = [s for s in samples if s["lmms"] is not None and s["accuracy"] is not None]
-    columns = dict(lmms_accuracy=[s["lmms"] for s in samples], accuracy=[s["accuracy"] for s in samples], lmms_format=[s["lmms_format"] for s in samples],
-                   format=[s["format"] for s in samples], differ=[(s["lmms"] >= .5) != s["accuracy"] for s in both],
-                   no_answer=[s["answer"] is None for s in samples], no_opinion=[not s["failed"] and s["accuracy"] is None for s in samples],
-                   failed=[s["failed"] for s in samples], truncated=[s["truncated"] for s in samples])
+    columns = dict(
+        lmms_accuracy=[s["lmms"] for s in samples],
+        accuracy=[s["accuracy"] for s in samples],
+        lmms_format=[s["lmms_format"] for s in samples],
+        format=[s["format"] for s in samples],
+        differ=[(s["lmms"] >= 0.5) != s["accuracy"] for s in both],
+        no_answer=[s["answer"] is None for s in samples],
+        no_opinion=[not s["failed"] and s["accuracy"] is None for s in samples],
+        failed=[s["failed"] for s in samples],
+        truncated=[s["truncated"] for s in samples],
+    )
     return {k: bootstrap(v) for k, v in columns.items()}
 
+
 def read_back(
-    raw:Path,           # lmms-eval's output folder
-    tasks:dict,         # task → (folder of our task files, name in `BENCHMARKS` or None)
-    max_new_tokens:int, # longest answer
-    format:str="think_answer",  # asked for by the stock tasks
-)->tuple:               # (task → table, task → list of samples)
+    raw: Path,  # lmms-eval's output folder
+    tasks: dict,  # task → (folder of our task files, name in `BENCHMARKS` or None)
+    max_new_tokens: int,  # longest answer
+    format: str = "think_answer",  # asked for by the stock tasks
+) -> tuple:  # (task → table, task → list of samples)
     "Tables and answers of a run; raises `SpecsError` if there are none, or if a mean isn't that of its log."
     found = sorted(Path(raw).rglob("*_results.json"))
-    if not found: raise SpecsError(f"lmms-eval left no results in {raw}: its log beside it says why")
+    if not found:
+        raise SpecsError(f"lmms-eval left no results in {raw}: its log beside it says why")
     theirs, tables, answers = read_json(found[-1]), {}, {}
     for task, (folder, name) in tasks.items():
         logs = sorted(found[-1].parent.glob(f"*_samples_{task}.jsonl"))
         lines = [json.loads(l) for l in logs[-1].read_text().splitlines()] if logs else []
-        if not lines: raise SpecsError(f"lmms-eval logged no answer for {task}: its log beside {raw} says why")
+        if not lines:
+            raise SpecsError(f"lmms-eval logged no answer for {task}: its log beside {raw} says why")
         own, b = read_json(Path(folder) / f"{task}.gold.json"), BENCHMARKS.get(name, {})
-        rows = [own["rows"][l["doc_id"]] if own else None if b.get("submission") else _gold(l, b.get("as_text", False)) for l in lines]
-        answers[task] = [read_sample(l, r, own["format"] if own else format, max_new_tokens) for l, r in zip(lines, rows)]
+        rows = [
+            (
+                own["rows"][l["doc_id"]]
+                if own
+                else None if b.get("submission") else _gold(l, b.get("as_text", False))
+            )
+            for l in lines
+        ]
+        answers[task] = [
+            read_sample(l, r, own["format"] if own else format, max_new_tokens) for l, r in zip(lines, rows)
+        ]
         tables[task] = tabulate(answers[task])
         mean, whole = tables[task]["lmms_accuracy"]["mean"], theirs["results"][task].get("acc_score,none")
-        if whole is not None and (mean is None or not math.isclose(mean, whole, abs_tol=1e-6)): raise SpecsError(f"{task}: lmms-eval's mean is {whole}, that of its log {mean}: is {raw} from two runs? take an empty folder")
+        if whole is not None and (mean is None or not math.isclose(mean, whole, abs_tol=1e-6)):
+            raise SpecsError(
+                f"{task}: lmms-eval's mean is {whole}, that of its log {mean}: is {raw} from two runs? take"
+                " an empty folder"
+            )
     return tables, answers
 
 # %% ../nbs/73_benchmarks.ipynb #168389f3
 def read_chat(
-    body:dict,  # of a request
-)->dict:        # a row whose question is all the text
+    body: dict,  # of a request
+) -> dict:  # a row whose question is all the text
     "A chat request as a row."
     from PIL import Image
-    parts = [p for m in body["messages"] for p in (m["content"] if isinstance(m["content"], list) else [{"type": "text", "text": m["content"]}])]
-    images = [Image.open(io.BytesIO(base64.b64decode(p["image_url"]["url"].split(",", 1)[1]))) for p in parts if p["type"] == "image_url"]
-    return dict(id="request", question="\n".join(p["text"] for p in parts if p["type"] == "text"), images=images, choices=None)
+
+    parts = [
+        p
+        for m in body["messages"]
+        for p in (
+            m["content"] if isinstance(m["content"], list) else [{"type": "text", "text": m["content"]}]
+        )
+    ]
+    images = [
+        Image.open(io.BytesIO(base64.b64decode(p["image_url"]["url"].split(",", 1)[1])))
+        for p in parts
+        if p["type"] == "image_url"
+    ]
+    return dict(
+        id="request",
+        question="\n".join(p["text"] for p in parts if p["type"] == "text"),
+        images=images,
+        choices=None,
+    )
+
 
 def reply_to(
-    engine,     # with `sample`
-    name:str,   # of the model
-    body:dict,  # of a request
-)->dict:        # as OpenAI's interface has it; `error` if there is no answer
+    engine,  # with `sample`
+    name: str,  # of the model
+    body: dict,  # of a request
+) -> dict:  # as OpenAI's interface has it; `error` if there is no answer
     "Answer a chat request."
     how = Sampling(body.get("n") or 1, body.get("temperature", 1.0), body.get("max_tokens") or 1024)
     drawn = engine.sample([read_chat(body)], [""], how, derive_seed(body.get("seed") or 0, "chat"))[0]
-    if isinstance(drawn, Failed): return dict(error=dict(message=drawn.reason, type="invalid_request_error"))
-    choices = [dict(index=i, message=dict(role="assistant", content=c.text), finish_reason="length" if len(c.ids) >= how.max_new_tokens else "stop") for i, c in enumerate(drawn)]
+    if isinstance(drawn, Failed):
+        return dict(error=dict(message=drawn.reason, type="invalid_request_error"))
+    choices = [
+        dict(
+            index=i,
+            message=dict(role="assistant", content=c.text),
+            finish_reason="length" if len(c.ids) >= how.max_new_tokens else "stop",
+        )
+        for i, c in enumerate(drawn)
+    ]
     new = sum(len(c.ids) for c in drawn)
-    return dict(id="chat", object="chat.completion", created=0, model=name, choices=choices, usage=dict(prompt_tokens=0, completion_tokens=new, total_tokens=new))
+    return dict(
+        id="chat",
+        object="chat.completion",
+        created=0,
+        model=name,
+        choices=choices,
+        usage=dict(prompt_tokens=0, completion_tokens=new, total_tokens=new),
+    )
 
 # %% ../nbs/73_benchmarks.ipynb #80bdecbd
 @contextmanager
 def serving(
-    path:str,       # of the model
-    engine=None,    # with `sample`; None: transformers
-    port:int=0,     # 0: any that is free
-):                  # the address, with /v1
+    path: str,  # of the model
+    engine=None,  # with `sample`; None: transformers
+    port: int = 0,  # 0: any that is free
+):  # the address, with /v1
     "Serve a model while the block runs."
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
     engine, one = engine or Transformers(path, {}, {}), threading.Lock()
+
     class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *args): pass
+        def log_message(self, *args):
+            pass
+
         def send(self, code, reply):
             data = json.dumps(reply).encode()
-            self.send_response(code); self.send_header("Content-Type", "application/json"); self.send_header("Content-Length", str(len(data))); self.end_headers()
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
             self.wfile.write(data)
-        def do_GET(self): self.send(200, dict(object="list", data=[dict(id=path, object="model", root=path)]))
+
+        def do_GET(self):
+            self.send(200, dict(object="list", data=[dict(id=path, object="model", root=path)]))
+
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             try:
-                with one: reply = reply_to(engine, path, body)
-            except Exception as e: return self.send(500, dict(error=dict(message=f"{type(e).__name__}: {e}")))
+                with one:
+                    reply = reply_to(engine, path, body)
+            except Exception as e:
+                return self.send(500, dict(error=dict(message=f"{type(e).__name__}: {e}")))
             self.send(400 if "error" in reply else 200, reply)
+
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    try: yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    finally: server.shutdown(); server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 # %% ../nbs/73_benchmarks.ipynb #d99f5f56
 def run_lmms(
-    model:str,          # as the server knows it
-    url:str,            # of the server, with /v1
-    tasks:list,         # names in `BENCHMARKS`, or of tasks written by `write_task`
-    out:Path,           # new folder: gets metrics.json, answers.json, log.txt, raw/
-    own:Path=None,      # folder of `write_task`'s tasks
-    python:str=None,    # of lmms-eval's environment, see `find_lmms`
-    max_new_tokens:int=16384, # longest answer
-    system:str=None,    # system prompt in place of the tasks' own
-    judge:dict=None,    # keywords of `judge_env`
-    **how,              # temperature, limit, concurrency: see `command`
-)->dict:                # task → metric → mean, lo, hi, n
+    model: str,  # as the server knows it
+    url: str,  # of the server, with /v1
+    tasks: list,  # names in `BENCHMARKS`, or of tasks written by `write_task`
+    out: Path,  # new folder: gets metrics.json, answers.json, log.txt, raw/
+    own: Path = None,  # folder of `write_task`'s tasks
+    python: str = None,  # of lmms-eval's environment, see `find_lmms`
+    max_new_tokens: int = 16384,  # longest answer
+    system: str = None,  # system prompt in place of the tasks' own
+    judge: dict = None,  # keywords of `judge_env`
+    **how,  # temperature, limit, concurrency: see `command`
+) -> dict:  # task → metric → mean, lo, hi, n
     "Benchmark a served model; raises `SpecsError` if lmms-eval, the server, a task or the results are missing."
     python, stock = find_lmms(python)
     name = Server(model, {}, {"urls": [url]}).name
     out = Path(out).resolve()
-    if (out / "raw").exists(): raise SpecsError(f"{out} has results already: choose another folder, or remove it")
+    if (out / "raw").exists():
+        raise SpecsError(f"{out} has results already: choose another folder, or remove it")
     folder, todo = Path(own).resolve() if own else out / "tasks", {}
     for t in tasks:
         mine = f"specs_{t.removeprefix('specs_')}"
-        if (folder / f"{mine}.gold.json").exists(): todo[mine] = (folder, None)
-        else: todo[task_file(t, stock, folder)] = (folder, t)
-    if not todo: raise SpecsError(f"no task to run; known are {', '.join(sorted(BENCHMARKS))}")
+        if (folder / f"{mine}.gold.json").exists():
+            todo[mine] = (folder, None)
+        else:
+            todo[task_file(t, stock, folder)] = (folder, t)
+    if not todo:
+        raise SpecsError(f"no task to run; known are {', '.join(sorted(BENCHMARKS))}")
     out.mkdir(parents=True, exist_ok=True)
-    if system: (out / "system.txt").write_text(system)
-    line = command(python, name, url, list(todo), folder, out / "raw", max_new_tokens, system=out / "system.txt" if system else None, **how)
-    with open(out / "log.txt", "w") as log: subprocess.run(line, env={**os.environ, **judge_env(**judge or {})}, stdout=log, stderr=subprocess.STDOUT, cwd=out)
-    try: tables, answers = read_back(out / "raw", todo, max_new_tokens)
-    except SpecsError as e: raise SpecsError(f"{e}; its last error: {last_error((out / 'log.txt').read_text())}") from None
+    if system:
+        (out / "system.txt").write_text(system)
+    line = command(
+        python,
+        name,
+        url,
+        list(todo),
+        folder,
+        out / "raw",
+        max_new_tokens,
+        system=out / "system.txt" if system else None,
+        **how,
+    )
+    with open(out / "log.txt", "w") as log:
+        subprocess.run(
+            line,
+            env={**os.environ, **judge_env(**judge or {})},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=out,
+        )
+    try:
+        tables, answers = read_back(out / "raw", todo, max_new_tokens)
+    except SpecsError as e:
+        raise SpecsError(f"{e}; its last error: {last_error((out / 'log.txt').read_text())}") from None
     write_json(out / "answers.json", answers)
     write_json(out / "metrics.json", tables)
     return tables
 
 # %% ../nbs/73_benchmarks.ipynb #ecef9896
 def last_error(
-    log:str,  # of lmms-eval
-)->str:       # one line
+    log: str,  # of lmms-eval
+) -> str:  # one line
     "The line of a log that says what went wrong."
-    lines = [l.strip() for l in log.splitlines() if re.match(r"\s*[\w.]*(Error|Exception|NotFound)\b.*:", l)] or log.strip().splitlines()[-1:] or ["it wrote nothing"]
+    lines = (
+        [l.strip() for l in log.splitlines() if re.match(r"\s*[\w.]*(Error|Exception|NotFound)\b.*:", l)]
+        or log.strip().splitlines()[-1:]
+        or ["it wrote nothing"]
+    )
     return lines[-1][:300]

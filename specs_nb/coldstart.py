@@ -19,61 +19,72 @@ from .ranks import is_main, rank, save_trained, stop_agreed
 
 # %% ../nbs/60_coldstart.ipynb #23724696
 def dpo_loss(
-    chosen,        # log π of the chosen answers, summed over tokens, (n_pairs,)
-    rejected,      # the same of the rejected ones
-    ref_chosen,    # log π_ref of the chosen answers, (n_pairs,)
+    chosen,  # log π of the chosen answers, summed over tokens, (n_pairs,)
+    rejected,  # the same of the rejected ones
+    ref_chosen,  # log π_ref of the chosen answers, (n_pairs,)
     ref_rejected,  # the same of the rejected ones
-    beta:float=.1, # β, how far from the reference a reward reaches
-):                 # one loss a pair, (n_pairs,)
+    beta: float = 0.1,  # β, how far from the reference a reward reaches
+):  # one loss a pair, (n_pairs,)
     "DPO's loss of each pair."
     import torch.nn.functional as F
+
     return -F.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
 
 # %% ../nbs/60_coldstart.ipynb #06f07b64
 def hybrid_loss(
-    dpo,           # DPO's losses, (n_pairs,)
+    dpo,  # DPO's losses, (n_pairs,)
     chosen_logps,  # log π of every chosen token, (n_pairs, n_tokens)
-    mask,          # 1 for tokens of the answer, same shape
-    lam:float=1.,  # λ
-):                 # a number
+    mask,  # 1 for tokens of the answer, same shape
+    lam: float = 1.0,  # λ
+):  # a number
     "`L_DPO + λ·L_SFT`; the SFT term is the mean over all chosen tokens of the batch, as in TRL."
     return dpo.mean() - lam * (chosen_logps * mask).sum() / mask.sum()
 
 # %% ../nbs/60_coldstart.ipynb #269b0b8e
 def norm_loss(
-    chosen,        # log-ratios log π/π_ref of the chosen answers, summed over tokens, (n_pairs,)
-    rejected,      # the same of the rejected ones
-    n_chosen,      # tokens of the chosen answers, (n_pairs,)
-    n_rejected,    # the same of the rejected ones
-    beta:float=.1, # β, of log-ratios per token
-):                 # one loss a pair, (n_pairs,)
+    chosen,  # log-ratios log π/π_ref of the chosen answers, summed over tokens, (n_pairs,)
+    rejected,  # the same of the rejected ones
+    n_chosen,  # tokens of the chosen answers, (n_pairs,)
+    n_rejected,  # the same of the rejected ones
+    beta: float = 0.1,  # β, of log-ratios per token
+):  # one loss a pair, (n_pairs,)
     "DPO's loss of each pair with log-ratios averaged over the answer's tokens."
     import torch.nn.functional as F
+
     return -F.logsigmoid(beta * (chosen / n_chosen - rejected / n_rejected))
 
 # %% ../nbs/60_coldstart.ipynb #76319610
 def token_kl(
-    logits,      # of the policy, (n_tokens, n_vocabulary)
+    logits,  # of the policy, (n_tokens, n_vocabulary)
     ref_logits,  # of the reference, same shape
-):               # KL(π ‖ π_ref) at each token, (n_tokens,)
+):  # KL(π ‖ π_ref) at each token, (n_tokens,)
     "Kullback-Leibler divergence of two next-token distributions, exact."
     logp, ref = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
     return (logp.exp() * (logp - ref)).sum(-1)
 
 # %% ../nbs/60_coldstart.ipynb #daf5d81c
-LOSSES = {"dpo+sft": ["sigmoid", "sft"], "dpo": ["sigmoid"], "sft": ["sft"], "dpo+kl": ["sigmoid"], "dpo_norm+sft": ["sigmoid_norm", "sft"]}
+LOSSES = {
+    "dpo+sft": ["sigmoid", "sft"],
+    "dpo": ["sigmoid"],
+    "sft": ["sft"],
+    "dpo+kl": ["sigmoid"],
+    "dpo_norm+sft": ["sigmoid_norm", "sft"],
+}
 
 # %% ../nbs/60_coldstart.ipynb #f771939f
 def _read_reference(path, key):
     "The reference's log-probabilities of a run that was interrupted, (n_pairs, 2), or None: not there, of something else, damaged"
-    try: found = read_json(path) or {}
-    except SpecsError: return None
+    try:
+        found = read_json(path) or {}
+    except SpecsError:
+        return None
     return found.get("logps") if found.get("key") == key else None
 
 # %% ../nbs/60_coldstart.ipynb #c41c4df3
 def _ask_reference(trainer):
     "The reference's log-probabilities of every pair, (n_pairs, 2)"
     from accelerate.utils import gather_object
+
     ds, size, (me, world), found = trainer.train_dataset, trainer.args.per_device_train_batch_size, rank(), []
     bar = Progress("reference", len(ds)) if is_main() else None
     trainer.model.eval()
@@ -81,77 +92,109 @@ def _ask_reference(trainer):
         rows = list(range(start, min(start + size * world, len(ds))))[me::world]
         if rows:
             batch = trainer._prepare_inputs(trainer.data_collator([ds[i] for i in rows]))
-            found += zip(rows, *(x.float().tolist() for x in trainer.compute_ref_log_probs(trainer.model, batch)))
-        if bar: bar.update(min(size * world, len(ds) - start))
-        if stop_agreed(): raise Interrupted("coldstart has not taken a step yet")
-    if bar: bar.close()
+            found += zip(
+                rows, *(x.float().tolist() for x in trainer.compute_ref_log_probs(trainer.model, batch))
+            )
+        if bar:
+            bar.update(min(size * world, len(ds) - start))
+        if stop_agreed():
+            raise Interrupted("coldstart has not taken a step yet")
+    if bar:
+        bar.close()
     return [pair for _, *pair in sorted(gather_object(found))]
 
 # %% ../nbs/60_coldstart.ipynb #2d4d034e
 def reference_once(
-    trainer,    # a `DPOTrainer` that has not trained yet
-    path:Path,  # the file that keeps what was computed
-    key:str,    # of the model and the pairs: what a file with another key says doesn't hold
-)->bool:        # whether it could be done: not with a reference that moves, nor with weights spread over processes
+    trainer,  # a `DPOTrainer` that has not trained yet
+    path: Path,  # the file that keeps what was computed
+    key: str,  # of the model and the pairs: what a file with another key says doesn't hold
+) -> (
+    bool
+):  # whether it could be done: not with a reference that moves, nor with weights spread over processes
     "Compute the reference's log-probabilities before training, once a pair, and let the trainer read them."
     from accelerate.utils import broadcast_object_list
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.args.sync_ref_model: return False
+
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.args.sync_ref_model:
+        return False
     trainer.ref_model, known = None, [_read_reference(path, key) if is_main() else None]
     broadcast_object_list(known)
     logps = known[0] or _ask_reference(trainer)
-    if is_main() and not known[0]: write_json(path, {"key": key, "logps": logps})
+    if is_main() and not known[0]:
+        write_json(path, {"key": key, "logps": logps})
     names, collate = ("ref_chosen_logps", "ref_rejected_logps"), trainer.data_collator
-    for name, column in zip(names, zip(*logps)): trainer.train_dataset = trainer.train_dataset.add_column(name, list(column))
+    for name, column in zip(names, zip(*logps)):
+        trainer.train_dataset = trainer.train_dataset.add_column(name, list(column))
     trainer._set_signature_columns_if_needed()
     trainer._signature_columns = list({*trainer._signature_columns, *names})  # else Trainer drops them
     trainer.data_collator = partial(_with_reference, names=names, collate=collate)
     trainer.precompute_ref_logps = True
     return True
 
+
 def _with_reference(rows, names, collate):
     import torch
+
     known = {name: torch.tensor([r.pop(name) for r in rows], dtype=torch.float32) for name in names}
     return {**collate(rows), **known}
 
 # %% ../nbs/60_coldstart.ipynb #51d0c002
 def _same_halves(x):
     import torch
+
     return x.ndim > 0 and len(x) % 2 == 0 and torch.equal(*x.chunk(2))
+
 
 def _encode_once(encode):
     "`get_image_features` that computes a half and doubles it"
     import torch
+
     double = lambda x: torch.cat([x, x]) if isinstance(x, torch.Tensor) else [*x, *x]
     half = lambda x: x.chunk(2)[0] if isinstance(x, torch.Tensor) else x
+
     def once(*args, **kw):
         tensors = [x for x in (*args, *kw.values()) if isinstance(x, torch.Tensor)]
-        if not tensors or not all(map(_same_halves, tensors)): return encode(*args, **kw)
+        if not tensors or not all(map(_same_halves, tensors)):
+            return encode(*args, **kw)
         out = encode(*map(half, args), **{k: half(v) for k, v in kw.items()})
-        if isinstance(out, tuple): return encode(*args, **kw)  # asked for a plain tuple: nobody here does
+        if isinstance(out, tuple):
+            return encode(*args, **kw)  # asked for a plain tuple: nobody here does
         deep = getattr(out, "deepstack_features", None)
         more = {} if deep is None else {"deepstack_features": [double(x) for x in deep]}
         return type(out)(pooler_output=double(out.pooler_output), **more)
+
     return once
+
 
 class _ProcessOnce:
     "A processor that prepares the same image with the same prompt once"
-    def __init__(self, processor): self.processor = processor
-    def __getattr__(self, name): return getattr(self.processor, name)
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __getattr__(self, name):
+        return getattr(self.processor, name)
+
     def __call__(self, images=None, text=None, **kw):
         import torch
+
         n = len(text) // 2
-        if images is None or images[:n] != images[n:] or text[:n] != text[n:]: return self.processor(images=images, text=text, **kw)
+        if images is None or images[:n] != images[n:] or text[:n] != text[n:]:
+            return self.processor(images=images, text=text, **kw)
         out = self.processor(images=images[:n], text=text[:n], **kw)
-        for k, v in out.items(): out[k] = torch.cat([v, v]) if isinstance(v, torch.Tensor) else [*v, *v]
+        for k, v in out.items():
+            out[k] = torch.cat([v, v]) if isinstance(v, torch.Tensor) else [*v, *v]
         return out
+
 
 def share_images(
     trainer,  # a `DPOTrainer`
-)->bool:      # whether the model has eyes
+) -> bool:  # whether the model has eyes
     "Prepare and encode the image of a pair once instead of once for each answer."
     eyes = [m for m in trainer.model.modules() if hasattr(type(m), "get_image_features")]
-    if not eyes or not hasattr(trainer.data_collator, "processor"): return False
-    eyes[-1].get_image_features = _encode_once(eyes[-1].get_image_features)  # the innermost: the others ask it
+    if not eyes or not hasattr(trainer.data_collator, "processor"):
+        return False
+    # the innermost: the others ask it
+    eyes[-1].get_image_features = _encode_once(eyes[-1].get_image_features)
     trainer.data_collator.processor = _ProcessOnce(trainer.data_collator.processor)
     return True
 
@@ -162,109 +205,185 @@ def answers_only(
     "Compute logits at the answers' tokens alone, on a CPU too."
     from unittest.mock import patch
     from trl.trainer import utils
-    if trainer.accelerator.device.type != "cpu" or not hasattr(utils, "_use_triton"): return
+
+    if trainer.accelerator.device.type != "cpu" or not hasattr(utils, "_use_triton"):
+        return
+
     def shorter(f):
         def g(*args, **kw):
-            with patch.object(utils, "_use_triton", lambda device: True): return f(*args, **kw)
+            with patch.object(utils, "_use_triton", lambda device: True):
+                return f(*args, **kw)
+
         return g
-    trainer._compute_loss, trainer.compute_ref_log_probs = shorter(trainer._compute_loss), shorter(trainer.compute_ref_log_probs)
+
+    trainer._compute_loss, trainer.compute_ref_log_probs = shorter(trainer._compute_loss), shorter(
+        trainer.compute_ref_log_probs
+    )
 
 # %% ../nbs/60_coldstart.ipynb #89cdc28d
 def add_kl(
-    trainer,    # a `DPOTrainer` whose reference is asked in every step
-    lam:float,  # λ
+    trainer,  # a `DPOTrainer` whose reference is asked in every step
+    lam: float,  # λ
 ):
     "Add `λ·KL(policy ‖ reference)`, averaged over the tokens of chosen and rejected answers, to the trainer's loss; raises `SpecsError` where it can't."
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled: raise SpecsError("coldstart.loss dpo+kl can't be trained with weights spread over processes: take dpo+sft, or launch with ddp")
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise SpecsError(
+            "coldstart.loss dpo+kl can't be trained with weights spread over processes: take dpo+sft, or"
+            " launch with ddp"
+        )
     policy = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
-    if any(getattr(policy.config.get_text_config(), k, None) not in (None, 1.) for k in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")):
-        raise SpecsError("coldstart.loss dpo+kl can't be computed for a model that scales its logits: take dpo+sft")
+    if any(
+        getattr(policy.config.get_text_config(), k, None) not in (None, 1.0)
+        for k in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    ):
+        raise SpecsError(
+            "coldstart.loss dpo+kl can't be computed for a model that scales its logits: take dpo+sft"
+        )
     models, heard, compute = [policy, trainer.ref_model or policy], [], trainer._compute_loss
-    for m in {id(m): m for m in models}.values(): m.base_model.register_forward_hook(lambda module, args, out: heard.append(out.last_hidden_state))
+    for m in {id(m): m for m in models}.values():
+        m.base_model.register_forward_hook(lambda module, args, out: heard.append(out.last_hidden_state))
+
     def with_kl(model, inputs, return_outputs):
         heard.clear()
         found = compute(model, inputs, return_outputs)
         kl = _mean_kl(models, heard[:2], inputs["completion_mask"])
         heard.clear()
-        trainer._metrics["train" if trainer.model.training else "eval"]["kl"].append(trainer.accelerator.gather(kl.detach()).mean().item())
+        trainer._metrics["train" if trainer.model.training else "eval"]["kl"].append(
+            trainer.accelerator.gather(kl.detach()).mean().item()
+        )
         return (found[0] + lam * kl, found[1]) if return_outputs else found + lam * kl
+
     trainer._compute_loss = with_kl
+
 
 def _mean_kl(models, hidden, mask, size=512):
     "`token_kl` averaged over the answers' tokens; a piece's logits are computed again for the gradient rather than kept"
     from torch.utils.checkpoint import checkpoint
+
     answer = mask[:, 1:].bool()
     cap = getattr(models[0].config.get_text_config(), "final_logit_softcapping", None)
+
     def logits(model, h):
         x = model.get_output_embeddings()(h)
         return cap * (x / cap).tanh() if cap else x
+
     def piece(h, r):
-        with torch.no_grad(): ref = logits(models[1], r)
+        with torch.no_grad():
+            ref = logits(models[1], r)
         return token_kl(logits(models[0], h), ref).sum()
+
     import torch
+
     h, r = (x[:, :-1][answer] for x in hidden)
     total = sum(checkpoint(piece, a, b, use_reentrant=False) for a, b in zip(h.split(size), r.split(size)))
     return total / answer.sum()
 
 # %% ../nbs/60_coldstart.ipynb #5f4104a6
 def coldstart_trainer(
-    start:str,        # the base: `tiny`, a folder or a hub name
-    pairs,            # a `datasets.Dataset` with prompt, images, chosen, rejected
-    out:Path,         # the stage's folder
-    config,           # a `core.ColdStartStage`
-    seed:int=0,       # of everything in the stage
-    callbacks=(),     # of the trainer
-    **load,           # keywords of `load_model`
-):                    # a `DPOTrainer`
+    start: str,  # the base: `tiny`, a folder or a hub name
+    pairs,  # a `datasets.Dataset` with prompt, images, chosen, rejected
+    out: Path,  # the stage's folder
+    config,  # a `core.ColdStartStage`
+    seed: int = 0,  # of everything in the stage
+    callbacks=(),  # of the trainer
+    **load,  # keywords of `load_model`
+):  # a `DPOTrainer`
     "TRL's DPOTrainer for one of `LOSSES`, with LoRA or without; with `config.fast` the reference is asked here, once a pair."
     from trl import DPOConfig, DPOTrainer
     from transformers import set_seed
+
     types = LOSSES[config.loss]
-    args = trainer_config(DPOConfig, config.trainer, "coldstart.trainer", output_dir=str(Path(out) / "checkpoints"), seed=seed, max_length=None,
-                          loss_type=types, loss_weights=[1., config.lam] if len(types) == 2 else [1.])
+    args = trainer_config(
+        DPOConfig,
+        config.trainer,
+        "coldstart.trainer",
+        output_dir=str(Path(out) / "checkpoints"),
+        seed=seed,
+        max_length=None,
+        loss_type=types,
+        loss_weights=[1.0, config.lam] if len(types) == 2 else [1.0],
+    )
     set_seed(seed)  # before LoRA draws its weights
     model, processor, adapter = load_to_train(start, config, **load)
-    keep = ["prompt", "chosen", "rejected"] + (["images"] if is_vlm(model.config) else [])  # TRL refuses the column for a text model
+    # TRL refuses the column for a text model
+    keep = ["prompt", "chosen", "rejected"] + (["images"] if is_vlm(model.config) else [])
     seen = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * rank()[1]
     wasteful = adapter and 0 < seen < len(pairs)  # fewer steps than an epoch has: not every pair is needed
     once = config.fast and config.loss != "dpo+kl" and not wasteful
     borrowed = _borrowed(model) if once and not adapter and not args.sync_ref_model else None
-    trainer = DPOTrainer(model, ref_model=borrowed, args=args,
-                         train_dataset=pairs.select_columns(keep), processing_class=processor, peft_config=adapter, callbacks=list(callbacks))
+    trainer = DPOTrainer(
+        model,
+        ref_model=borrowed,
+        args=args,
+        train_dataset=pairs.select_columns(keep),
+        processing_class=processor,
+        peft_config=adapter,
+        callbacks=list(callbacks),
+    )
     float32_adapter(trainer.model)  # TRL rounds the adapter of a 4-bit model to bfloat16
     rest_eyes(trainer.model)
-    if config.fast: share_images(trainer); answers_only(trainer)
-    if once and not reference_once(trainer, Path(out) / "reference.json", _key(start, trainer, pairs)) and borrowed is not None:
-        raise SpecsError("coldstart.fast can't ask the reference beforehand under FSDP or DeepSpeed in one process: set coldstart.fast=false")
-    if config.loss == "dpo+kl": add_kl(trainer, config.lam)
+    if config.fast:
+        share_images(trainer)
+        answers_only(trainer)
+    if (
+        once
+        and not reference_once(trainer, Path(out) / "reference.json", _key(start, trainer, pairs))
+        and borrowed is not None
+    ):
+        raise SpecsError(
+            "coldstart.fast can't ask the reference beforehand under FSDP or DeepSpeed in one process: set"
+            " coldstart.fast=false"
+        )
+    if config.loss == "dpo+kl":
+        add_kl(trainer, config.lam)
     quiet(trainer)
     return trainer
+
 
 def _borrowed(model):
     "A second object over the same weights: TRL would load them again, and `reference_once` has done with it before a step is taken"
     import copy
+
     return copy.copy(model) if rank()[1] == 1 and not hasattr(model, "peft_config") else None
 
+
 def _key(start, trainer, pairs):
-    return fingerprint(str(start), base_digest(trainer.model), trainer.args.ld_alpha, [list(pairs[c]) for c in ("prompt", "chosen", "rejected")])
+    return fingerprint(
+        str(start),
+        base_digest(trainer.model),
+        trainer.args.ld_alpha,
+        [list(pairs[c]) for c in ("prompt", "chosen", "rejected")],
+    )
 
 # %% ../nbs/60_coldstart.ipynb #522a47e8
 def train_coldstart(
-    start:str,     # the base: `tiny`, a folder or a hub name
-    pairs:Path,    # pairs.parquet
-    out:Path,      # the stage's folder: gets `model/`, `history.json` and checkpoints
-    config,        # a `core.ColdStartStage`
-    seed:int=0,    # of everything in the stage
-    tick=None,     # called at each checkpoint
-    **load,        # keywords of `load_model`
-)->dict:           # facts for stage.json
+    start: str,  # the base: `tiny`, a folder or a hub name
+    pairs: Path,  # pairs.parquet
+    out: Path,  # the stage's folder: gets `model/`, `history.json` and checkpoints
+    config,  # a `core.ColdStartStage`
+    seed: int = 0,  # of everything in the stage
+    tick=None,  # called at each checkpoint
+    **load,  # keywords of `load_model`
+) -> dict:  # facts for stage.json
     "Train the cold start (the paper's stage 2) and save it whole; raises `SpecsError` if there are no pairs."
     ds, out = read_pairs(pairs), Path(out)
-    if not len(ds): raise SpecsError(f"{pairs} holds no pair: look at stage.json beside it for what was dropped")
+    if not len(ds):
+        raise SpecsError(f"{pairs} holds no pair: look at stage.json beside it for what was dropped")
     trainer = coldstart_trainer(start, ds, out, config, seed, **load)
     a = trainer.args
-    total = a.max_steps if a.max_steps > 0 else math.ceil(a.num_train_epochs * math.ceil(len(trainer.get_train_dataloader()) / a.gradient_accumulation_steps))
-    trainer.add_callback(watcher("coldstart", total, out / "history.json", ("rewards/chosen", "rewards/rejected", "loss"), tick))
+    total = (
+        a.max_steps
+        if a.max_steps > 0
+        else math.ceil(
+            a.num_train_epochs
+            * math.ceil(len(trainer.get_train_dataloader()) / a.gradient_accumulation_steps)
+        )
+    )
+    trainer.add_callback(
+        watcher(
+            "coldstart", total, out / "history.json", ("rewards/chosen", "rewards/rejected", "loss"), tick
+        )
+    )
     trainer.add_callback(monitor("coldstart", out))
     go_on(trainer)
     go_on_later("coldstart", trainer)

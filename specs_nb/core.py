@@ -18,260 +18,407 @@ from pathlib import Path
 class SpecsError(Exception):
     "Something the user can mend: the message says what is wrong and what to do"
 
+
 def nearest(
-    word:str,  # what was written
-    known,     # what is known
-)->str:        # `did you mean …?` or a list
+    word: str,  # what was written
+    known,  # what is known
+) -> str:  # `did you mean …?` or a list
     "A hint at the nearest known name."
-    close = difflib.get_close_matches(word, list(known), 1, .5)
+    close = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
 
 # %% ../nbs/00_core.ipynb #8290a940
 @dataclass
 class DataConfig:
     "Which questions"
-    source: str = "world"   # `world` (drawn), a folder, `orsta`, `virl39k`, `mathvista` or `datasets`; see `sources`
-    path: str = ""          # where the named source lies: a folder, a file, or a name that `datasets` knows
-    subset: str = ""        # configuration of a `datasets` set, if it has several
-    split: str = "train"    # split of a `datasets` set
-    columns: dict = field(default_factory=dict)  # our column → theirs, dots go inside: {answer: solution, id: meta.id}
-    test: str = ""          # folder or file of the ID test; empty: the source's own, else rows held out of it
-    n_train: int = 4000     # questions to train from
-    n_test: int = 200       # questions of each test split
-    images: str = "any"     # `with` or `without` keeps rows that have images, or have none; `any` wants all alike
+
+    # `world` (drawn), a folder, `orsta`, `virl39k`, `mathvista` or `datasets`; see `sources`
+    source: str = "world"
+    path: str = ""  # where the named source lies: a folder, a file, or a name that `datasets` knows
+    subset: str = ""  # configuration of a `datasets` set, if it has several
+    split: str = "train"  # split of a `datasets` set
+    # our column → theirs, dots go inside: {answer: solution, id: meta.id}
+    columns: dict = field(default_factory=dict)
+    test: str = ""  # folder or file of the ID test; empty: the source's own, else rows held out of it
+    n_train: int = 4000  # questions to train from
+    n_test: int = 200  # questions of each test split
+    # `with` or `without` keeps rows that have images, or have none; `any` wants all alike
+    images: str = "any"
     max_pixels: int = 40_000_000  # of one image; a larger one is not decoded
-    shrink_to: int = 0      # pixels; a larger image is made so small. 0: images stay as they are
-    bad_rows: str = "auto"  # `drop` counts them, `stop` ends the run at the first; `auto`: stop in a folder of your own, else drop
-    pass_rate: list = field(default_factory=list)  # [lo, hi]: keep questions that a model answers this often
-    pass_rate_samples: int = 0  # 0: the set's own rates; else measured with the base model, so many answers each
-    decontaminate: list = field(default_factory=list)  # folders or files of benchmarks: what resembles them isn't trained on
-    decontaminate_by: list = field(default_factory=lambda: ["image", "question"])  # what resembling means: either is enough
+    shrink_to: int = 0  # pixels; a larger image is made so small. 0: images stay as they are
+    # `drop` counts them, `stop` ends the run at the first; `auto`: stop in a folder of your own, else drop
+    bad_rows: str = "auto"
+    # [lo, hi]: keep questions that a model answers this often
+    pass_rate: list = field(default_factory=list)
+    # 0: the set's own rates; else measured with the base model, so many answers each
+    pass_rate_samples: int = 0
+    # folders or files of benchmarks: what resembles them isn't trained on
+    decontaminate: list = field(default_factory=list)
+    # what resembling means: either is enough
+    decontaminate_by: list = field(default_factory=lambda: ["image", "question"])
     format: str = "think_answer"  # the response format that is trained, see `formats.FORMATS`
-    ood_formats: list = field(default_factory=lambda: ["reason_final", "boxed", "answer_line", "json"])  # formats of the OOD test
-    seed: int = 0           # stream of questions
+    # formats of the OOD test
+    ood_formats: list = field(default_factory=lambda: ["reason_final", "boxed", "answer_line", "json"])
+    seed: int = 0  # stream of questions
+
 
 @dataclass
 class ModelConfig:
     "Which model, and how it is loaded"
-    path: str = "tiny"      # `tiny` (embedded), a folder, or a hub name
+
+    path: str = "tiny"  # `tiny` (embedded), a folder, or a hub name
     dtype: str = "float32"  # of the weights
-    attn: str = "sdpa"      # attention implementation; `auto` takes FlashAttention 2 where there is a GPU and the package
-    liger: str = "auto"     # Liger's kernels: `auto` where they are, `need`, `none`
+    # attention implementation; `auto` takes FlashAttention 2 where there is a GPU and the package
+    attn: str = "sdpa"
+    liger: str = "auto"  # Liger's kernels: `auto` where they are, `need`, `none`
 
 # %% ../nbs/00_core.ipynb #7b7d0501
 def grpo_trainer_defaults(
-    learning_rate:float,  # of AdamW
-)->dict:                  # fields of TRL's GRPOConfig
+    learning_rate: float,  # of AdamW
+) -> dict:  # fields of TRL's GRPOConfig
     "GRPO's settings for the embedded model: 8 questions a step, 8 rollouts each."
-    return dict(per_device_train_batch_size=64, num_generations=8, learning_rate=learning_rate, lr_scheduler_type="constant_with_warmup",
-                warmup_steps=5, max_completion_length=96, gradient_checkpointing=False, save_steps=20)
+    return dict(
+        per_device_train_batch_size=64,
+        num_generations=8,
+        learning_rate=learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=5,
+        max_completion_length=96,
+        gradient_checkpointing=False,
+        save_steps=20,
+    )
+
 
 @dataclass
 class GRPOStage:
     "GRPO, for GRPO-zero and for the final model"
-    steps: int = 20         # optimizer steps
-    rewards: dict = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})  # name → weight; they pay 0.5 and 1, as in the paper's final stage
-    lora: bool = False      # LoRA adapter, merged at the end; false trains all weights
-    qlora: bool = False     # LoRA on a model held in 4 bits, see `models`; implies an adapter
+
+    steps: int = 20  # optimizer steps
+    # name → weight; they pay 0.5 and 1, as in the paper's final stage
+    rewards: dict = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})
+    lora: bool = False  # LoRA adapter, merged at the end; false trains all weights
+    qlora: bool = False  # LoRA on a model held in 4 bits, see `models`; implies an adapter
     lora_rank: int = 16
-    fast: bool = True       # a prompt and its image are computed once for all its answers, see `fast`; false: TRL as it is
-    trainer: dict = field(default_factory=lambda: grpo_trainer_defaults(2e-4))  # any field of TRL's GRPOConfig
+    # a prompt and its image are computed once for all its answers, see `fast`; false: TRL as it is
+    fast: bool = True
+    # any field of TRL's GRPOConfig
+    trainer: dict = field(default_factory=lambda: grpo_trainer_defaults(2e-4))
+
 
 @dataclass
 class DistillStage:
     "Self-distillation: which pairs are made"
-    n_prompts: int = 400    # questions to answer
-    n_samples: int = 4      # answers of each model to each question
-    max_pairs: int = 400    # pairs to keep, spread over the questions
+
+    n_prompts: int = 400  # questions to answer
+    n_samples: int = 4  # answers of each model to each question
+    max_pairs: int = 400  # pairs to keep, spread over the questions
     max_new_tokens: int = 96
     temperature: float = 1.0
-    batch_size: int = 128   # completions in flight
-    corruptions: list = field(default_factory=lambda: ["drop_all_tags", "drop_answer_tags", "drop_think_tags", "plain_answer", "shift_tags"])
-    mend: bool = True       # mend a right answer with a mendable format (the paper's format supplement)
+    batch_size: int = 128  # completions in flight
+    corruptions: list = field(
+        default_factory=lambda: [
+            "drop_all_tags",
+            "drop_answer_tags",
+            "drop_think_tags",
+            "plain_answer",
+            "shift_tags",
+        ]
+    )
+    mend: bool = True  # mend a right answer with a mendable format (the paper's format supplement)
     check_consistency: bool = True  # drop chosen answers whose reasoning says something else
-    teacher: str = "zero"   # whose answers are chosen: `zero`, `base`, or another model's folder or name
+    teacher: str = "zero"  # whose answers are chosen: `zero`, `base`, or another model's folder or name
     rejected: str = "base"  # whose answers are spoilt: the same names
-    differ: str = "form"    # in what chosen and rejected differ: `form`, `answer` (wrong, but in form) or `both`
+    # in what chosen and rejected differ: `form`, `answer` (wrong, but in form) or `both`
+    differ: str = "form"
     formats: list = field(default_factory=list)  # formats that pairs ask for besides the trained one
 
 # %% ../nbs/00_core.ipynb #87cfa6a9
 @dataclass
 class ColdStartStage:
     "Cold start: DPO + λ·SFT on the pairs"
-    loss: str = "dpo+sft"   # `dpo+sft`, `dpo`, `sft`, `dpo+kl`, `dpo_norm+sft`, or `none`: no cold start
-    lam: float = 1.0        # λ, weight of what is added to DPO (SFT or KL); the paper's is 1
-    fast: bool = True       # ask the reference once a pair and encode a pair's image once; false: TRL as it is
-    lora: bool = True       # LoRA adapter, merged at the end; false trains all weights
-    qlora: bool = False     # LoRA on a model held in 4 bits, see `models`; implies an adapter
+
+    loss: str = "dpo+sft"  # `dpo+sft`, `dpo`, `sft`, `dpo+kl`, `dpo_norm+sft`, or `none`: no cold start
+    lam: float = 1.0  # λ, weight of what is added to DPO (SFT or KL); the paper's is 1
+    fast: bool = True  # ask the reference once a pair and encode a pair's image once; false: TRL as it is
+    lora: bool = True  # LoRA adapter, merged at the end; false trains all weights
+    qlora: bool = False  # LoRA on a model held in 4 bits, see `models`; implies an adapter
     lora_rank: int = 16
-    trainer: dict = field(default_factory=lambda: dict(  # any field of TRL's DPOConfig
-        per_device_train_batch_size=16, num_train_epochs=4, learning_rate=1e-3, beta=0.1, gradient_checkpointing=False, save_steps=20))
+    trainer: dict = field(
+        default_factory=lambda: dict(  # any field of TRL's DPOConfig
+            per_device_train_batch_size=16,
+            num_train_epochs=4,
+            learning_rate=1e-3,
+            beta=0.1,
+            gradient_checkpointing=False,
+            save_steps=20,
+        )
+    )
+
 
 @dataclass
 class EvalStage:
     "Which questions each model is asked, how often"
-    n_samples: int = 4      # sampled answers to each question
+
+    n_samples: int = 4  # sampled answers to each question
     max_new_tokens: int = 96
     temperature: float = 1.0
-    batch_size: int = 128   # completions in flight
-    greedy: bool = True     # one greedy answer to each question besides the sampled ones
+    batch_size: int = 128  # completions in flight
+    greedy: bool = True  # one greedy answer to each question besides the sampled ones
+
 
 @dataclass
 class JudgeConfig:
     "Models that judge what the rules can't; off while none is named"
+
     url: str = "http://localhost:8000/v1"  # any OpenAI-compatible endpoint; this is where vLLM serves
-    models: list = field(default_factory=list)  # names that the endpoint knows, or mappings with model, url and key_env; several vote
-    key_env: str = ""       # environment variable that holds the key; empty: none is needed
-    concurrency: int = 8    # requests side by side
-    timeout: float = 60.0   # seconds for a whole reply
-    retries: int = 3        # further tries of a request that failed
-    backoff: float = 0.5    # seconds before the first of them; doubles each time
+    # names that the endpoint knows, or mappings with model, url and key_env; several vote
+    models: list = field(default_factory=list)
+    key_env: str = ""  # environment variable that holds the key; empty: none is needed
+    concurrency: int = 8  # requests side by side
+    timeout: float = 60.0  # seconds for a whole reply
+    retries: int = 3  # further tries of a request that failed
+    backoff: float = 0.5  # seconds before the first of them; doubles each time
     reply_tokens: int = 1024  # longest reply; a judge that thinks needs more
     max_calls: int = 20000  # budget in requests; 0: no limit
-    max_tokens: int = 0     # budget in tokens of prompts and replies; 0: no limit
-    cache: str = ""         # file of verdicts and spendings; empty: judge.sqlite in the run folder
-    calibrate: int = 50     # answers of each kind on which judge and rules are compared; 0: none
+    max_tokens: int = 0  # budget in tokens of prompts and replies; 0: no limit
+    cache: str = ""  # file of verdicts and spendings; empty: judge.sqlite in the run folder
+    calibrate: int = 50  # answers of each kind on which judge and rules are compared; 0: none
+
 
 @dataclass
 class VLLMConfig:
     "vLLM, in this process or as a server"
-    urls: list = field(default_factory=lambda: ["http://localhost:8000/v1"])  # servers, for `engine: server`; a model is looked for on each
-    concurrency: int = 64   # requests to a server side by side
+
+    # servers, for `engine: server`; a model is looked for on each
+    urls: list = field(default_factory=lambda: ["http://localhost:8000/v1"])
+    concurrency: int = 64  # requests to a server side by side
     max_model_len: int = 0  # longest prompt with its answer, in tokens; 0: the model's own
-    gpu_memory: float = 0.9 # share of the GPU's memory that vLLM takes
+    gpu_memory: float = 0.9  # share of the GPU's memory that vLLM takes
     tensor_parallel: int = 1  # GPUs that hold one model together
-    sync_every: int = 20    # GRPO with vLLM: steps between checks that it has the trainer's weights; 0: only at the first step
-    sync_tolerance: float = 0.0  # mean difference of log-probabilities a token that is too much; 0: by dtype
+    # GRPO with vLLM: steps between checks that it has the trainer's weights; 0: only at the first step
+    sync_every: int = 20
+    # mean difference of log-probabilities a token that is too much; 0: by dtype
+    sync_tolerance: float = 0.0
     options: dict = field(default_factory=dict)  # any other keyword of `vllm.LLM`
+
 
 @dataclass
 class Config:
     "A whole run"
-    seed: int = 0           # of everything
-    threads: int = 1        # CPU threads of a process; 0 leaves it to torch. One is fastest for a tiny model
-    workers: int = 2        # processes that sample and evaluate side by side; 1 for a model that fills the GPU
-    report_to: str | list = "auto"  # tracker: `trackio`, `tensorboard`, `wandb`, several, or `none`; `auto` takes trackio where it is installed
-    samples: int = 10       # steps of GRPO between looks at a few completions, kept with their images; 0: none
+
+    seed: int = 0  # of everything
+    threads: int = 1  # CPU threads of a process; 0 leaves it to torch. One is fastest for a tiny model
+    workers: int = 2  # processes that sample and evaluate side by side; 1 for a model that fills the GPU
+    # tracker: `trackio`, `tensorboard`, `wandb`, several, or `none`; `auto` takes trackio where it is
+    # installed
+    report_to: str | list = "auto"
+    samples: int = 10  # steps of GRPO between looks at a few completions, kept with their images; 0: none
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     zero: GRPOStage = field(default_factory=GRPOStage)
     distill: DistillStage = field(default_factory=DistillStage)
     coldstart: ColdStartStage = field(default_factory=ColdStartStage)
-    final: GRPOStage = field(default_factory=lambda: GRPOStage(steps=100, trainer=grpo_trainer_defaults(5e-5)))
+    final: GRPOStage = field(
+        default_factory=lambda: GRPOStage(steps=100, trainer=grpo_trainer_defaults(5e-5))
+    )
     eval: EvalStage = field(default_factory=EvalStage)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
-    engine: str = "auto"    # who answers in `pairs` and `eval`: `transformers`, `vllm`, `server`; `auto` takes vLLM where it is installed
+    # who answers in `pairs` and `eval`: `transformers`, `vllm`, `server`; `auto` takes vLLM where it is
+    # installed
+    engine: str = "auto"
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
 # %% ../nbs/00_core.ipynb #a0dcc734
 def merge(
-    config,        # a dataclass instance
-    values:dict,   # nested, as YAML gives it
-    where:str="",  # path of `config` in the whole, for messages
-):                 # a new instance of the same class
+    config,  # a dataclass instance
+    values: dict,  # nested, as YAML gives it
+    where: str = "",  # path of `config` in the whole, for messages
+):  # a new instance of the same class
     "`config` with `values` in place; raises `SpecsError` for an unknown key or a value of the wrong type."
-    if not isinstance(values, dict): raise SpecsError(f"{where or 'the configuration'} must be a mapping of keys to values, not {values!r}")
+    if not isinstance(values, dict):
+        raise SpecsError(
+            f"{where or 'the configuration'} must be a mapping of keys to values, not {values!r}"
+        )
     names, new = {f.name for f in dataclasses.fields(config)}, {}
     for key, value in values.items():
         path = f"{where}.{key}".lstrip(".")
-        if key not in names: raise SpecsError(f"unknown key {path!r}: {nearest(str(key), names)}")
+        if key not in names:
+            raise SpecsError(f"unknown key {path!r}: {nearest(str(key), names)}")
         old = getattr(config, key)
-        if dataclasses.is_dataclass(old): new[key] = merge(old, value or {}, path)
-        elif key == "trainer": new[key] = {**old, **_mapping(value, path)}
-        else: new[key] = _typed(value, old, path)
+        if dataclasses.is_dataclass(old):
+            new[key] = merge(old, value or {}, path)
+        elif key == "trainer":
+            new[key] = {**old, **_mapping(value, path)}
+        else:
+            new[key] = _typed(value, old, path)
     return dataclasses.replace(config, **new)
 
+
 def _mapping(value, path):
-    if not isinstance(value, dict): raise SpecsError(f"{path} must be a mapping of keys to values, not {value!r}")
+    if not isinstance(value, dict):
+        raise SpecsError(f"{path} must be a mapping of keys to values, not {value!r}")
     return value
 
+
 def _typed(value, old, path):
-    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool): value = float(value)
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
     if isinstance(value, str) and isinstance(old, float):  # YAML reads 1e-6 as a string
-        with contextlib.suppress(ValueError): value = float(value)
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if type(value) is not type(old):
         raise SpecsError(f"{path} must be of type {type(old).__name__} (such as {old!r}), not {value!r}")
     return value
 
 # %% ../nbs/00_core.ipynb #751896fa
 def check(
-    config:Config,  # as merged
-)->Config:          # the same
+    config: Config,  # as merged
+) -> Config:  # the same
     "Raise `SpecsError` for values out of range."
+
     def need(ok, message):
-        if not ok: raise SpecsError(message)
+        if not ok:
+            raise SpecsError(message)
+
     c = config
-    need(c.coldstart.lam >= 0, f"coldstart.lam is λ, the weight of the SFT term: it must be 0 or more, not {c.coldstart.lam}")
+    need(
+        c.coldstart.lam >= 0,
+        f"coldstart.lam is λ, the weight of the SFT term: it must be 0 or more, not {c.coldstart.lam}",
+    )
     need(c.data.ood_formats, "data.ood_formats is empty: name at least one format of the OOD test")
     need(c.threads >= 0, f"threads must be 0 (left to torch) or more, not {c.threads}")
     losses = "dpo+sft", "dpo", "sft", "dpo+kl", "dpo_norm+sft", "none"
-    need(c.coldstart.loss in losses, f"coldstart.loss: no {c.coldstart.loss!r}; {nearest(c.coldstart.loss, losses)}")
-    for stage in ("zero", "final"): need(getattr(c, stage).steps > 0, f"{stage}.steps must be positive")
-    for path, n in {"data.n_train": c.data.n_train, "data.n_test": c.data.n_test, "distill.n_prompts": c.distill.n_prompts,
-                    "distill.n_samples": c.distill.n_samples, "distill.max_pairs": c.distill.max_pairs, "eval.n_samples": c.eval.n_samples,
-                    "workers": c.workers, **{f"{s}.lora_rank": getattr(c, s).lora_rank for s in ("zero", "coldstart", "final")}}.items():
+    need(
+        c.coldstart.loss in losses,
+        f"coldstart.loss: no {c.coldstart.loss!r}; {nearest(c.coldstart.loss, losses)}",
+    )
+    for stage in ("zero", "final"):
+        need(getattr(c, stage).steps > 0, f"{stage}.steps must be positive")
+    for path, n in {
+        "data.n_train": c.data.n_train,
+        "data.n_test": c.data.n_test,
+        "distill.n_prompts": c.distill.n_prompts,
+        "distill.n_samples": c.distill.n_samples,
+        "distill.max_pairs": c.distill.max_pairs,
+        "eval.n_samples": c.eval.n_samples,
+        "workers": c.workers,
+        **{f"{s}.lora_rank": getattr(c, s).lora_rank for s in ("zero", "coldstart", "final")},
+    }.items():
         need(n > 0, f"{path} must be positive, not {n}")
-    need(c.model.liger in ("auto", "need", "none"), f"model.liger: no {c.model.liger!r}; {nearest(c.model.liger, ('auto', 'need', 'none'))}")
-    need(c.model.dtype in ("float32", "bfloat16", "float16"), f"model.dtype: no {c.model.dtype!r}; {nearest(c.model.dtype, ('float32', 'bfloat16', 'float16'))}")
-    for path, value, known in (("data.images", c.data.images, ("any", "with", "without")), ("data.bad_rows", c.data.bad_rows, ("auto", "drop", "stop")),
-                               *(("data.decontaminate_by", w, ("image", "question")) for w in c.data.decontaminate_by)):
+    need(
+        c.model.liger in ("auto", "need", "none"),
+        f"model.liger: no {c.model.liger!r}; {nearest(c.model.liger, ('auto', 'need', 'none'))}",
+    )
+    need(
+        c.model.dtype in ("float32", "bfloat16", "float16"),
+        f"model.dtype: no {c.model.dtype!r}; {nearest(c.model.dtype, ('float32', 'bfloat16', 'float16'))}",
+    )
+    for path, value, known in (
+        ("data.images", c.data.images, ("any", "with", "without")),
+        ("data.bad_rows", c.data.bad_rows, ("auto", "drop", "stop")),
+        *(("data.decontaminate_by", w, ("image", "question")) for w in c.data.decontaminate_by),
+    ):
         need(value in known, f"{path}: no {value!r}; {nearest(str(value), known)}")
     rate = c.data.pass_rate
-    need(not rate or len(rate) == 2 and all(type(r) in (int, float) for r in rate) and 0 <= rate[0] <= rate[1] <= 1,
-         f"data.pass_rate is [lowest, highest], two numbers from 0 to 1, not {rate}")
-    need(c.data.pass_rate_samples >= 0, f"data.pass_rate_samples must be 0 (the set's own rates) or more, not {c.data.pass_rate_samples}")
+    need(
+        not rate
+        or len(rate) == 2
+        and all(type(r) in (int, float) for r in rate)
+        and 0 <= rate[0] <= rate[1] <= 1,
+        f"data.pass_rate is [lowest, highest], two numbers from 0 to 1, not {rate}",
+    )
+    need(
+        c.data.pass_rate_samples >= 0,
+        f"data.pass_rate_samples must be 0 (the set's own rates) or more, not {c.data.pass_rate_samples}",
+    )
     need(c.data.max_pixels > 0, f"data.max_pixels must be positive, not {c.data.max_pixels}")
-    need(c.data.shrink_to >= 0, f"data.shrink_to must be a number of pixels, or 0 to leave images as they are, not {c.data.shrink_to}")
-    for path, t in {"distill.temperature": c.distill.temperature, "eval.temperature": c.eval.temperature}.items():
+    need(
+        c.data.shrink_to >= 0,
+        "data.shrink_to must be a number of pixels, or 0 to leave images as they are, not"
+        f" {c.data.shrink_to}",
+    )
+    for path, t in {
+        "distill.temperature": c.distill.temperature,
+        "eval.temperature": c.eval.temperature,
+    }.items():
         need(t > 0, f"{path} must be positive, not {t}: these stages sample")
-    need(c.engine in ("auto", "transformers", "vllm", "server"), f"engine: no {c.engine!r}; {nearest(c.engine, ('auto', 'transformers', 'vllm', 'server'))}")
-    need(0 < c.vllm.gpu_memory <= 1, f"vllm.gpu_memory is a share of the GPU's memory, above 0 and at most 1, not {c.vllm.gpu_memory}")
-    for name in ("concurrency", "tensor_parallel"): need(getattr(c.vllm, name) > 0, f"vllm.{name} must be positive, not {getattr(c.vllm, name)}")
-    for name in ("max_model_len", "sync_every", "sync_tolerance"): need(getattr(c.vllm, name) >= 0, f"vllm.{name} must be 0 or more, not {getattr(c.vllm, name)}")
-    for name in ("concurrency", "timeout", "reply_tokens"): need(getattr(c.judge, name) > 0, f"judge.{name} must be positive, not {getattr(c.judge, name)}")
-    for name in ("retries", "backoff", "max_calls", "max_tokens", "calibrate"): need(getattr(c.judge, name) >= 0, f"judge.{name} must be 0 or more, not {getattr(c.judge, name)}")
+    need(
+        c.engine in ("auto", "transformers", "vllm", "server"),
+        f"engine: no {c.engine!r}; {nearest(c.engine, ('auto', 'transformers', 'vllm', 'server'))}",
+    )
+    need(
+        0 < c.vllm.gpu_memory <= 1,
+        f"vllm.gpu_memory is a share of the GPU's memory, above 0 and at most 1, not {c.vllm.gpu_memory}",
+    )
+    for name in ("concurrency", "tensor_parallel"):
+        need(getattr(c.vllm, name) > 0, f"vllm.{name} must be positive, not {getattr(c.vllm, name)}")
+    for name in ("max_model_len", "sync_every", "sync_tolerance"):
+        need(getattr(c.vllm, name) >= 0, f"vllm.{name} must be 0 or more, not {getattr(c.vllm, name)}")
+    for name in ("concurrency", "timeout", "reply_tokens"):
+        need(getattr(c.judge, name) > 0, f"judge.{name} must be positive, not {getattr(c.judge, name)}")
+    for name in ("retries", "backoff", "max_calls", "max_tokens", "calibrate"):
+        need(getattr(c.judge, name) >= 0, f"judge.{name} must be 0 or more, not {getattr(c.judge, name)}")
     return c
 
 # %% ../nbs/00_core.ipynb #f20e8b7c
 def parse_override(
-    text:str,  # such as `zero.trainer.learning_rate=1e-4`
-)->dict:       # nested
+    text: str,  # such as `zero.trainer.learning_rate=1e-4`
+) -> dict:  # nested
     "One `key=value` of the command line; the value is read as YAML."
     import yaml
+
     key, eq, value = text.partition("=")
-    if not eq or not key: raise SpecsError(f"an override is written key=value, not {text!r}")
+    if not eq or not key:
+        raise SpecsError(f"an override is written key=value, not {text!r}")
     value = yaml.safe_load(value) if value else ""
-    for part in reversed(key.split(".")): value = {part: value}
+    for part in reversed(key.split(".")):
+        value = {part: value}
     return value
 
-def builtin_configs()->dict:  # name → path
+
+def builtin_configs() -> dict:  # name → path
     "The configurations that ship with the package."
-    return {p.stem: p for p in sorted((Path(__file__).parent / "configs").glob("*.yaml"))} if "__file__" in globals() else \
-        {p.stem: p for p in sorted(Path("../specs_nb/configs").glob("*.yaml"))}
+    return (
+        {p.stem: p for p in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
+        if "__file__" in globals()
+        else {p.stem: p for p in sorted(Path("../specs_nb/configs").glob("*.yaml"))}
+    )
 
 # %% ../nbs/00_core.ipynb #f531dd8d
 def load_config(
-    file:str=None,   # a YAML file, or the name of one of `builtin_configs`
-    overrides=(),    # texts such as `zero.steps=3`
-)->Config:           # checked
+    file: str = None,  # a YAML file, or the name of one of `builtin_configs`
+    overrides=(),  # texts such as `zero.steps=3`
+) -> Config:  # checked
     "Defaults, then `file`, then `overrides`; raises `SpecsError` for what is unknown, unreadable or out of range."
     import yaml
+
     config = Config()
     if file:
         path = builtin_configs().get(str(file), Path(file))
-        try: values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except OSError as e: raise SpecsError(f"the configuration {file} can't be read ({e.strerror}): give a YAML file, or one of {', '.join(builtin_configs())}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as e: raise SpecsError(f"the configuration {file} is no valid YAML: {' '.join(str(e).split())}") from None
-        try: config = merge(config, values)
-        except SpecsError as e: raise SpecsError(f"{file}: {e}") from None
-    for text in overrides: config = merge(config, parse_override(text))
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except OSError as e:
+            raise SpecsError(
+                f"the configuration {file} can't be read ({e.strerror}): give a YAML file, or one of"
+                f" {', '.join(builtin_configs())}"
+            ) from None
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            raise SpecsError(
+                f"the configuration {file} is no valid YAML: {' '.join(str(e).split())}"
+            ) from None
+        try:
+            config = merge(config, values)
+        except SpecsError as e:
+            raise SpecsError(f"{file}: {e}") from None
+    for text in overrides:
+        config = merge(config, parse_override(text))
     return check(config)
 
 # %% ../nbs/00_core.ipynb #4505071e
 @contextlib.contextmanager
 def atomic(
     path,  # the file to write
-):         # yields the path of a neighbour to write to
+):  # yields the path of a neighbour to write to
     "Write a file so that it is whole or not there."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -279,43 +426,62 @@ def atomic(
     yield part
     os.replace(part, path)
 
+
 def write_json(
     path,  # the file
     data,  # what JSON can say
 ):
     "Write JSON atomically."
-    with atomic(path) as part: part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with atomic(path) as part:
+        part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
 
 def read_json(
     path,  # the file
-):         # what it says, or None if it isn't there
+):  # what it says, or None if it isn't there
     "Read JSON; raises `SpecsError` that names a broken file."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: return None
-    except ValueError: raise SpecsError(f"{path} is no valid JSON: delete it to have it made again") from None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise SpecsError(f"{path} is no valid JSON: delete it to have it made again") from None
 
 # %% ../nbs/00_core.ipynb #0b21f510
 class Run:
     "A run folder with its configuration, opened for one process at a time"
+
     def __init__(
         self,
-        folder,                # where; made if needed
-        config:Config=None,    # None: the one that is stored there
+        folder,  # where; made if needed
+        config: Config = None,  # None: the one that is stored there
     ):
         self.dir = Path(folder)
-        try: self.dir.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise SpecsError(f"the run folder {folder} can't be made ({e.strerror}): choose another with --run-dir") from None
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise SpecsError(
+                f"the run folder {folder} can't be made ({e.strerror}): choose another with --run-dir"
+            ) from None
         self._lock()
         self.config = config or self._stored()
 
     def _lock(self):
         import fcntl
-        try: self._file = open(self.dir / ".lock", "w")
-        except OSError as e: raise SpecsError(f"the run folder {self.dir} can't be written ({e.strerror}): choose another with --run-dir") from None
-        try: fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+        try:
+            self._file = open(self.dir / ".lock", "w")
+        except OSError as e:
+            raise SpecsError(
+                f"the run folder {self.dir} can't be written ({e.strerror}): choose another with --run-dir"
+            ) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
-            raise SpecsError(f"another run is at work in {self.dir}: wait for it, or choose another folder with --run-dir") from None
+            raise SpecsError(
+                f"another run is at work in {self.dir}: wait for it, or choose another folder with --run-dir"
+            ) from None
 
     def _stored(self):
         path = self.dir / "config.yaml"
@@ -324,43 +490,60 @@ class Run:
     def save_config(self):
         "Store the configuration, once it has been checked."
         import yaml
-        with atomic(self.dir / "config.yaml") as part: part.write_text(yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False, allow_unicode=True))
 
-    def close(self): self._file.close()
+        with atomic(self.dir / "config.yaml") as part:
+            part.write_text(
+                yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False, allow_unicode=True)
+            )
+
+    def close(self):
+        self._file.close()
 
 # %% ../nbs/00_core.ipynb #63ecbc3d
 def fingerprint(
     *parts,  # what JSON can say
-)->str:      # 16 hex digits
+) -> str:  # 16 hex digits
     "A short checksum of values, the same for the same values."
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+
 def file_digest(
     path,  # a file, or a folder of files
-)->str:    # 16 hex digits
+) -> str:  # 16 hex digits
     "A checksum of contents; of a folder, its files by name."
     path, h = Path(path), hashlib.sha256()
     for p in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if p.is_file(): h.update(p.name.encode()); h.update(p.read_bytes())
+        if p.is_file():
+            h.update(p.name.encode())
+            h.update(p.read_bytes())
     return h.hexdigest()[:16]
 
 # %% ../nbs/00_core.ipynb #a34d74a8
 def reset_peak_memory():
     "Start the count of `peak_memory_gb` and `peak_gpu_gb` anew, the first where the system can (Linux)."
-    with contextlib.suppress(OSError): Path("/proc/self/clear_refs").write_text("5")
-    if peak_gpu_gb() is not None: sys.modules["torch"].cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if peak_gpu_gb() is not None:
+        sys.modules["torch"].cuda.reset_peak_memory_stats()
+
 
 def peak_gpu_gb():  # GiB, or None where this process uses no GPU
     "What torch has allocated on this process's GPU at most since `reset_peak_memory`; vLLM's own process is not in it."
     torch = sys.modules.get("torch")
-    return torch.cuda.max_memory_allocated() / 2**30 if torch and torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    return (
+        torch.cuda.max_memory_allocated() / 2**30
+        if torch and torch.cuda.is_available() and torch.cuda.is_initialized()
+        else None
+    )
+
 
 def peak_memory_gb(
-    workers:int=0,  # processes that worked beside this one, each as large as the largest
-)->float:           # GiB
+    workers: int = 0,  # processes that worked beside this one, each as large as the largest
+) -> float:  # GiB
     "Peak resident memory since `reset_peak_memory`, in GiB."
     import resource
+
     unit = 2**30 if sys.platform == "darwin" else 2**20
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     with contextlib.suppress(OSError, StopIteration):
@@ -368,54 +551,72 @@ def peak_memory_gb(
     return own + workers * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
 
 # %% ../nbs/00_core.ipynb #318aee08
-def versions()->dict:  # package → version
+def versions() -> dict:  # package → version
     "What the numbers of a run depend on."
     from importlib.metadata import version, PackageNotFoundError
+
     out = {"python": sys.version.split()[0]}
     for p in ("specs_nb", "torch", "transformers", "trl", "peft", "datasets", "vllm", "bitsandbytes"):
-        with contextlib.suppress(PackageNotFoundError): out[p] = version(p)
+        with contextlib.suppress(PackageNotFoundError):
+            out[p] = version(p)
     return out
 
 # %% ../nbs/00_core.ipynb #f9a457b0
-def machine()->str:  # such as `2 CPU cores`
+def machine() -> str:  # such as `2 CPU cores`
     "The cores and GPUs that this process may use."
     import torch
+
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ", ".join([f"{n} CPU core{'s' * (n != 1)}", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))])
+    return ", ".join([
+        f"{n} CPU core{'s' * (n != 1)}",
+        *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())),
+    ])
 
 # %% ../nbs/00_core.ipynb #a3175e50
 @dataclass
 class Stage:
     "One stage of a run: a folder with files and a `stage.json`"
-    dir: Path            # the stage's folder
-    key: str             # fingerprint of what its result follows from
+
+    dir: Path  # the stage's folder
+    key: str  # fingerprint of what its result follows from
     outputs: tuple = ()  # files it leaves, within its folder
 
     @property
-    def info(self): return read_json(self.dir / "stage.json") or {}
+    def info(self):
+        return read_json(self.dir / "stage.json") or {}
 
     @property
-    def missing(self): return [f for f in self.outputs if not (self.dir / f).exists()]
+    def missing(self):
+        return [f for f in self.outputs if not (self.dir / f).exists()]
 
     @property
-    def done(self): return self.why() == "done"
+    def done(self):
+        return self.why() == "done"
 
     def why(self):
         "Why the stage has to run, in words."
         info = self.info
-        if not info: return "not run yet"
-        if info.get("key") != self.key: return "its configuration or an input has changed"
-        if info.get("state") != "done": return "it was cut off"
+        if not info:
+            return "not run yet"
+        if info.get("key") != self.key:
+            return "its configuration or an input has changed"
+        if info.get("state") != "done":
+            return "it was cut off"
         return f"{', '.join(self.missing)} is missing" if self.missing else "done"
 
     def begin(self):
         "Mark the stage as begun; what another fingerprint left is removed, what this one left is kept."
         import shutil
-        if self.info.get("key") not in (None, self.key): shutil.rmtree(self.dir)
+
+        if self.info.get("key") not in (None, self.key):
+            shutil.rmtree(self.dir)
         before = self.info.get("seconds", 0)
         self._t0 = time.monotonic() - before
         reset_peak_memory()
-        write_json(self.dir / "stage.json", {"state": "running", "key": self.key, "versions": versions(), "seconds": before})
+        write_json(
+            self.dir / "stage.json",
+            {"state": "running", "key": self.key, "versions": versions(), "seconds": before},
+        )
 
     def tick(self):
         "Note the time spent so far, so that a cut-off run keeps count."
@@ -423,67 +624,104 @@ class Stage:
 
     def end(
         self,
-        workers:int=0,  # processes that worked beside this one
-        **facts,        # kept in stage.json
+        workers: int = 0,  # processes that worked beside this one
+        **facts,  # kept in stage.json
     ):
         "Mark the stage as done, with its cost."
-        write_json(self.dir / "stage.json", {**self.info, "state": "done", "seconds": round(time.monotonic() - self._t0, 1),
-                                             "peak_memory_gb": round(peak_memory_gb(workers), 2), **({"peak_gpu_gb": round(gpu, 2)} if (gpu := peak_gpu_gb()) is not None else {}), "machine": machine(), "finished": time.strftime("%Y-%m-%d %H:%M"), **facts})
+        write_json(
+            self.dir / "stage.json",
+            {
+                **self.info,
+                "state": "done",
+                "seconds": round(time.monotonic() - self._t0, 1),
+                "peak_memory_gb": round(peak_memory_gb(workers), 2),
+                **({"peak_gpu_gb": round(gpu, 2)} if (gpu := peak_gpu_gb()) is not None else {}),
+                "machine": machine(),
+                "finished": time.strftime("%Y-%m-%d %H:%M"),
+                **facts,
+            },
+        )
 
 # %% ../nbs/00_core.ipynb #6c5f572b
 class Interrupted(Exception):
     "A stop was asked for, and what was done is saved"
 
+
 _asked = []
 
-def stop_asked()->str:  # the signal's name; empty if nobody asked
+
+def stop_asked() -> str:  # the signal's name; empty if nobody asked
     "Has a signal asked this process to stop?"
     return _asked[0] if _asked else ""
+
 
 @contextlib.contextmanager
 def signals_ask():
     "Within it SIGINT and SIGTERM ask for a stop, and raise `KeyboardInterrupt` the second time; works in the main thread alone."
     import signal, threading
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+
     def ask(number, frame):
-        if _asked: raise KeyboardInterrupt
+        if _asked:
+            raise KeyboardInterrupt
         _asked.append(signal.Signals(number).name)
-        print(f"\n{_asked[0]}: finishing this step and saving; once more to stop at once", file=sys.stderr, flush=True)
+        print(
+            f"\n{_asked[0]}: finishing this step and saving; once more to stop at once",
+            file=sys.stderr,
+            flush=True,
+        )
+
     before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: yield
+    try:
+        yield
     finally:
         _asked.clear()
-        for s, f in before.items(): signal.signal(s, f)
+        for s, f in before.items():
+            signal.signal(s, f)
 
 # %% ../nbs/00_core.ipynb #7246b28e
 class Progress:
     "A progress bar with the stage's name and a few values; on a pipe, a line now and then"
+
     def __init__(
         self,
-        stage:str,   # shown in front
-        total:int,   # steps
-        done:int=0,  # steps done before
+        stage: str,  # shown in front
+        total: int,  # steps
+        done: int = 0,  # steps done before
     ):
         from tqdm import tqdm
-        self.bar = tqdm(total=total, initial=done, desc=f"{stage:10}", file=sys.stdout, dynamic_ncols=True, mininterval=.5 if sys.stdout.isatty() else 30)
+
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            desc=f"{stage:10}",
+            file=sys.stdout,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stdout.isatty() else 30,
+        )
 
     def update(
         self,
-        n:int=1,   # steps further
+        n: int = 1,  # steps further
         **values,  # shown behind
     ):
         "Go on by `n` steps."
-        if values: self.bar.set_postfix({k: f"{v:.3f}" if isinstance(v, float) else v for k, v in values.items()}, refresh=False)
+        if values:
+            self.bar.set_postfix(
+                {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in values.items()}, refresh=False
+            )
         self.bar.update(n)
 
-    def close(self): self.bar.close()
+    def close(self):
+        self.bar.close()
 
 # %% ../nbs/00_core.ipynb #35de7437
 def derive_seed(
-    seed:int,   # the run's
-    name:str,   # of the stage or part
-)->int:         # 0 … 2³¹ - 1
+    seed: int,  # the run's
+    name: str,  # of the stage or part
+) -> int:  # 0 … 2³¹ - 1
     "A seed for a part of a run."
     return int(hashlib.sha256(f"{seed}/{name}".encode()).hexdigest()[:8], 16) % 2**31

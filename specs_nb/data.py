@@ -19,14 +19,17 @@ from . import world
 MAX_PIXELS = 40_000_000  # of one image: 120 MB when decoded
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
+
 class Picture(NamedTuple):
     "An image as it is stored, and decoded"
+
     data: bytes  # PNG, JPEG or WEBP, RGB
     image: object  # the same as a PIL image
 
+
 def to_png(
     img,  # a PIL image
-)->bytes: # of a PNG file
+) -> bytes:  # of a PNG file
     "Encode without loss."
     out = io.BytesIO()
     img.save(out, "PNG")
@@ -34,157 +37,221 @@ def to_png(
 
 # %% ../nbs/11_data.ipynb #43398884
 def decode(
-    data:bytes,                 # an image file's contents
-    max_pixels:int=MAX_PIXELS,  # refuse a larger one before it is decoded
-)->Picture:                     # RGB, upright, on white
+    data: bytes,  # an image file's contents
+    max_pixels: int = MAX_PIXELS,  # refuse a larger one before it is decoded
+) -> Picture:  # RGB, upright, on white
     "Decode an image from outside; raises `ValueError` that says why it can't be used."
     import warnings
     from PIL import Image
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
             img = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
             w, h = img.size
-            if w * h > max_pixels: raise ValueError(f"it has {w} × {h} pixels, more than data.max_pixels = {max_pixels}")
-            if max(w, h) > 200 * min(w, h): raise ValueError(f"it has {w} × {h} pixels; a vision tower takes sides of up to 1 : 200")
+            if w * h > max_pixels:
+                raise ValueError(f"it has {w} × {h} pixels, more than data.max_pixels = {max_pixels}")
+            if max(w, h) > 200 * min(w, h):
+                raise ValueError(f"it has {w} × {h} pixels; a vision tower takes sides of up to 1 : 200")
             img.load()
             return _mended(img, data)
-    except Image.DecompressionBombError: raise ValueError(f"it has far more pixels than data.max_pixels = {max_pixels}") from None
-    except ValueError: raise
-    except Exception as e: raise ValueError(str(e).split(" <")[0] or type(e).__name__) from None  # PIL raises many kinds on a broken file
+    except Image.DecompressionBombError:
+        raise ValueError(f"it has far more pixels than data.max_pixels = {max_pixels}") from None
+    except ValueError:
+        raise
+    except Exception as e:
+        raise ValueError(
+            str(e).split(" <")[0] or type(e).__name__
+        ) from None  # PIL raises many kinds on a broken file
+
 
 def _mended(img, data):
     from PIL import Image, ImageOps
-    plain = img.mode == "RGB" and img.format in ("PNG", "JPEG", "WEBP") and not getattr(img, "is_animated", False)
-    if plain and "transparency" not in img.info and img.getexif().get(0x0112, 1) == 1: return Picture(data, img.convert("RGB"))
+
+    plain = (
+        img.mode == "RGB" and img.format in ("PNG", "JPEG", "WEBP") and not getattr(img, "is_animated", False)
+    )
+    if plain and "transparency" not in img.info and img.getexif().get(0x0112, 1) == 1:
+        return Picture(data, img.convert("RGB"))
     img = ImageOps.exif_transpose(img)
     if img.mode in ("RGBA", "LA", "PA") or "transparency" in img.info:
         img = img.convert("RGBA")
         img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
-    if img.mode.startswith("I"): img = img.point(lambda v: v / 256).convert("L")  # 16 bits of grey; convert alone makes them white
+    # 16 bits of grey; convert alone makes them white
+    if img.mode.startswith("I"):
+        img = img.point(lambda v: v / 256).convert("L")
     img = img.convert("RGB")
     return Picture(to_png(img), img)
 
+
 def shrink(
-    picture:Picture,  # as decoded
-    pixels:int,       # it may have; 0: any number
-)->Picture:           # the same, or a smaller one of the same shape
+    picture: Picture,  # as decoded
+    pixels: int,  # it may have; 0: any number
+) -> Picture:  # the same, or a smaller one of the same shape
     "A picture with at most so many pixels; a JPEG stays one, everything else becomes PNG."
     w, h = picture.image.size
-    if not pixels or w * h <= pixels: return picture
-    by = (pixels / (w * h))**.5
+    if not pixels or w * h <= pixels:
+        return picture
+    by = (pixels / (w * h)) ** 0.5
     img, out = picture.image.resize((max(1, int(w * by)), max(1, int(h * by)))), io.BytesIO()
-    if not picture.data.startswith(b"\xff\xd8"): return Picture(to_png(img), img)
+    if not picture.data.startswith(b"\xff\xd8"):
+        return Picture(to_png(img), img)
     img.save(out, "JPEG", quality=95)
     return Picture(out.getvalue(), decode(out.getvalue()).image)
 
 # %% ../nbs/11_data.ipynb #0670a062
 FILES = {"train": "data.jsonl", "test": "test.jsonl", "ood_visual": "ood_visual.jsonl"}
 
+
 def load_image(
-    path:Path,  # an image file
-    row:str,    # what to call the row in a message
-    max_pixels:int=MAX_PIXELS,  # refuse a larger one
-):              # a PIL image, RGB
+    path: Path,  # an image file
+    row: str,  # what to call the row in a message
+    max_pixels: int = MAX_PIXELS,  # refuse a larger one
+):  # a PIL image, RGB
     "Read an image; raises `SpecsError` that names file and row."
-    try: return decode(Path(path).read_bytes(), max_pixels).image
+    try:
+        return decode(Path(path).read_bytes(), max_pixels).image
     except (OSError, ValueError) as e:
         raise SpecsError(f"{row}: the image {path} can't be read ({e}): mend it, or remove the row") from None
 
 # %% ../nbs/11_data.ipynb #3e80b044
 def read_row(
-    line:str,     # one line of JSON
-    folder:Path,  # images are found below it
-    where:str,    # file and line, for messages
-)->dict:          # a row of the schema
+    line: str,  # one line of JSON
+    folder: Path,  # images are found below it
+    where: str,  # file and line, for messages
+) -> dict:  # a row of the schema
     "One line of a `.jsonl` as a row; raises `SpecsError` that says what is wrong with it."
-    try: d = json.loads(line)
-    except ValueError as e: raise SpecsError(f"{where} is no valid JSON ({e})") from None
-    if not isinstance(d, dict): raise SpecsError(f"{where} must be an object with question and answer")
+    try:
+        d = json.loads(line)
+    except ValueError as e:
+        raise SpecsError(f"{where} is no valid JSON ({e})") from None
+    if not isinstance(d, dict):
+        raise SpecsError(f"{where} must be an object with question and answer")
     missing = [k for k in ("question", "answer") if not str(d.get(k) or "").strip() and d.get(k) != 0]
-    if missing: raise SpecsError(f"{where} has no {' and no '.join(missing)}")
+    if missing:
+        raise SpecsError(f"{where} has no {' and no '.join(missing)}")
     paths = d.get("images", [d["image"]] if d.get("image") else [])
-    if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths): raise SpecsError(f"{where}: images must be a list of paths within {folder}")
+    if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
+        raise SpecsError(f"{where}: images must be a list of paths within {folder}")
     for p in paths:
-        if not (folder / p).resolve().is_relative_to(folder.resolve()): raise SpecsError(f"{where}: the image {p} lies outside {folder}")
+        if not (folder / p).resolve().is_relative_to(folder.resolve()):
+            raise SpecsError(f"{where}: the image {p} lies outside {folder}")
     choices = [str(c) for c in d["choices"]] if d.get("choices") else None
-    return dict(id=str(d.get("id", where)), question=str(d["question"]), images=[load_image(folder / p, where) for p in paths],
-                answer=str(d["answer"]), kind=d.get("kind") or ("choice" if choices else "number"), choices=choices, source=str(d.get("source", folder.name)))
+    return dict(
+        id=str(d.get("id", where)),
+        question=str(d["question"]),
+        images=[load_image(folder / p, where) for p in paths],
+        answer=str(d["answer"]),
+        kind=d.get("kind") or ("choice" if choices else "number"),
+        choices=choices,
+        source=str(d.get("source", folder.name)),
+    )
 
 # %% ../nbs/11_data.ipynb #4bceaa8e
 def load_rows(
-    source:str,   # `world`, or a folder
-    split:str,    # `train`, `test` or `ood_visual`
-    n:int,        # at most so many
-    seed:int=0,   # stream of questions of the world
-)->list:          # rows of the schema
+    source: str,  # `world`, or a folder
+    split: str,  # `train`, `test` or `ood_visual`
+    n: int,  # at most so many
+    seed: int = 0,  # stream of questions of the world
+) -> list:  # rows of the schema
     "The rows of a split; empty if a folder has no `ood_visual.jsonl`; raises `SpecsError` for missing, empty or broken data."
-    if source == "world": return world.rows(split, n, seed)
+    if source == "world":
+        return world.rows(split, n, seed)
     folder = Path(source)
     path = folder / FILES[split]
     if not path.exists():
-        if split == "ood_visual": return []
-        raise SpecsError(f"data.source is {source}, but there is no {path}: give a folder with {FILES['train']} and {FILES['test']}, or world")
-    with open(path, encoding="utf-8") as f: lines = [(i, line) for i, line in enumerate(f, 1) if line.strip()][:n]
-    if not lines: raise SpecsError(f"{path} is empty: write one JSON object a line, with question, answer and images")
+        if split == "ood_visual":
+            return []
+        raise SpecsError(
+            f"data.source is {source}, but there is no {path}: give a folder with {FILES['train']} and"
+            f" {FILES['test']}, or world"
+        )
+    with open(path, encoding="utf-8") as f:
+        lines = [(i, line) for i, line in enumerate(f, 1) if line.strip()][:n]
+    if not lines:
+        raise SpecsError(f"{path} is empty: write one JSON object a line, with question, answer and images")
     return [read_row(line, folder, f"{path} line {i}") for i, line in lines]
 
 # %% ../nbs/11_data.ipynb #be4d0603
 def pixel_digest(
-    img,   # a PIL image, RGB
-)->str:    # 32 hex digits
+    img,  # a PIL image, RGB
+) -> str:  # 32 hex digits
     "A checksum of an image's pixels, the same for the same picture in another file format without loss."
     import hashlib
+
     return hashlib.sha256(repr(img.size).encode() + img.tobytes()).hexdigest()[:32]
 
+
 def row_key(
-    row:dict,  # of the schema
-)->tuple:      # equal for equal questions on equal pixels
+    row: dict,  # of the schema
+) -> tuple:  # equal for equal questions on equal pixels
     "What makes two rows the same question."
     return " ".join(row["question"].lower().split()), tuple(map(pixel_digest, row["images"]))
 
+
 def without(
-    rows:list,   # of the schema
-    others:list, # rows that must not be among them
-)->list:         # what is left of `rows`
+    rows: list,  # of the schema
+    others: list,  # rows that must not be among them
+) -> list:  # what is left of `rows`
     "`rows` without those that are in `others`."
     seen = set(_keys(others))
     keep = [i for i, k in enumerate(_keys(rows)) if k not in seen]
     return rows.pick(keep) if isinstance(rows, Rows) else [rows[i] for i in keep]
 
-def _keys(rows): return rows.keys() if isinstance(rows, Rows) else map(row_key, rows)
+
+def _keys(rows):
+    return rows.keys() if isinstance(rows, Rows) else map(row_key, rows)
 
 # %% ../nbs/11_data.ipynb #7a13ed76
 def features():  # a `datasets.Features`
     "The schema in Arrow; `digests` names the pixels of each image, `rate` is how often a model passed, if that is known."
     from datasets import Features, Image, List, Value
+
     text = {k: Value("string") for k in ("id", "question", "answer", "kind", "source")}
-    return Features({**text, "images": List(Image()), "choices": List(Value("string")), "digests": List(Value("string")), "rate": Value("float32")})
+    return Features({
+        **text,
+        "images": List(Image()),
+        "choices": List(Value("string")),
+        "digests": List(Value("string")),
+        "rate": Value("float32"),
+    })
+
 
 def write_rows(
-    rows,        # of the schema, one after the other; `images` are `Picture`s, `rate` may be missing
-    path:Path,   # an Arrow file
-    batch:int=64,# rows in memory at a time
-)->int:          # rows written
+    rows,  # of the schema, one after the other; `images` are `Picture`s, `rate` may be missing
+    path: Path,  # an Arrow file
+    batch: int = 64,  # rows in memory at a time
+) -> int:  # rows written
     "Write rows to an Arrow file as they come: whole or not there."
     import pyarrow as pa
+
     n, some, schema = 0, [], features().arrow_schema
     with atomic(path) as part, pa.OSFile(str(part), "wb") as f, pa.ipc.new_stream(f, schema) as out:
+
         def flush():
-            if some: out.write_batch(pa.RecordBatch.from_pylist(some, schema)); some.clear()
+            if some:
+                out.write_batch(pa.RecordBatch.from_pylist(some, schema))
+                some.clear()
+
         for row in rows:
             pictures, n = row["images"], n + 1
-            some.append({**row, "images": [{"bytes": p.data, "path": None} for p in pictures], "digests": [pixel_digest(p.image) for p in pictures]})
-            if len(some) == batch or sum(len(p.data) for p in pictures) > 2**24: flush()
+            some.append({
+                **row,
+                "images": [{"bytes": p.data, "path": None} for p in pictures],
+                "digests": [pixel_digest(p.image) for p in pictures],
+            })
+            if len(some) == batch or sum(len(p.data) for p in pictures) > 2**24:
+                flush()
         flush()
     return n
 
 # %% ../nbs/11_data.ipynb #5974e479
 class Rows(Sequence):
     "Rows of the schema in an Arrow file: each is read when it is asked for"
+
     def __init__(
         self,
-        path,        # an Arrow file of `write_rows`
+        path,  # an Arrow file of `write_rows`
         index=None,  # numbers of the rows it shows, in order; None: all
     ):
         self.path, self._ds = str(path), None
@@ -194,57 +261,82 @@ class Rows(Sequence):
     def all(self):
         "The whole file as a `datasets.Dataset`, mapped into memory."
         from datasets import Dataset
-        if self._ds is None: self._ds = Dataset.from_file(self.path)
+
+        if self._ds is None:
+            self._ds = Dataset.from_file(self.path)
         return self._ds
 
     @property
-    def dataset(self): return self.all.select(self.index)
+    def dataset(self):
+        return self.all.select(self.index)
 
-    def pick(self, numbers): return Rows(self.path, [self.index[i] for i in numbers])
-    def column(self, name): return list(self.all.select_columns([name]).select(self.index)[name])
-    def keys(self): return ((" ".join(q.lower().split()), tuple(d)) for q, d in zip(self.column("question"), self.column("digests")))
-    def __len__(self): return len(self.index)
-    def __getstate__(self): return {"path": self.path, "index": self.index, "_ds": None}  # to another process go the numbers, not the pictures
+    def pick(self, numbers):
+        return Rows(self.path, [self.index[i] for i in numbers])
+
+    def column(self, name):
+        return list(self.all.select_columns([name]).select(self.index)[name])
+
+    def keys(self):
+        return (
+            (" ".join(q.lower().split()), tuple(d))
+            for q, d in zip(self.column("question"), self.column("digests"))
+        )
+
+    def __len__(self):
+        return len(self.index)
+
+    # to another process go the numbers, not the pictures
+    def __getstate__(self):
+        return {"path": self.path, "index": self.index, "_ds": None}
 
     def __getitem__(self, i):
-        if isinstance(i, slice): return Rows(self.path, self.index[i])
+        if isinstance(i, slice):
+            return Rows(self.path, self.index[i])
         row = self.all[self.index[i]]
         return {k: row[k] for k in ("id", "question", "images", "answer", "kind", "choices", "source")}
 
 # %% ../nbs/11_data.ipynb #8fc1adbc
-_LABELS = [re.compile(p) for p in (r"\(([A-J])\)\s*", r"(?:(?<=\s)|^)([A-J])\s?[.:．：、]\s*", r"(?:(?<=\s)|^)([A-J])\)\s*")]
+_LABELS = [
+    re.compile(p)
+    for p in (r"\(([A-J])\)\s*", r"(?:(?<=\s)|^)([A-J])\s?[.:．：、]\s*", r"(?:(?<=\s)|^)([A-J])\)\s*")
+]
+
 
 def find_choices(
-    question:str,  # perhaps with lettered choices in it
-):                 # ([texts, A first], where they begin), or (None, None)
+    question: str,  # perhaps with lettered choices in it
+):  # ([texts, A first], where they begin), or (None, None)
     "The lettered choices of a question: `(A) 3 (B) 4`, `A. 3`, `A) 3` or `A: 3`, in the order of the alphabet."
     for label in _LABELS:
         found = list(label.finditer(question))
         starts = [i for i, m in enumerate(found) if m[1] == "A"]
         for i in reversed(starts):  # the last listing counts
-            run = [m for k, m in enumerate(found[i:i + 10]) if m[1] == chr(65 + k)]
-            run = run[:next((k for k, m in enumerate(run) if m is not found[i + k]), len(run))]
-            if len(run) < 2: continue
+            run = [m for k, m in enumerate(found[i : i + 10]) if m[1] == chr(65 + k)]
+            run = run[: next((k for k, m in enumerate(run) if m is not found[i + k]), len(run))]
+            if len(run) < 2:
+                continue
             ends = [m.start() for m in run[1:]] + [len(question)]
-            texts = [question[m.end():e].strip(" \n\t,;") for m, e in zip(run, ends)]
+            texts = [question[m.end() : e].strip(" \n\t,;") for m, e in zip(run, ends)]
             texts[-1] = texts[-1].split("\n")[0].strip()
-            if all(texts): return texts, run[0].start()
+            if all(texts):
+                return texts, run[0].start()
     return None, None
 
 # %% ../nbs/11_data.ipynb #256b5cfc
 def prompt_text(
-    row:dict,        # of the schema
-    instruction:str, # of the format that is asked for
-)->str:              # what the user says
+    row: dict,  # of the schema
+    instruction: str,  # of the format that is asked for
+) -> str:  # what the user says
     "The user's words for a row."
     q = row["question"]
-    if row["choices"] and "(A)" not in q and not find_choices(q)[0]: q = f"{q} {world.lettered(row['choices'])}"
+    if row["choices"] and "(A)" not in q and not find_choices(q)[0]:
+        q = f"{q} {world.lettered(row['choices'])}"
     return f"{q}\n{instruction}" if instruction else q
 
+
 def conversation(
-    row:dict,        # of the schema
-    instruction:str, # of the format that is asked for
-)->list:             # one message; TRL adds the images
+    row: dict,  # of the schema
+    instruction: str,  # of the format that is asked for
+) -> list:  # one message; TRL adds the images
     "A row as TRL's conversational prompt."
     return [{"role": "user", "content": prompt_text(row, instruction)}]
 
@@ -253,25 +345,45 @@ def check_images(
     rows,  # of the schema
 ):
     "Raise `SpecsError` if some rows have images and others have none."
-    n = sum(map(bool, rows.column("digests"))) if isinstance(rows, Rows) else sum(bool(r["images"]) for r in rows)
+    n = (
+        sum(map(bool, rows.column("digests")))
+        if isinstance(rows, Rows)
+        else sum(bool(r["images"]) for r in rows)
+    )
     if 0 < n < len(rows):
-        raise SpecsError(f"{n} rows have images and {len(rows) - n} have none, and TRL can't train on both at once: data.images=with keeps the "
-                         f"former, data.images=without the latter; train on one, then on the other with model.path")
+        raise SpecsError(
+            f"{n} rows have images and {len(rows) - n} have none, and TRL can't train on both at once:"
+            " data.images=with keeps the former, data.images=without the latter; train on one, then on the"
+            " other with model.path"
+        )
 
 # %% ../nbs/11_data.ipynb #0e9d2474
 def grpo_dataset(
-    rows,             # of the schema
-    instruction:str,  # of the format
-    format:str,       # the format's name, for the rewards
-):                    # a `datasets.Dataset`
+    rows,  # of the schema
+    instruction: str,  # of the format
+    format: str,  # the format's name, for the rewards
+):  # a `datasets.Dataset`
     "Rows as TRL's GRPO wants them; raises `SpecsError` where some have images and some have none."
     from datasets import Dataset, Features, Image, List, Value
+
     check_images(rows)
     message = List({"role": Value("string"), "content": Value("string")})
     if isinstance(rows, Rows):
         ds = rows.dataset.remove_columns(["digests", "rate"])
-        asks = [conversation(dict(question=q, choices=c), instruction) for q, c in zip(rows.column("question"), rows.column("choices"))]
-        return ds.add_column("prompt", asks, feature=message).add_column("format", [format] * len(rows), feature=Value("string"))
-    features = Features({"prompt": message, "images": List(Image()), "format": Value("string"), "choices": List(Value("string")),
-                         **{k: Value("string") for k in ("id", "question", "answer", "kind", "source")}})
-    return Dataset.from_list([{**r, "prompt": conversation(r, instruction), "format": format} for r in rows], features=features)
+        asks = [
+            conversation(dict(question=q, choices=c), instruction)
+            for q, c in zip(rows.column("question"), rows.column("choices"))
+        ]
+        return ds.add_column("prompt", asks, feature=message).add_column(
+            "format", [format] * len(rows), feature=Value("string")
+        )
+    features = Features({
+        "prompt": message,
+        "images": List(Image()),
+        "format": Value("string"),
+        "choices": List(Value("string")),
+        **{k: Value("string") for k in ("id", "question", "answer", "kind", "source")},
+    })
+    return Dataset.from_list(
+        [{**r, "prompt": conversation(r, instruction), "format": format} for r in rows], features=features
+    )

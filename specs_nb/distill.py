@@ -21,61 +21,73 @@ from .judge import JUDGED_KINDS, calibrate, calibration_table, in_bulk
 
 # %% ../nbs/50_distill.ipynb #1a4cad7a
 def mend(
-    text:str,  # a completion in any form
-)->tuple:      # (reasoning, answer), or None if one of them can't be told
+    text: str,  # a completion in any form
+) -> tuple:  # (reasoning, answer), or None if one of them can't be told
     "Reasoning and answer of a completion that doesn't keep the format."
     parts = next((p for f in FORMATS.values() if (p := f.parse(text))), None)
     if not parts:
         at, answer = announced(text)
-        if not answer: return None
+        if not answer:
+            return None
         parts = text[:at], answer
     reasoning = strip_tags(parts[0]).strip().removesuffix("Answer:").strip()
     lines = [l for l in reasoning.splitlines() if not l.startswith("```")]  # a fence is no thought
-    while lines and lines[-1].strip() in ("", parts[1]): lines.pop()        # nor is the answer, said twice
+    while lines and lines[-1].strip() in ("", parts[1]):
+        lines.pop()  # nor is the answer, said twice
     reasoning = "\n".join(lines).strip()
     return (reasoning, parts[1]) if reasoning else None
 
 # %% ../nbs/50_distill.ipynb #4f9c21b9
 def judge(
-    text:str,                     # a completion; None: there is none
-    row:dict,                     # the question's row
-    format,                       # the format that was asked for
-    mending:bool=True,            # mend what can be mended
-    check_consistency:bool=True,  # drop reasoning that contradicts its answer
-    ask=None,                     # a judge's `ask(task, **texts)`, see `judge.in_bulk`
-)->tuple:                         # (verdict, (reasoning, answer) or None)
+    text: str,  # a completion; None: there is none
+    row: dict,  # the question's row
+    format,  # the format that was asked for
+    mending: bool = True,  # mend what can be mended
+    check_consistency: bool = True,  # drop reasoning that contradicts its answer
+    ask=None,  # a judge's `ask(task, **texts)`, see `judge.in_bulk`
+) -> tuple:  # (verdict, (reasoning, answer) or None)
     "What becomes of a completion as a chosen answer."
-    if text is None: return "unanswered", None
+    if text is None:
+        return "unanswered", None
     parts = format.parse(text)
     verdict = "kept" if parts else "mended"
-    if not parts: parts = mend(text)
-    if not parts: return "unreadable", None
+    if not parts:
+        parts = mend(text)
+    if not parts:
+        return "unreadable", None
     right = grade(parts[1], row["answer"], row["kind"], row["choices"])
-    if right is None and ask and row["kind"] in JUDGED_KINDS: right = ask("answer", question=row["question"], gold=row["answer"], prediction=parts[1])
-    if right is None: return "ungradable", None
-    if not right: return "wrong", None
-    if verdict == "mended" and not mending: return "malformed", None
-    if not format.parse(format.render(*parts)): return "unmendable", None
-    if not check_consistency: return verdict, parts
+    if right is None and ask and row["kind"] in JUDGED_KINDS:
+        right = ask("answer", question=row["question"], gold=row["answer"], prediction=parts[1])
+    if right is None:
+        return "ungradable", None
+    if not right:
+        return "wrong", None
+    if verdict == "mended" and not mending:
+        return "malformed", None
+    if not format.parse(format.render(*parts)):
+        return "unmendable", None
+    if not check_consistency:
+        return verdict, parts
     same = consistent(*parts, row["kind"], row["choices"])
-    if same is None and ask: same = ask("consistency", question=row["question"], reasoning=parts[0], answer=parts[1])
+    if same is None and ask:
+        same = ask("consistency", question=row["question"], reasoning=parts[0], answer=parts[1])
     return ("inconsistent", None) if same is False else (verdict, parts)
 
 # %% ../nbs/50_distill.ipynb #150ce784
 def wrong_parts(
-    text:str,     # a completion that `judge` called wrong
-    format,       # the format that is trained
-)->tuple:         # (reasoning, answer), or None if they can't be told
+    text: str,  # a completion that `judge` called wrong
+    format,  # the format that is trained
+) -> tuple:  # (reasoning, answer), or None if they can't be told
     "Reasoning and answer of a wrong completion, if they can be written in the format."
     parts = format.parse(text) or mend(text)
     return parts if parts and format.parse(format.render(*parts)) else None
 
 # %% ../nbs/50_distill.ipynb #130e6cfe
 def take_turns(
-    counts,       # for each row, how many pairs it could make
-    most:int,     # pairs in all
-    seed:int=0,   # order of questions
-)->list:          # of (row, which of its pairs)
+    counts,  # for each row, how many pairs it could make
+    most: int,  # pairs in all
+    seed: int = 0,  # order of questions
+) -> list:  # of (row, which of its pairs)
     "Every question's first pair in a random order, then every second, up to `most`."
     places = random.Random(seed).sample(range(len(counts)), len(counts))
     order = sorted(range(len(counts)), key=places.__getitem__)
@@ -84,143 +96,238 @@ def take_turns(
 # %% ../nbs/50_distill.ipynb #cbea7d0b
 def _spoil(parts, asked, trained, corruption, differ):
     "What was done to the rejected side, and its text"
-    if differ == "answer": return "wrong_answer", asked.render(*parts)
-    if asked is not trained: return "other_format", trained.render(*parts)
+    if differ == "answer":
+        return "wrong_answer", asked.render(*parts)
+    if asked is not trained:
+        return "other_format", trained.render(*parts)
     return corruption, CORRUPTIONS[corruption](trained.render(*parts), trained)
 
-def _says(text): return [{"role": "assistant", "content": text}]
+
+def _says(text):
+    return [{"role": "assistant", "content": text}]
+
 
 def pair_up(
-    rows:list,         # of the schema
-    turns:list,        # from `take_turns`
-    chosen,            # row → its chosen (reasoning, answer)s
-    rejected,          # row → the (reasoning, answer)s of its rejected side
-    format,            # the format that is trained
-    corruptions:list,  # names of `CORRUPTIONS`
-    differ:str="form", # in what the sides differ: form, answer or both
-    formats=(),        # further formats that pairs ask for
-):                     # yields rows with prompt, chosen, rejected, corruption
+    rows: list,  # of the schema
+    turns: list,  # from `take_turns`
+    chosen,  # row → its chosen (reasoning, answer)s
+    rejected,  # row → the (reasoning, answer)s of its rejected side
+    format,  # the format that is trained
+    corruptions: list,  # names of `CORRUPTIONS`
+    differ: str = "form",  # in what the sides differ: form, answer or both
+    formats=(),  # further formats that pairs ask for
+):  # yields rows with prompt, chosen, rejected, corruption
     "Pairs one by one, spread over formats and corruptions."
     asked = [format, *formats]
     for n, (i, k) in enumerate(turns):
         turn, place = divmod(n, len(asked))
         fmt = asked[place] if asked[place].parse(asked[place].render(*chosen[i][k])) else format
         how, bad = _spoil(rejected[i][k], fmt, format, corruptions[turn % len(corruptions)], differ)
-        yield {**rows[i], "prompt": conversation(rows[i], fmt.instruction), "chosen": _says(fmt.render(*chosen[i][k])), "rejected": _says(bad), "corruption": how}
+        yield {
+            **rows[i],
+            "prompt": conversation(rows[i], fmt.instruction),
+            "chosen": _says(fmt.render(*chosen[i][k])),
+            "rejected": _says(bad),
+            "corruption": how,
+        }
 
 # %% ../nbs/50_distill.ipynb #ca96e02f
 def make_pairs(
-    rows:list,         # of the schema
-    chosen:list,       # for each row its chosen (reasoning, answer)s
-    rejected:list,     # for each row the (reasoning, answer)s of the rejected side
-    format,            # the format that is trained
-    corruptions:list,  # names of `CORRUPTIONS`
-    max_pairs:int,     # at most so many
-    seed:int=0,        # order of questions
-    differ:str="form", # in what the sides differ: form, answer or both
-    formats=(),        # further formats that pairs ask for
-)->list:               # of rows with prompt, chosen, rejected, corruption
+    rows: list,  # of the schema
+    chosen: list,  # for each row its chosen (reasoning, answer)s
+    rejected: list,  # for each row the (reasoning, answer)s of the rejected side
+    format,  # the format that is trained
+    corruptions: list,  # names of `CORRUPTIONS`
+    max_pairs: int,  # at most so many
+    seed: int = 0,  # order of questions
+    differ: str = "form",  # in what the sides differ: form, answer or both
+    formats=(),  # further formats that pairs ask for
+) -> list:  # of rows with prompt, chosen, rejected, corruption
     "Pairs, spread over questions, formats and corruptions."
     turns = take_turns([min(len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)], max_pairs, seed)
     return list(pair_up(rows, turns, chosen, rejected, format, corruptions, differ, formats))
 
 # %% ../nbs/50_distill.ipynb #d756da61
 def write_pairs(
-    pairs,       # from `make_pairs` or `pair_up`
-    path:Path,   # a `.parquet` file
+    pairs,  # from `make_pairs` or `pair_up`
+    path: Path,  # a `.parquet` file
 ):
     "Write pairs with their images, a hundred at a time."
     import pyarrow.parquet as pq
     from datasets import Dataset, Features, Image, List, Value
     from datasets.table import embed_table_storage
+
     message = List({"role": Value("string"), "content": Value("string")})
     text = {k: Value("string") for k in ("id", "question", "answer", "kind", "source", "corruption")}
-    features = Features({**text, "images": List(Image()), "choices": List(Value("string")), "prompt": message, "chosen": message, "rejected": message})
+    features = Features({
+        **text,
+        "images": List(Image()),
+        "choices": List(Value("string")),
+        "prompt": message,
+        "chosen": message,
+        "rejected": message,
+    })
     pairs, schema = iter(pairs), features.arrow_schema
     with atomic(path) as part, pq.ParquetWriter(part, schema) as file:
-        while some := list(islice(pairs, 100)): file.write_table(embed_table_storage(Dataset.from_list(some, features=features).data.table).select(schema.names))
+        while some := list(islice(pairs, 100)):
+            file.write_table(
+                embed_table_storage(Dataset.from_list(some, features=features).data.table).select(
+                    schema.names
+                )
+            )
+
 
 def read_pairs(
-    path:Path,  # a `.parquet` file
-):              # a `datasets.Dataset` with prompt, images, chosen, rejected
+    path: Path,  # a `.parquet` file
+):  # a `datasets.Dataset` with prompt, images, chosen, rejected
     "Read pairs for a trainer; raises `SpecsError` for a file that isn't one."
     import pyarrow.parquet as pq
     from datasets import Dataset
-    if not Path(path).exists(): raise SpecsError(f"there are no pairs at {path}: run `specs distill` first")
-    try: ds = Dataset(pq.read_table(path))  # the schema's metadata says which columns are images
-    except Exception as e: raise SpecsError(f"{path} can't be read as pairs ({type(e).__name__}): delete it and run `specs distill` again") from None
+
+    if not Path(path).exists():
+        raise SpecsError(f"there are no pairs at {path}: run `specs distill` first")
+    try:
+        ds = Dataset(pq.read_table(path))  # the schema's metadata says which columns are images
+    except Exception as e:
+        raise SpecsError(
+            f"{path} can't be read as pairs ({type(e).__name__}): delete it and run `specs distill` again"
+        ) from None
     missing = {"prompt", "images", "chosen", "rejected"} - set(ds.column_names)
-    if missing: raise SpecsError(f"{path} has no column {', '.join(sorted(missing))}: it isn't a file of pairs")
+    if missing:
+        raise SpecsError(f"{path} has no column {', '.join(sorted(missing))}: it isn't a file of pairs")
     return ds
 
 # %% ../nbs/50_distill.ipynb #51310459
 def write_samples(
-    sampled:dict,   # model → for each row its id and a list of (text, verdict)
-    path:Path,      # a `.parquet` file
+    sampled: dict,  # model → for each row its id and a list of (text, verdict)
+    path: Path,  # a `.parquet` file
 ):
     "Write every completion with its verdict, 256 questions at a time."
     import pyarrow as pa, pyarrow.parquet as pq
-    schema = pa.schema([(k, pa.int64() if k == "sample" else pa.string()) for k in ("id", "model", "sample", "text", "verdict")])
+
+    schema = pa.schema([
+        (k, pa.int64() if k == "sample" else pa.string())
+        for k in ("id", "model", "sample", "text", "verdict")
+    ])
     with atomic(path) as part, pq.ParquetWriter(part, schema) as file:
         for m, rows in sampled.items():
             rows = iter(rows)
             while some := list(islice(rows, 256)):
-                file.write_table(pa.Table.from_pylist([dict(id=i, model=m, sample=k, text=t, verdict=v) for i, one in some for k, (t, v) in enumerate(one)], schema))
+                file.write_table(
+                    pa.Table.from_pylist(
+                        [
+                            dict(id=i, model=m, sample=k, text=t, verdict=v)
+                            for i, one in some
+                            for k, (t, v) in enumerate(one)
+                        ],
+                        schema,
+                    )
+                )
 
 # %% ../nbs/50_distill.ipynb #5a827c49
 def judged_cases(
-    rows:list,   # of the schema
-    texts:list,  # for each row its completions
-    format,      # the format that was asked for
-)->list:         # of (task, texts, verdict of the rules), for `judge.calibrate`
+    rows: list,  # of the schema
+    texts: list,  # for each row its completions
+    format,  # the format that was asked for
+) -> list:  # of (task, texts, verdict of the rules), for `judge.calibrate`
     "What a judge could be asked about completions, and what the rules say."
     cases = []
-    for r, (reasoning, answer) in ((r, parts) for r, ts in zip(rows, texts) for t in ts if t and (parts := format.parse(t) or mend(t))):
-        cases.append(("answer", dict(question=r["question"], gold=r["answer"], prediction=answer), grade(answer, r["answer"], r["kind"], r["choices"])))
-        cases.append(("consistency", dict(question=r["question"], reasoning=reasoning, answer=answer), consistent(reasoning, answer, r["kind"], r["choices"])))
+    for r, (reasoning, answer) in (
+        (r, parts) for r, ts in zip(rows, texts) for t in ts if t and (parts := format.parse(t) or mend(t))
+    ):
+        cases.append((
+            "answer",
+            dict(question=r["question"], gold=r["answer"], prediction=answer),
+            grade(answer, r["answer"], r["kind"], r["choices"]),
+        ))
+        cases.append((
+            "consistency",
+            dict(question=r["question"], reasoning=reasoning, answer=answer),
+            consistent(reasoning, answer, r["kind"], r["choices"]),
+        ))
     return cases
 
 # %% ../nbs/50_distill.ipynb #fd75206e
 def distill(
-    base:str,      # the base model: `tiny`, a folder or a hub name
-    zero:str,      # GRPO-zero
-    rows:list,     # of the schema
-    out:Path,      # the stage's folder: gets pairs.parquet and samples.parquet
-    config,        # a `core.DistillStage`
-    format,        # the format that is trained
-    seed:int=0,    # of sampling and order
-    second=None,   # a `judge.Judge` for what the rules can't decide
-    compare:int=0, # answers of each kind on which it is compared with the rules
-    **how,         # workers, load, threads: see `answer_all`
-)->dict:           # facts for stage.json
+    base: str,  # the base model: `tiny`, a folder or a hub name
+    zero: str,  # GRPO-zero
+    rows: list,  # of the schema
+    out: Path,  # the stage's folder: gets pairs.parquet and samples.parquet
+    config,  # a `core.DistillStage`
+    format,  # the format that is trained
+    seed: int = 0,  # of sampling and order
+    second=None,  # a `judge.Judge` for what the rules can't decide
+    compare: int = 0,  # answers of each kind on which it is compared with the rules
+    **how,  # workers, load, threads: see `answer_all`
+) -> dict:  # facts for stage.json
     "Make preference pairs from two models' answers (the paper's stage 1); raises `SpecsError` if none is left."
     out, c, paths = Path(out), config, {"zero": zero, "base": base}
     draw = Sampling(c.n_samples, c.temperature, c.max_new_tokens, c.batch_size)
-    jobs = {who: Job(who if who in paths else "teacher" if who == c.teacher else "rejected", paths.get(who, who), rows, format.instruction) for who in (c.teacher, c.rejected)}
+    jobs = {
+        who: Job(
+            who if who in paths else "teacher" if who == c.teacher else "rejected",
+            paths.get(who, who),
+            rows,
+            format.instruction,
+        )
+        for who in (c.teacher, c.rejected)
+    }
     texts = answer_all(list(jobs.values()), draw, seed, out / "samples", stage="pairs", keep=False, **how)
     sides = {"rejected": jobs[c.rejected].name, "chosen": jobs[c.teacher].name}
-    verdicts, turns, parts = in_bulk(second, lambda ask: _choose(rows, texts, sides, format, c, seed, out / "samples.parquet", ask))
-    if not turns: raise SpecsError(f"no pair is left of {len(rows)} questions: {verdicts}. More zero.steps, distill.n_prompts or distill.n_samples may help")
+    verdicts, turns, parts = in_bulk(
+        second, lambda ask: _choose(rows, texts, sides, format, c, seed, out / "samples.parquet", ask)
+    )
+    if not turns:
+        raise SpecsError(
+            f"no pair is left of {len(rows)} questions: {verdicts}. More zero.steps, distill.n_prompts or"
+            " distill.n_samples may help"
+        )
     ids, kinds = set(), Counter()
+
     def counted():
-        for p in pair_up(rows, turns, parts["chosen"], parts["rejected"], format, c.corruptions, c.differ, [FORMATS[f] for f in c.formats]):
+        for p in pair_up(
+            rows,
+            turns,
+            parts["chosen"],
+            parts["rejected"],
+            format,
+            c.corruptions,
+            c.differ,
+            [FORMATS[f] for f in c.formats],
+        ):
             ids.add(p["id"])
             kinds[p["corruption"]] += 1
             yield p
+
     write_pairs(counted(), out / "pairs.parquet")
-    facts = dict(pairs=len(turns), questions=len(ids), verdicts=verdicts, corruptions=dict(sorted(kinds.items())))
-    return {**facts, **_second_facts(second, judged_cases(rows, texts[sides["chosen"]], format) if compare else [], compare, seed)} if second else facts
+    facts = dict(
+        pairs=len(turns), questions=len(ids), verdicts=verdicts, corruptions=dict(sorted(kinds.items()))
+    )
+    return (
+        {
+            **facts,
+            **_second_facts(
+                second, judged_cases(rows, texts[sides["chosen"]], format) if compare else [], compare, seed
+            ),
+        }
+        if second
+        else facts
+    )
+
 
 def _second_facts(second, cases, compare, seed):
     table = calibrate(second, cases, compare, seed) if compare else []
-    if table: print(calibration_table(table))
-    for who, counts in second.summary.items(): print(f"{who:20}{', '.join(f'{n} {what}' for what, n in counts.items())}")
+    if table:
+        print(calibration_table(table))
+    for who, counts in second.summary.items():
+        print(f"{who:20}{', '.join(f'{n} {what}' for what, n in counts.items())}")
     return dict(judge=second.summary, calibration=table)
 
 # %% ../nbs/50_distill.ipynb #3dc7f22f
 def _choose(rows, texts, sides, format, c, seed, path, ask):
     "Verdicts by model, the turns of pairs, and for each side row → (reasoning, answer)s; writes all samples"
     counts, verdicts = {}, {}
+
     def judged(side):
         counts[side], seen = array("l"), Counter()
         for i, ts in enumerate(texts[sides[side]]):
@@ -229,20 +336,35 @@ def _choose(rows, texts, sides, format, c, seed, path, ask):
             seen.update(v for v, _ in found)
             yield rows[i]["id"], [(t, v) for t, (v, _) in zip(ts, found)]
         verdicts[sides[side]] = dict(sorted(seen.items()))
-    if sides["chosen"] == sides["rejected"]: deque(judged("rejected"), 0)  # one model for both sides: its samples are written once
+
+    # one model for both sides: its samples are written once
+    if sides["chosen"] == sides["rejected"]:
+        deque(judged("rejected"), 0)
     write_samples({sides[s]: judged(s) for s in ("rejected", "chosen")}, path)
     turns = take_turns(array("l", map(min, *counts.values())), c.max_pairs, derive_seed(seed, "pairs"))
     drawn, parts = {i for i, _ in turns}, {}
-    for side, name in sides.items(): parts[side] = {i: [p for t in ts if (p := _look(side, t, rows[i], format, c, ask)[1])] for i, ts in enumerate(texts[name]) if i in drawn}
-    if c.teacher == c.rejected: parts["rejected"] = {i: _apart(parts["chosen"][i], p) for i, p in parts["rejected"].items()}
+    for side, name in sides.items():
+        parts[side] = {
+            i: [p for t in ts if (p := _look(side, t, rows[i], format, c, ask)[1])]
+            for i, ts in enumerate(texts[name])
+            if i in drawn
+        }
+    if c.teacher == c.rejected:
+        parts["rejected"] = {i: _apart(parts["chosen"][i], p) for i, p in parts["rejected"].items()}
     return {m: verdicts[m] for m in dict.fromkeys((sides["chosen"], sides["rejected"]))}, turns, parts
+
 
 def _apart(chosen, rejected):
     "The rejected side in the rotation in which answers meet themselves least"
-    return min((rejected[k:] + rejected[:k] for k in range(len(rejected))), key=lambda r: sum(a == b for a, b in zip(chosen, r)))
+    return min(
+        (rejected[k:] + rejected[:k] for k in range(len(rejected))),
+        key=lambda r: sum(a == b for a, b in zip(chosen, r)),
+    )
+
 
 def _look(side, text, row, format, c, ask):
     "Verdict on a completion, and the (reasoning, answer) that it can give to its side, or None"
-    if side == "chosen": return judge(text, row, format, c.mend, c.check_consistency, ask)
+    if side == "chosen":
+        return judge(text, row, format, c.mend, c.check_consistency, ask)
     verdict, parts = judge(text, row, format, True, False, ask)
     return verdict, parts if c.differ == "form" else wrong_parts(text, format) if verdict == "wrong" else None

@@ -17,30 +17,70 @@ from .core import Config, SpecsError, load_config, merge, read_json
 from .models import LORA_TARGETS, is_vlm, load_config_of, resolve
 
 # %% ../nbs/72_doctor.ipynb #dbc6da50
-_QWEN = dict(model_type="qwen2_5_vl", vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, spatial_merge_size=2))
+_QWEN = dict(
+    model_type="qwen2_5_vl",
+    vision_config=dict(
+        depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, spatial_merge_size=2
+    ),
+)
 KNOWN = {
-    "Qwen/Qwen2.5-VL-7B-Instruct": dict(_QWEN, tie_word_embeddings=False, text_config=dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-        num_attention_heads=28, num_key_value_heads=4, vocab_size=152064)),
-    "Qwen/Qwen2.5-VL-3B-Instruct": dict(_QWEN, tie_word_embeddings=True, text_config=dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
-        num_attention_heads=16, num_key_value_heads=2, vocab_size=151936)),
-    "Qwen/Qwen2.5-1.5B-Instruct": dict(model_type="qwen2", tie_word_embeddings=True, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-        num_attention_heads=12, num_key_value_heads=2, vocab_size=151936),
+    "Qwen/Qwen2.5-VL-7B-Instruct": dict(
+        _QWEN,
+        tie_word_embeddings=False,
+        text_config=dict(
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            vocab_size=152064,
+        ),
+    ),
+    "Qwen/Qwen2.5-VL-3B-Instruct": dict(
+        _QWEN,
+        tie_word_embeddings=True,
+        text_config=dict(
+            hidden_size=2048,
+            intermediate_size=11008,
+            num_hidden_layers=36,
+            num_attention_heads=16,
+            num_key_value_heads=2,
+            vocab_size=151936,
+        ),
+    ),
+    "Qwen/Qwen2.5-1.5B-Instruct": dict(
+        model_type="qwen2",
+        tie_word_embeddings=True,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        vocab_size=151936,
+    ),
 }
 
+
 def known_config(
-    name:str,  # of `KNOWN`
-):             # a configuration of transformers
+    name: str,  # of `KNOWN`
+):  # a configuration of transformers
     "The configuration of a model whose shape we carry with us."
     from transformers import CONFIG_MAPPING
+
     d = json.loads(json.dumps(KNOWN[name]))
-    if "vision_config" not in d: return CONFIG_MAPPING[d.pop("model_type")](**d)
+    if "vision_config" not in d:
+        return CONFIG_MAPPING[d.pop("model_type")](**d)
     d["vision_config"]["out_hidden_size"] = d["text_config"]["hidden_size"]
-    d["text_config"] |= dict(tie_word_embeddings=d["tie_word_embeddings"], rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})
+    d["text_config"] |= dict(
+        tie_word_embeddings=d["tie_word_embeddings"],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    )
     return CONFIG_MAPPING[d.pop("model_type")](**d)
 
+
 def config_of_model(
-    path:str,  # `tiny`, a folder or a hub name
-):             # a configuration of transformers
+    path: str,  # `tiny`, a folder or a hub name
+):  # a configuration of transformers
     "A model's configuration: from our table, without asking anybody; else from the disk or the hub; raises `SpecsError` if it is nowhere."
     return known_config(path) if path in KNOWN else load_config_of(path)
 
@@ -48,111 +88,155 @@ def config_of_model(
 @dataclass
 class Shape:
     "What of a model decides its memory"
-    name: str        # of the model
-    hidden: int      # width of the language model
-    inter: int       # width of its MLP
+
+    name: str  # of the model
+    hidden: int  # width of the language model
+    inter: int  # width of its MLP
     layers: int
-    q: int           # width of all query heads together
-    kv: int          # width of all key heads together
+    q: int  # width of all query heads together
+    kv: int  # width of all key heads together
     vocab: int
-    total: int       # parameters
-    linear: int      # of them in the language model's projections, which QLoRA holds in 4 bits
-    vision: int      # of them in the vision tower and what joins it to the language model
-    largest: int     # of them in the largest single tensor
-    head: int        # of them in the output embeddings
+    total: int  # parameters
+    linear: int  # of them in the language model's projections, which QLoRA holds in 4 bits
+    vision: int  # of them in the vision tower and what joins it to the language model
+    largest: int  # of them in the largest single tensor
+    head: int  # of them in the output embeddings
     qk_norm: bool = False  # queries and keys are normalised
-    eyes: tuple = () # (width, MLP width, layers, patches a token) of the vision tower; () without one
+    eyes: tuple = ()  # (width, MLP width, layers, patches a token) of the vision tower; () without one
     lora: dict = field(default_factory=dict, repr=False)  # rank 1: numbers of an adapter
 
+
 def shape_of(
-    path:str,     # `tiny`, a folder or a hub name
+    path: str,  # `tiny`, a folder or a hub name
     config=None,  # of transformers, if at hand
-)->Shape:         # of the model
+) -> Shape:  # of the model
     "The shape of a model, without loading it."
     import re, torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
     c = config or config_of_model(path)
     t, v = c.get_text_config(), getattr(c, "vision_config", None)
-    with torch.device("meta"): m = (AutoModelForImageTextToText if is_vlm(c) else AutoModelForCausalLM).from_config(c)
+    with torch.device("meta"):
+        m = (AutoModelForImageTextToText if is_vlm(c) else AutoModelForCausalLM).from_config(c)
     head = m.get_output_embeddings()
-    linear = {n: x for n, x in m.named_modules() if isinstance(x, torch.nn.Linear) and re.fullmatch(LORA_TARGETS, n)}
+    linear = {
+        n: x for n, x in m.named_modules() if isinstance(x, torch.nn.Linear) and re.fullmatch(LORA_TARGETS, n)
+    }
     eyes = ()
     if v is not None:
-        merge = getattr(v, "spatial_merge_size", None) or (round(1 / c.downsample_ratio) if hasattr(c, "downsample_ratio") else getattr(c, "scale_factor", 1))
-        eyes = (v.hidden_size, v.intermediate_size, getattr(v, "depth", None) or v.num_hidden_layers, merge**2)
-    vision = sum(p.numel() for n, p in m.named_parameters() if re.match(r"(model\.)?(visual|vision|multi_modal|connector)", n))
+        merge = getattr(v, "spatial_merge_size", None) or (
+            round(1 / c.downsample_ratio) if hasattr(c, "downsample_ratio") else getattr(c, "scale_factor", 1)
+        )
+        eyes = (
+            v.hidden_size,
+            v.intermediate_size,
+            getattr(v, "depth", None) or v.num_hidden_layers,
+            merge**2,
+        )
+    vision = sum(
+        p.numel()
+        for n, p in m.named_parameters()
+        if re.match(r"(model\.)?(visual|vision|multi_modal|connector)", n)
+    )
     heads = getattr(t, "head_dim", None) or t.hidden_size // t.num_attention_heads
-    return Shape(Path(path).name, t.hidden_size, t.intermediate_size, t.num_hidden_layers, t.num_attention_heads * heads, (t.num_key_value_heads or t.num_attention_heads) * heads,
-                 t.vocab_size, sum(p.numel() for p in m.parameters()), sum(x.weight.numel() for x in linear.values()), vision,
-                 max(p.numel() for p in m.parameters()), head.weight.numel(), any(re.fullmatch(LORA_TARGETS.replace("proj", "norm"), n) for n, _ in m.named_modules()), eyes, {1: sum(x.in_features + x.out_features for x in linear.values())})
+    return Shape(
+        Path(path).name,
+        t.hidden_size,
+        t.intermediate_size,
+        t.num_hidden_layers,
+        t.num_attention_heads * heads,
+        (t.num_key_value_heads or t.num_attention_heads) * heads,
+        t.vocab_size,
+        sum(p.numel() for p in m.parameters()),
+        sum(x.weight.numel() for x in linear.values()),
+        vision,
+        max(p.numel() for p in m.parameters()),
+        head.weight.numel(),
+        any(re.fullmatch(LORA_TARGETS.replace("proj", "norm"), n) for n, _ in m.named_modules()),
+        eyes,
+        {1: sum(x.in_features + x.out_features for x in linear.values())},
+    )
 
 # %% ../nbs/72_doctor.ipynb #d3764218
 def activations(
-    hidden:int,         # width
-    inter:int,          # width of the MLP
-    q:int,              # width of all query heads together
-    layers:int,         # number of layers
-    tokens:int,         # in all sequences of the micro-batch
-    frozen:bool=False,  # the weights themselves are not trained
-    mask:int=0,         # tokens of a sequence, where attention keeps a mask
-    qk_norm:int=0,      # width of queries and keys together, where they are normalised
-    size:int=4,         # bytes of a number
-)->tuple:               # bytes: (all layers, one layer, one layer's input)
+    hidden: int,  # width
+    inter: int,  # width of the MLP
+    q: int,  # width of all query heads together
+    layers: int,  # number of layers
+    tokens: int,  # in all sequences of the micro-batch
+    frozen: bool = False,  # the weights themselves are not trained
+    mask: int = 0,  # tokens of a sequence, where attention keeps a mask
+    qk_norm: int = 0,  # width of queries and keys together, where they are normalised
+    size: int = 4,  # bytes of a number
+) -> tuple:  # bytes: (all layers, one layer, one layer's input)
     "What a stack of layers keeps for its backward pass."
-    one = ((4 if frozen else 6) * hidden + 4 * q + 4 * inter + mask + (1 if frozen else 2) * qk_norm) * tokens * size
+    one = (
+        ((4 if frozen else 6) * hidden + 4 * q + 4 * inter + mask + (1 if frozen else 2) * qk_norm)
+        * tokens
+        * size
+    )
     return layers * one, one, hidden * tokens * size
 
 # %% ../nbs/72_doctor.ipynb #6c0ec30a
 TILE = (4096, 32768)  # tokens and vocabulary of one of TRL's tiles (trl 1.16: kernels/chunked_logprob.py)
 
+
 def logits(
-    tokens:int,        # that are scored
-    shape:Shape,       # of the model
-    tiled:bool=True,   # as TRL does; False: as `model(labels=…)` does
-    gpu:bool=True,     # TRL's kernel, which needs one tile
-    train_head:bool=False,  # the output embeddings are trained: their gradient is summed in float32
-    size:int=4,        # bytes of a number
-)->int:                # bytes
+    tokens: int,  # that are scored
+    shape: Shape,  # of the model
+    tiled: bool = True,  # as TRL does; False: as `model(labels=…)` does
+    gpu: bool = True,  # TRL's kernel, which needs one tile
+    train_head: bool = False,  # the output embeddings are trained: their gradient is summed in float32
+    size: int = 4,  # bytes of a number
+) -> int:  # bytes
     "What the loss needs beside the layers."
-    if not tiled: return 4 * tokens * shape.vocab * size
-    return (1 if gpu else 8) * min(tokens, TILE[0]) * min(shape.vocab, TILE[1]) * 4 + tokens * shape.hidden * 4 + (shape.head * 4 if train_head else 0)
+    if not tiled:
+        return 4 * tokens * shape.vocab * size
+    return (
+        (1 if gpu else 8) * min(tokens, TILE[0]) * min(shape.vocab, TILE[1]) * 4
+        + tokens * shape.hidden * 4
+        + (shape.head * 4 if train_head else 0)
+    )
 
 # %% ../nbs/72_doctor.ipynb #04379aa2
-NF4 = .5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
 
 @dataclass
 class Parts:
     "Memory of one stage by part, in bytes a GPU (or a process)"
-    weights: float = 0      # of all models that are held
+
+    weights: float = 0  # of all models that are held
     gradients: float = 0
     optimizer: float = 0
     activations: float = 0
     logits: float = 0
     kv_cache: float = 0
-    step: float = 0         # what the optimizer's step, or unpacking 4 bits, needs for a moment
-    vllm: float = 0         # what vLLM reserves
-    base: float = 0         # interpreter and libraries, or the CUDA context
-    peak: float = 0         # at the worst moment, `base` included
+    step: float = 0  # what the optimizer's step, or unpacking 4 bits, needs for a moment
+    vllm: float = 0  # what vLLM reserves
+    base: float = 0  # interpreter and libraries, or the CUDA context
+    peak: float = 0  # at the worst moment, `base` included
+
 
 def training(
-    shape:Shape,           # of the model
-    sequences:int,         # in a micro-batch
-    tokens:int,            # of each, prompt and completion
-    scored:int=None,       # tokens of each that are scored; None: all
-    train:str="full",      # `full`, `lora` or `qlora`
-    rank:int=16,           # of the adapter
-    dtype:str="float32",   # of the weights
-    compute:str=None,      # of the activations (`bf16: true`); None: as the weights
-    checkpoint:bool=False, # gradient checkpointing
-    image_tokens:int=0,    # of each sequence
-    tiled:bool=True,       # logits as TRL does
-    flash:bool=False,      # FlashAttention, which keeps no mask
-    gpu:bool=True,         # on a GPU
-    reference:bool=False,  # a second model for reference
-    gpus:int=1,            # over which things are cut
-    cut:str="",            # `zero2`, or `zero3` or `fsdp2`
-)->Parts:                  # without base
+    shape: Shape,  # of the model
+    sequences: int,  # in a micro-batch
+    tokens: int,  # of each, prompt and completion
+    scored: int = None,  # tokens of each that are scored; None: all
+    train: str = "full",  # `full`, `lora` or `qlora`
+    rank: int = 16,  # of the adapter
+    dtype: str = "float32",  # of the weights
+    compute: str = None,  # of the activations (`bf16: true`); None: as the weights
+    checkpoint: bool = False,  # gradient checkpointing
+    image_tokens: int = 0,  # of each sequence
+    tiled: bool = True,  # logits as TRL does
+    flash: bool = False,  # FlashAttention, which keeps no mask
+    gpu: bool = True,  # on a GPU
+    reference: bool = False,  # a second model for reference
+    gpus: int = 1,  # over which things are cut
+    cut: str = "",  # `zero2`, or `zero3` or `fsdp2`
+) -> Parts:  # without base
     "The memory that a training stage needs."
     w, n = SIZES[dtype], sequences * tokens
     a, full = SIZES[compute or dtype], train == "full"
@@ -160,34 +244,56 @@ def training(
     held = (shape.total - shape.linear) * w + shape.linear * NF4 if train == "qlora" else shape.total * w
     trained, size = (shape.total, w) if full else (adapter, 4)
     weights = held * (2 if reference else 1) + adapter * 4
-    p = Parts(weights / (gpus if cut in ("zero3", "fsdp2") else 1), trained * size / (gpus if cut else 1), 2 * trained * size / (gpus if cut else 1))
-    every, one, kept = activations(shape.hidden, shape.inter, shape.q, shape.layers, n, not full, 0 if flash else tokens, (shape.q + shape.kv) * shape.qk_norm, a)
+    p = Parts(
+        weights / (gpus if cut in ("zero3", "fsdp2") else 1),
+        trained * size / (gpus if cut else 1),
+        2 * trained * size / (gpus if cut else 1),
+    )
+    every, one, kept = activations(
+        shape.hidden,
+        shape.inter,
+        shape.q,
+        shape.layers,
+        n,
+        not full,
+        0 if flash else tokens,
+        (shape.q + shape.kv) * shape.qk_norm,
+        a,
+    )
     seen, view = 0, 0
     if shape.eyes and image_tokens:  # a frozen tower keeps nothing; it works before the language model
         width, inter, layers, patches = shape.eyes
-        seen, view, glance = activations(width, inter, width, layers, sequences * image_tokens * patches, size=a)
+        seen, view, glance = activations(
+            width, inter, width, layers, sequences * image_tokens * patches, size=a
+        )
         seen = (layers * glance if checkpoint else seen) if full else 0
     whole = (shape.layers * kept if checkpoint else every) + seen + 2 * n * shape.hidden * a
     again = max(one, view) if checkpoint else 0  # one layer at a time is made anew
     p.logits = logits(sequences * (scored or tokens if gpu else tokens), shape, tiled, gpu, full and tiled, a)
-    cast = (shape.linear / (shape.layers if checkpoint else 1) if a < w else 0) * a  # autocast keeps what it has cast
-    if train == "qlora": cast += shape.hidden * shape.inter * a                       # one matrix is unpacked at a time
+    # autocast keeps what it has cast
+    cast = (shape.linear / (shape.layers if checkpoint else 1) if a < w else 0) * a
+    if train == "qlora":
+        cast += shape.hidden * shape.inter * a  # one matrix is unpacked at a time
     tail = 2 * (shape.largest if full else 0) * size
     p.activations, p.step = whole + again, cast + tail
-    p.peak = p.weights + p.optimizer + max(whole + cast + max(p.logits, again), p.gradients + max(tail, again + cast))
+    p.peak = (
+        p.weights
+        + p.optimizer
+        + max(whole + cast + max(p.logits, again), p.gradients + max(tail, again + cast))
+    )
     return p
 
 # %% ../nbs/72_doctor.ipynb #56826bd8
 def generation(
-    shape:Shape,          # of the model
-    sequences:int,        # in flight
-    prompt:int,           # tokens of a prompt
-    new:int,              # tokens of a completion
-    dtype:str="float32",  # of the weights
-    four_bit:bool=False,  # QLoRA's weights
-    adapter:int=0,        # numbers of an adapter
-    image_tokens:int=0,   # of a prompt
-)->Parts:                 # without base
+    shape: Shape,  # of the model
+    sequences: int,  # in flight
+    prompt: int,  # tokens of a prompt
+    new: int,  # tokens of a completion
+    dtype: str = "float32",  # of the weights
+    four_bit: bool = False,  # QLoRA's weights
+    adapter: int = 0,  # numbers of an adapter
+    image_tokens: int = 0,  # of a prompt
+) -> Parts:  # without base
     "The memory that answering needs, with transformers."
     w = SIZES[dtype]
     p = Parts((shape.total - shape.linear) * w + shape.linear * NF4 if four_bit else shape.total * w)
@@ -206,44 +312,72 @@ def generation(
 
 # %% ../nbs/72_doctor.ipynb #498908cf
 def measure_here(
-    spec:dict,  # see `measure`
-)->dict:        # peak in bytes, and the shape's fields
+    spec: dict,  # see `measure`
+) -> dict:  # peak in bytes, and the shape's fields
     "Build, train or ask a model in this process, and read the peak; for `measure`, which starts a fresh process."
     import ctypes, gc, tempfile, torch
     from peft import get_peft_model
     from specs_nb.core import reset_peak_memory
     from specs_nb.models import lora_config, model_class, quiet_libraries, random_model
     from specs_nb import world
-    quiet_libraries(); torch.set_num_threads(1); torch.manual_seed(0)
+
+    quiet_libraries()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
     folder = random_model(spec.get("family", "text"), Path(tempfile.mkdtemp()) / "m", **spec["text"])
     config, auto = load_config_of(folder), model_class(folder)
-    for k, v in spec.get("vision", {}).items(): setattr(config.vision_config, k, v)
+    for k, v in spec.get("vision", {}).items():
+        setattr(config.vision_config, k, v)
     trl = spec["kind"] in ("dpo", "grpo")
     batch = None if trl else _batch(spec, folder)
-    def status(key): return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) * 1024
+
+    def status(key):
+        return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) * 1024
+
     def work(model):
         if spec["kind"] == "generate":
-            with torch.no_grad(): return model.eval().generate(**batch, max_new_tokens=spec["new"], min_new_tokens=spec["new"], do_sample=True, top_k=0)
-        if spec["kind"] == "lora": model = get_peft_model(model, lora_config(spec.get("rank", 16)))
-        if spec.get("checkpoint"): model.gradient_checkpointing_enable(); model.enable_input_require_grads()
+            with torch.no_grad():
+                return model.eval().generate(
+                    **batch, max_new_tokens=spec["new"], min_new_tokens=spec["new"], do_sample=True, top_k=0
+                )
+        if spec["kind"] == "lora":
+            model = get_peft_model(model, lora_config(spec.get("rank", 16)))
+        if spec.get("checkpoint"):
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
         model.train()
         opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
         for _ in range(2):
-            out = model(**batch, labels=batch["input_ids"]); out.loss.backward(); del out; opt.step(); opt.zero_grad()
-    def facts(seen=None): return dict(peak=status("VmHWM") - before, base=before, shape=vars(shape_of(folder, config)), seen=seen)
+            out = model(**batch, labels=batch["input_ids"])
+            out.loss.backward()
+            del out
+            opt.step()
+            opt.zero_grad()
+
+    def facts(seen=None):
+        return dict(
+            peak=status("VmHWM") - before, base=before, shape=vars(shape_of(folder, config)), seen=seen
+        )
+
     if trl:  # the stages' own trainers, first with a small model to warm up
         _stage(spec, random_model("text", Path(tempfile.mkdtemp()) / "s"))
-        gc.collect(); ctypes.CDLL(None).malloc_trim(0)
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
         before = status("VmRSS")
         reset_peak_memory()
         return facts(_stage(spec, folder))
     small = auto.from_pretrained(folder)  # warm up: what libraries keep for themselves is not the model's
-    small(input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 4, dtype=torch.long)).loss.backward()
-    del small; gc.collect(); ctypes.CDLL(None).malloc_trim(0)
+    small(
+        input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 4, dtype=torch.long)
+    ).loss.backward()
+    del small
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     before = status("VmRSS")
     reset_peak_memory()
     work(auto.from_config(config))
     return facts()
+
 
 def _stage(spec, folder):
     "Two steps of a stage's own trainer; the shape of its last batch: sequences, prompt and completion."
@@ -254,138 +388,245 @@ def _stage(spec, folder):
     from specs_nb.distill import make_pairs, read_pairs, write_pairs
     from specs_nb.formats import FORMATS
     from specs_nb.grpo import grpo_trainer
+
     tmp, fmt = Path(tempfile.mkdtemp()), FORMATS["think_answer"]
     rows = [{**r, "images": []} for r in world.rows("train", 16)]
     stage = dict(lora=spec["train"] == "lora", qlora=spec["train"] == "qlora")
-    trainer = dict(per_device_train_batch_size=spec["batch"], learning_rate=1e-6, gradient_checkpointing=bool(spec.get("checkpoint")), save_strategy="no")
+    trainer = dict(
+        per_device_train_batch_size=spec["batch"],
+        learning_rate=1e-6,
+        gradient_checkpointing=bool(spec.get("checkpoint")),
+        save_strategy="no",
+    )
     seen = []
     if spec["kind"] == "dpo":
         said = [[("one two three " * spec["new"], "1")]] * 16
         write_pairs(make_pairs(rows, said, said, fmt, ["plain_answer"], 16), tmp / "pairs.parquet")
-        t = coldstart_trainer(folder, read_pairs(tmp / "pairs.parquet"), tmp, ColdStartStage(fast=False, trainer={**trainer, "max_steps": 2}, **stage))
+        t = coldstart_trainer(
+            folder,
+            read_pairs(tmp / "pairs.parquet"),
+            tmp,
+            ColdStartStage(fast=False, trainer={**trainer, "max_steps": 2}, **stage),
+        )
         loss = t.compute_loss
-        t.compute_loss = lambda model, inputs, *a, **kw: (seen.append([*inputs["input_ids"].shape, 0]), loss(model, inputs, *a, **kw))[1]
+        t.compute_loss = lambda model, inputs, *a, **kw: (
+            seen.append([*inputs["input_ids"].shape, 0]),
+            loss(model, inputs, *a, **kw),
+        )[1]
     else:
-        t = grpo_trainer(folder, rows, tmp, GRPOStage(steps=2, fast=False, trainer={**trainer, "num_generations": 4, "max_completion_length": spec["new"],
-                         "generation_kwargs": {"min_new_tokens": spec["new"]}}, **stage), fmt)
+        t = grpo_trainer(
+            folder,
+            rows,
+            tmp,
+            GRPOStage(
+                steps=2,
+                fast=False,
+                trainer={
+                    **trainer,
+                    "num_generations": 4,
+                    "max_completion_length": spec["new"],
+                    "generation_kwargs": {"min_new_tokens": spec["new"]},
+                },
+                **stage,
+            ),
+            fmt,
+        )
         score = t._compute_loss
-        t._compute_loss = lambda model, inputs: (seen.append([*inputs["prompt_ids"].shape, inputs["completion_ids"].shape[1]]), score(model, inputs))[1]
+        t._compute_loss = lambda model, inputs: (
+            seen.append([*inputs["prompt_ids"].shape, inputs["completion_ids"].shape[1]]),
+            score(model, inputs),
+        )[1]
     t.train()
     return seen[-1]
+
 
 def _batch(spec, folder):
     import torch
     from specs_nb import world
     from specs_nb.models import load_processor
+
     B, T = spec["batch"], spec["tokens"]
     if not spec.get("image"):
         ids = torch.randint(4, 400, (B, T))
-        mask = torch.ones_like(ids); mask[0, :2] = 0  # padding, as in every real batch
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0  # padding, as in every real batch
         return dict(input_ids=ids, attention_mask=mask)
     p = load_processor(folder)
     pixels = world.rows("train", 1)[0]["images"][0].resize((spec["image"],) * 2)
-    chat = p.apply_chat_template([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a " * 2 * T}]}])
-    p.image_processor.size["longest_edge"] = spec["image"]**2
+    chat = p.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a " * 2 * T}]}]
+    )
+    p.image_processor.size["longest_edge"] = spec["image"] ** 2
     b = p(images=[[pixels]] * B, text=[chat] * B, return_tensors="pt")
     return {k: v[:, :T] if v.ndim == 2 and v.shape[0] == B and v.shape[1] > T else v for k, v in b.items()}
 
 # %% ../nbs/72_doctor.ipynb #db52b2bc
 def measure(
-    spec:dict,  # family, text (fields of the text model), kind (full, lora, generate, dpo, grpo), train (of dpo and grpo), batch, tokens, new, checkpoint, image
-)->dict:        # as from `measure_here`
+    # family, text (fields of the text model), kind (full, lora, generate, dpo, grpo), train (of dpo and
+    # grpo), batch, tokens, new, checkpoint, image
+    spec: dict,
+) -> dict:  # as from `measure_here`
     "The measured peak of a random model in a fresh process on the CPU."
     import subprocess
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    code = "import json, sys; from specs_nb.doctor import measure_here; print(json.dumps(measure_here(json.loads(sys.argv[1]))))"
-    r = subprocess.run([sys.executable, "-c", code, json.dumps(spec)], capture_output=True, text=True, env=env)
-    if r.returncode: raise RuntimeError(f"measuring failed: {r.stderr[-2000:]}")
+
+    env = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    code = (
+        "import json, sys; from specs_nb.doctor import measure_here;"
+        " print(json.dumps(measure_here(json.loads(sys.argv[1]))))"
+    )
+    r = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(spec)], capture_output=True, text=True, env=env
+    )
+    if r.returncode:
+        raise RuntimeError(f"measuring failed: {r.stderr[-2000:]}")
     return json.loads(r.stdout.strip().splitlines()[-1])
 
+
 def predict(
-    spec:dict,     # as for `measure`
-    measured:dict, # what it gave
-)->Parts:          # without base
+    spec: dict,  # as for `measure`
+    measured: dict,  # what it gave
+) -> Parts:  # without base
     "What the reckoning says of what `measure` measures."
     shape = Shape(**{**measured["shape"], "lora": {1: measured["shape"]["lora"]["1"]}})
     if spec["kind"] in ("dpo", "grpo"):
         n, prompt, new = measured["seen"]
-        dpo, how = spec["kind"] == "dpo", dict(train=spec["train"], checkpoint=bool(spec.get("checkpoint")), gpu=False)
+        dpo, how = spec["kind"] == "dpo", dict(
+            train=spec["train"], checkpoint=bool(spec.get("checkpoint")), gpu=False
+        )
         learn = training(shape, n, prompt + new, reference=dpo and spec["train"] == "full", **how)
-        if dpo: return learn
+        if dpo:
+            return learn
         ask = generation(shape, n, prompt, new, four_bit=spec["train"] == "qlora")
         return max(learn, replace(ask, peak=ask.peak + learn.optimizer), key=lambda p: p.peak)
-    seen = {"image_tokens": (spec["image"] // 28)**2} if spec.get("image") else {}
-    if spec["kind"] == "generate": return generation(shape, spec["batch"], spec["tokens"], spec["new"], **seen)
-    return training(shape, spec["batch"], spec["tokens"], train=spec["kind"], rank=spec.get("rank", 16), checkpoint=bool(spec.get("checkpoint")), tiled=False, gpu=False, **seen)
+    seen = {"image_tokens": (spec["image"] // 28) ** 2} if spec.get("image") else {}
+    if spec["kind"] == "generate":
+        return generation(shape, spec["batch"], spec["tokens"], spec["new"], **seen)
+    return training(
+        shape,
+        spec["batch"],
+        spec["tokens"],
+        train=spec["kind"],
+        rank=spec.get("rank", 16),
+        checkpoint=bool(spec.get("checkpoint")),
+        tiled=False,
+        gpu=False,
+        **seen,
+    )
 
 # %% ../nbs/72_doctor.ipynb #8a099da2
 @dataclass
 class Machine:
     "What there is to run on"
-    memory: float          # bytes of one GPU, or of the machine if there is none
-    gpus: int = 0          # 0: the CPU
-    name: str = "CPU"
-    cut: str = ""          # how several GPUs share a model: `ddp`, `fsdp2`, `zero2`, `zero3`
-    disk: float = 0        # free bytes where runs are written
-    base: float = 0        # bytes a process takes before a model is there
 
-BASE_CPU, BASE_GPU = .92 * 2**30, 1. * 2**30  # measured on 2 CPU cores (2026-11-24) with torch, transformers, PEFT and TRL imported; the CUDA context is an assumption
+    memory: float  # bytes of one GPU, or of the machine if there is none
+    gpus: int = 0  # 0: the CPU
+    name: str = "CPU"
+    cut: str = ""  # how several GPUs share a model: `ddp`, `fsdp2`, `zero2`, `zero3`
+    disk: float = 0  # free bytes where runs are written
+    base: float = 0  # bytes a process takes before a model is there
+
+
+# measured on 2 CPU cores (2026-11-24) with torch, transformers, PEFT and TRL imported; the CUDA context is an
+# assumption
+BASE_CPU, BASE_GPU = 0.92 * 2**30, 1.0 * 2**30
+
 
 def this_machine(
-    folder=".",        # where runs are written
-    gpus:int=None,     # None: those that are there
-    memory:float=None, # GiB of each GPU, or of the machine; None: what is there
-    launcher:str="",   # `fsdp2`, `zero3 --num_processes 8`, …
-)->Machine:            # as found, or as asked for
+    folder=".",  # where runs are written
+    gpus: int = None,  # None: those that are there
+    memory: float = None,  # GiB of each GPU, or of the machine; None: what is there
+    launcher: str = "",  # `fsdp2`, `zero3 --num_processes 8`, …
+) -> Machine:  # as found, or as asked for
     "The machine at hand, or another one that is described."
     import re, torch
+
     cut = launcher.split()[0] if launcher else ""
     asked = re.search(r"(?:num_processes|nproc_per_node)[= ](\d+)", launcher.replace("-per-", "_per_"))
     found = torch.cuda.device_count()
-    gpus = gpus if gpus is not None else int(asked[1]) if asked and (found or memory) else min(found, 1) if not cut else found
+    gpus = (
+        gpus
+        if gpus is not None
+        else int(asked[1]) if asked and (found or memory) else min(found, 1) if not cut else found
+    )
     at = Path(folder).resolve()
-    while not at.exists(): at = at.parent
-    if memory: size, name = memory * 2**30, f"{memory:g} GiB" + (" GPU" if gpus else "")
-    elif gpus and not found: raise SpecsError("--gpus without a GPU at hand: say how large they are, with --memory 80")
-    elif gpus: size, name = torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name(0)
-    else: size, name = _free_memory(), "CPU"
-    return Machine(size, gpus, name, cut if cut in ("fsdp2", "zero2", "zero3") else "", shutil.disk_usage(at).free, BASE_GPU if gpus else BASE_CPU)
+    while not at.exists():
+        at = at.parent
+    if memory:
+        size, name = memory * 2**30, f"{memory:g} GiB" + (" GPU" if gpus else "")
+    elif gpus and not found:
+        raise SpecsError("--gpus without a GPU at hand: say how large they are, with --memory 80")
+    elif gpus:
+        size, name = torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name(0)
+    else:
+        size, name = _free_memory(), "CPU"
+    return Machine(
+        size,
+        gpus,
+        name,
+        cut if cut in ("fsdp2", "zero2", "zero3") else "",
+        shutil.disk_usage(at).free,
+        BASE_GPU if gpus else BASE_CPU,
+    )
+
 
 def _free_memory():
     "What the machine can still give, in bytes: of the system, or of the container."
-    try: free = next(int(l.split()[1]) * 1024 for l in open("/proc/meminfo") if l.startswith("MemAvailable"))
-    except (OSError, StopIteration): return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try: return min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, ValueError): return free
+    try:
+        free = next(int(l.split()[1]) * 1024 for l in open("/proc/meminfo") if l.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(
+            free,
+            int(Path("/sys/fs/cgroup/memory.max").read_text())
+            - int(Path("/sys/fs/cgroup/memory.current").read_text()),
+        )
+    except (OSError, ValueError):
+        return free
 
 # %% ../nbs/72_doctor.ipynb #44d35fde
 @dataclass
 class Prompt:
     "How long prompts are"
+
     tokens: int = 1024  # of a prompt, image included
-    image: int = 768    # of them of its image
+    image: int = 768  # of them of its image
     how: str = "assumed; --prompt-tokens and --image-tokens say otherwise"
 
+
 def prompt_of(
-    config:Config,     # of the run
-    tokens:int=None,   # given
-    image:int=None,    # given
-)->Prompt:             # given, or counted in some rows where data and processor are at hand, or assumed
+    config: Config,  # of the run
+    tokens: int = None,  # given
+    image: int = None,  # given
+) -> Prompt:  # given, or counted in some rows where data and processor are at hand, or assumed
     "The longest of a run's first 64 prompts."
-    if tokens: return Prompt(tokens, image or 0, "given")
+    if tokens:
+        return Prompt(tokens, image or 0, "given")
     if config.data.source != "world" and config.data.shrink_to:  # 28 × 28 pixels are a token of Qwen2.5-VL
         most = config.data.shrink_to // 28**2
         return Prompt(most + 256, most, "one image of data.shrink_to pixels and 256 tokens of text")
-    if config.data.source != "world" or not Path(resolve(config.model.path)).is_dir(): return Prompt()
+    if config.data.source != "world" or not Path(resolve(config.model.path)).is_dir():
+        return Prompt()
     from specs_nb import world
     from specs_nb.formats import FORMATS
     from specs_nb.generate import encode
     from specs_nb.models import load_processor
+
     processor, rows = load_processor(config.model.path), world.rows("train", 64, config.data.seed)
-    if not hasattr(processor, "image_processor"): rows = [{**r, "images": []} for r in rows]
+    if not hasattr(processor, "image_processor"):
+        rows = [{**r, "images": []} for r in rows]
     b = encode(processor, rows, [FORMATS[config.data.format].instruction] * 64)
     ids, mark = b["input_ids"], load_config_of(config.model.path)
-    return Prompt(ids.shape[1], int((ids == getattr(mark, "image_token_id", -1)).sum(1).max()), "counted in 64 rows")
+    return Prompt(
+        ids.shape[1], int((ids == getattr(mark, "image_token_id", -1)).sum(1).max()), "counted in 64 rows"
+    )
 
 # %% ../nbs/72_doctor.ipynb #61578d90
 def _how(config, stage, machine):
@@ -393,299 +634,520 @@ def _how(config, stage, machine):
     s, gpu = getattr(config, stage), machine.gpus > 0
     t = s.trainer
     train = "qlora" if s.qlora else "lora" if s.lora else "full"
-    return dict(train=train, rank=s.lora_rank, dtype=config.model.dtype, compute="bfloat16" if gpu and t.get("bf16", True) and not t.get("fp16") else None,
-                checkpoint=t.get("gradient_checkpointing", True), flash=config.model.attn == "flash_attention_2" or config.model.attn == "auto" and gpu,
-                gpu=gpu, gpus=max(1, machine.gpus), cut=machine.cut)
+    return dict(
+        train=train,
+        rank=s.lora_rank,
+        dtype=config.model.dtype,
+        compute="bfloat16" if gpu and t.get("bf16", True) and not t.get("fp16") else None,
+        checkpoint=t.get("gradient_checkpointing", True),
+        flash=config.model.attn == "flash_attention_2" or config.model.attn == "auto" and gpu,
+        gpu=gpu,
+        gpus=max(1, machine.gpus),
+        cut=machine.cut,
+    )
+
 
 def _worst(*parts):
     "The parts of the moment with the highest peak."
     return max(parts, key=lambda p: p.peak)
 
+
 def grpo_parts(
-    config:Config,     # of the run
-    stage:str,         # `zero` or `final`
-    shape:Shape,       # of the model
-    prompt:Prompt,     # how long prompts are
-    machine:Machine,   # to run on
-)->Parts:              # without base
+    config: Config,  # of the run
+    stage: str,  # `zero` or `final`
+    shape: Shape,  # of the model
+    prompt: Prompt,  # how long prompts are
+    machine: Machine,  # to run on
+) -> Parts:  # without base
     "Memory of a GRPO stage: the worse of answering and training; with vLLM in the same GPU, both."
     t, how = getattr(config, stage).trainer, _how(config, stage, machine)
     micro, new = t.get("per_device_train_batch_size", 8), t.get("max_completion_length", 256)
-    learn = training(shape, micro, prompt.tokens + new, new, reference=how["train"] == "full" and float(t.get("beta", 0)) > 0, image_tokens=prompt.image, **how)
+    learn = training(
+        shape,
+        micro,
+        prompt.tokens + new,
+        new,
+        reference=how["train"] == "full" and float(t.get("beta", 0)) > 0,
+        image_tokens=prompt.image,
+        **how,
+    )
     if t.get("use_vllm"):
-        if t.get("vllm_mode", "colocate") == "server": return learn
-        v = replace(learn, vllm=t.get("vllm_gpu_memory_utilization", .3) * machine.memory)
+        if t.get("vllm_mode", "colocate") == "server":
+            return learn
+        v = replace(learn, vllm=t.get("vllm_gpu_memory_utilization", 0.3) * machine.memory)
         sleeps = t.get("vllm_enable_sleep_mode", False)
-        return replace(v, peak=max(learn.peak, v.vllm + v.weights + v.optimizer) if sleeps else learn.peak + v.vllm)
-    rollouts = t.get("generation_batch_size") or micro * (t.get("steps_per_generation") or t.get("gradient_accumulation_steps", 1))
-    ask = generation(shape, rollouts, prompt.tokens, new, config.model.dtype, how["train"] == "qlora", image_tokens=prompt.image)
+        return replace(
+            v, peak=max(learn.peak, v.vllm + v.weights + v.optimizer) if sleeps else learn.peak + v.vllm
+        )
+    rollouts = t.get("generation_batch_size") or micro * (
+        t.get("steps_per_generation") or t.get("gradient_accumulation_steps", 1)
+    )
+    ask = generation(
+        shape,
+        rollouts,
+        prompt.tokens,
+        new,
+        config.model.dtype,
+        how["train"] == "qlora",
+        image_tokens=prompt.image,
+    )
     ask.weights, ask.optimizer = learn.weights, learn.optimizer
-    if how["cut"] in ("zero3", "fsdp2"): ask.step = 2 * (shape.linear / shape.layers + shape.head) * SIZES[config.model.dtype]  # a layer at a time is fetched
-    ask.peak += learn.optimizer + ask.step + (learn.weights - generation(shape, 1, 1, 1, config.model.dtype, how["train"] == "qlora").weights)
+    # a layer at a time is fetched
+    if how["cut"] in ("zero3", "fsdp2"):
+        ask.step = 2 * (shape.linear / shape.layers + shape.head) * SIZES[config.model.dtype]
+    ask.peak += (
+        learn.optimizer
+        + ask.step
+        + (learn.weights - generation(shape, 1, 1, 1, config.model.dtype, how["train"] == "qlora").weights)
+    )
     return _worst(learn, ask)
 
+
 def dpo_parts(
-    config:Config,     # of the run
-    shape:Shape,       # of the model
-    prompt:Prompt,     # how long prompts are
-    machine:Machine,   # to run on
-)->Parts:              # without base
+    config: Config,  # of the run
+    shape: Shape,  # of the model
+    prompt: Prompt,  # how long prompts are
+    machine: Machine,  # to run on
+) -> Parts:  # without base
     "Memory of the cold start: chosen and rejected side by side; all weights need a second model for reference."
     c, how = config.coldstart, _how(config, "coldstart", machine)
     micro, new = 2 * c.trainer.get("per_device_train_batch_size", 8), config.distill.max_new_tokens
-    return training(shape, micro, prompt.tokens + new, reference=how["train"] == "full" and c.loss != "sft", image_tokens=prompt.image, **how)
+    return training(
+        shape,
+        micro,
+        prompt.tokens + new,
+        reference=how["train"] == "full" and c.loss != "sft",
+        image_tokens=prompt.image,
+        **how,
+    )
+
 
 def ask_parts(
-    config:Config,     # of the run
-    stage:str,         # `distill` or `eval`
-    shape:Shape,       # of the model
-    prompt:Prompt,     # how long prompts are
-    machine:Machine,   # to run on
-)->Parts:              # without base
+    config: Config,  # of the run
+    stage: str,  # `distill` or `eval`
+    shape: Shape,  # of the model
+    prompt: Prompt,  # how long prompts are
+    machine: Machine,  # to run on
+) -> Parts:  # without base
     "Memory of one process that samples: transformers', or what vLLM reserves; a server's is elsewhere."
     s, who = getattr(config, stage), engine_of(config)
-    if who == "server": return Parts()
+    if who == "server":
+        return Parts()
     if who == "vllm":  # at least the weights, and one sequence
-        least = generation(shape, 1, prompt.tokens, s.max_new_tokens, config.model.dtype, image_tokens=prompt.image)
+        least = generation(
+            shape, 1, prompt.tokens, s.max_new_tokens, config.model.dtype, image_tokens=prompt.image
+        )
         least.vllm = max(config.vllm.gpu_memory * machine.memory * (machine.gpus > 0), least.peak)
         return replace(least, peak=least.vllm)
-    return generation(shape, s.batch_size, prompt.tokens, s.max_new_tokens, config.model.dtype, image_tokens=prompt.image)
+    return generation(
+        shape, s.batch_size, prompt.tokens, s.max_new_tokens, config.model.dtype, image_tokens=prompt.image
+    )
+
 
 def engine_of(
-    config:Config,  # of the run
-)->str:             # `transformers`, `vllm` or `server`
+    config: Config,  # of the run
+) -> str:  # `transformers`, `vllm` or `server`
     "Who answers in `pairs` and `eval`; `auto` takes vLLM where it is installed."
     return config.engine if config.engine != "auto" else "vllm" if _version_of("vllm") else "transformers"
 
+
 def _version_of(name):
     from importlib.metadata import PackageNotFoundError, version
-    try: return version(name)
-    except PackageNotFoundError: return None
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 # %% ../nbs/72_doctor.ipynb #12e42a79
 def plan(
-    config:Config,     # of the run
-    machine:Machine,   # to run on
-    prompt:Prompt,     # how long prompts are
-    shape:Shape,       # of the model
-)->dict:               # stage → Parts, base included, for all processes that share the memory
+    config: Config,  # of the run
+    machine: Machine,  # to run on
+    prompt: Prompt,  # how long prompts are
+    shape: Shape,  # of the model
+) -> dict:  # stage → Parts, base included, for all processes that share the memory
     "What each stage needs of one GPU, or of the machine if there is none."
-    out = {"zero": grpo_parts(config, "zero", shape, prompt, machine), "pairs": ask_parts(config, "distill", shape, prompt, machine),
-           "coldstart": dpo_parts(config, shape, prompt, machine), "final": grpo_parts(config, "final", shape, prompt, machine), "eval": ask_parts(config, "eval", shape, prompt, machine)}
+    out = {
+        "zero": grpo_parts(config, "zero", shape, prompt, machine),
+        "pairs": ask_parts(config, "distill", shape, prompt, machine),
+        "coldstart": dpo_parts(config, shape, prompt, machine),
+        "final": grpo_parts(config, "final", shape, prompt, machine),
+        "eval": ask_parts(config, "eval", shape, prompt, machine),
+    }
     for name, p in out.items():
         n = config.workers if name in ("pairs", "eval") and engine_of(config) == "transformers" else 1
-        p.base = machine.base * (n + (n > 1 and not machine.gpus))  # workers beside the process that started them
+        # workers beside the process that started them
+        p.base = machine.base * (n + (n > 1 and not machine.gpus))
         p.peak = p.peak * n + p.base
-        for part in ("weights", "activations", "logits", "kv_cache") if n > 1 else (): setattr(p, part, getattr(p, part) * n)
+        for part in ("weights", "activations", "logits", "kv_cache") if n > 1 else ():
+            setattr(p, part, getattr(p, part) * n)
     return out
 
+
 def show(
-    parts:dict,  # stage → Parts
-)->str:          # a table in GiB
+    parts: dict,  # stage → Parts
+) -> str:  # a table in GiB
     "Memory by stage and part, as a table."
     names = [n for n in vars(Parts()) if any(getattr(p, n) for p in parts.values())]
     head = f"{'GiB':10}" + "".join(f"{n.replace('_', ' '):>13}" for n in names)
-    return "\n".join([head] + [f"{s:10}" + "".join(f"{getattr(p, n) / 2**30:13.2f}" for n in names) for s, p in parts.items()])
+    return "\n".join(
+        [head]
+        + [f"{s:10}" + "".join(f"{getattr(p, n) / 2**30:13.2f}" for n in names) for s, p in parts.items()]
+    )
 
 # %% ../nbs/72_doctor.ipynb #0c7b9c08
 def _halves(n, least=1):
-    while n > least: n = max(least, n // 2); yield n
+    while n > least:
+        n = max(least, n // 2)
+        yield n
+
 
 def remedies(
-    config:Config,  # of the run
-    stage:str,      # that doesn't fit
-    machine:Machine, # to run on
-):                  # yields (values for `merge`, words)
+    config: Config,  # of the run
+    stage: str,  # that doesn't fit
+    machine: Machine,  # to run on
+):  # yields (values for `merge`, words)
     "Settings that make a stage smaller, in the order in which one would try them."
     if stage in ("pairs", "eval"):
         part = "distill" if stage == "pairs" else "eval"
-        if config.workers > 1: yield {"workers": 1}, "workers: 1"
-        for n in _halves(getattr(config, part).batch_size): yield {part: {"batch_size": n}}, f"{part}.batch_size: {n}"
-        if config.model.dtype == "float32": yield {"model": {"dtype": "bfloat16"}}, "model.dtype: bfloat16"
-        for n in _halves(getattr(config, part).max_new_tokens, 64): yield {part: {"max_new_tokens": n}}, f"{part}.max_new_tokens: {n}"
+        if config.workers > 1:
+            yield {"workers": 1}, "workers: 1"
+        for n in _halves(getattr(config, part).batch_size):
+            yield {part: {"batch_size": n}}, f"{part}.batch_size: {n}"
+        if config.model.dtype == "float32":
+            yield {"model": {"dtype": "bfloat16"}}, "model.dtype: bfloat16"
+        for n in _halves(getattr(config, part).max_new_tokens, 64):
+            yield {part: {"max_new_tokens": n}}, f"{part}.max_new_tokens: {n}"
         return
     s = getattr(config, stage)
     t = s.trainer
-    def trainer(**kw): return {stage: {"trainer": kw}}
-    if not t.get("gradient_checkpointing", True): yield trainer(gradient_checkpointing=True), f"{stage}.trainer.gradient_checkpointing: true"
+
+    def trainer(**kw):
+        return {stage: {"trainer": kw}}
+
+    if not t.get("gradient_checkpointing", True):
+        yield trainer(gradient_checkpointing=True), f"{stage}.trainer.gradient_checkpointing: true"
     micro, group = t.get("per_device_train_batch_size", 8), t.get("gradient_accumulation_steps", 1)
-    for n in _halves(micro): yield trainer(per_device_train_batch_size=n, gradient_accumulation_steps=group * micro // n), f"{stage}.trainer.per_device_train_batch_size: {n} (gradient_accumulation_steps: {group * micro // n})"
-    if t.get("use_vllm") and t.get("vllm_mode", "colocate") == "colocate" and not t.get("vllm_enable_sleep_mode"): yield trainer(vllm_enable_sleep_mode=True), f"{stage}.trainer.vllm_enable_sleep_mode: true"
-    if not s.lora and not s.qlora: yield {stage: {"lora": True}}, f"{stage}.lora: true"
-    if s.lora and config.model.dtype == "float32" and machine.gpus: yield {"model": {"dtype": "bfloat16"}}, "model.dtype: bfloat16"
-    if not s.qlora: yield {stage: {"qlora": True}}, f"{stage}.qlora: true"
-    if stage == "coldstart": return
+    for n in _halves(micro):
+        yield (
+            trainer(per_device_train_batch_size=n, gradient_accumulation_steps=group * micro // n),
+            (
+                f"{stage}.trainer.per_device_train_batch_size: {n} (gradient_accumulation_steps:"
+                f" {group * micro // n})"
+            ),
+        )
+    if (
+        t.get("use_vllm")
+        and t.get("vllm_mode", "colocate") == "colocate"
+        and not t.get("vllm_enable_sleep_mode")
+    ):
+        yield trainer(vllm_enable_sleep_mode=True), f"{stage}.trainer.vllm_enable_sleep_mode: true"
+    if not s.lora and not s.qlora:
+        yield {stage: {"lora": True}}, f"{stage}.lora: true"
+    if s.lora and config.model.dtype == "float32" and machine.gpus:
+        yield {"model": {"dtype": "bfloat16"}}, "model.dtype: bfloat16"
+    if not s.qlora:
+        yield {stage: {"qlora": True}}, f"{stage}.qlora: true"
+    if stage == "coldstart":
+        return
     steps = t.get("steps_per_generation") or group * micro
-    for n in _halves(t.get("max_completion_length", 256), 64): yield trainer(max_completion_length=n), f"{stage}.trainer.max_completion_length: {n}"
+    for n in _halves(t.get("max_completion_length", 256), 64):
+        yield trainer(max_completion_length=n), f"{stage}.trainer.max_completion_length: {n}"
+
 
 def advise(
-    config:Config,     # of the run
-    stage:str,         # that doesn't fit
-    machine:Machine,   # to run on
-    prompt:Prompt,     # how long prompts are
-    shape:Shape,       # of the model
-)->tuple:              # (words, whether it fits then)
+    config: Config,  # of the run
+    stage: str,  # that doesn't fit
+    machine: Machine,  # to run on
+    prompt: Prompt,  # how long prompts are
+    shape: Shape,  # of the model
+) -> tuple:  # (words, whether it fits then)
     "The fewest settings to change for a stage to fit."
-    def fits(c): return plan(c, machine, prompt, shape)[stage].peak <= machine.memory
+
+    def fits(c):
+        return plan(c, machine, prompt, shape)[stage].peak <= machine.memory
+
     for values, words in remedies(config, stage, machine):
-        if fits(merge(config, values)): return words, True
+        if fits(merge(config, values)):
+            return words, True
     taken, now = {}, config  # one is not enough: as far as each goes, in order
     for values, words in remedies(config, stage, machine):
         now = merge(now, values)
         taken[words.split(":")[0]] = words
-        if fits(now): return " and ".join(taken.values()), True
+        if fits(now):
+            return " and ".join(taken.values()), True
     return " and ".join(taken.values()), False
 
 # %% ../nbs/72_doctor.ipynb #f6ed6035
 def out_of_memory(
-    config:Config,           # of the run
-    stage:str,               # that died
-    machine:Machine=None,    # None: the one at hand
-    prompt:Prompt=None,      # None: `prompt_of`
-)->str:                      # a sentence
+    config: Config,  # of the run
+    stage: str,  # that died
+    machine: Machine = None,  # None: the one at hand
+    prompt: Prompt = None,  # None: `prompt_of`
+) -> str:  # a sentence
     "What to say when memory ran out in a stage: the settings to lower, and to what."
-    machine, prompt, shape = machine or this_machine(), prompt or prompt_of(config), shape_of(config.model.path)
+    machine, prompt, shape = (
+        machine or this_machine(),
+        prompt or prompt_of(config),
+        shape_of(config.model.path),
+    )
     need = plan(config, machine, prompt, shape)[stage].peak
-    words, _ = advise(config, stage, replace(machine, memory=min(machine.memory, .8 * need)), prompt, shape)
-    return f"out of memory in {stage} ({machine.name}, reckoned {need / 2**30:.1f} GiB): " + (f"set {words}" if words else "take a smaller model, or more GPUs")
+    words, _ = advise(config, stage, replace(machine, memory=min(machine.memory, 0.8 * need)), prompt, shape)
+    return f"out of memory in {stage} ({machine.name}, reckoned {need / 2**30:.1f} GiB): " + (
+        f"set {words}" if words else "take a smaller model, or more GPUs"
+    )
 
 # %% ../nbs/72_doctor.ipynb #199c1bb0
 def tokens(
-    config:Config,   # of the run
-    prompt:Prompt,   # how long prompts are
-    gpus:int=1,      # that share the batches
-)->dict:             # stage → (generated, trained or read), at most
+    config: Config,  # of the run
+    prompt: Prompt,  # how long prompts are
+    gpus: int = 1,  # that share the batches
+) -> dict:  # stage → (generated, trained or read), at most
     "How many tokens each stage goes through."
     c, out = config, {}
+
     def grpo(stage):
         s, t = getattr(c, stage), getattr(c, stage).trainer
-        rollouts = s.steps * t.get("per_device_train_batch_size", 8) * t.get("gradient_accumulation_steps", 1) * max(1, gpus)
+        rollouts = (
+            s.steps
+            * t.get("per_device_train_batch_size", 8)
+            * t.get("gradient_accumulation_steps", 1)
+            * max(1, gpus)
+        )
         new = t.get("max_completion_length", 256)
         return rollouts * new, rollouts * (prompt.tokens + new)
+
     out["zero"] = grpo("zero")
     out["pairs"] = (2 * c.distill.n_prompts * c.distill.n_samples * c.distill.max_new_tokens, 0)
     t = c.coldstart.trainer
-    pairs = t["max_steps"] * t.get("per_device_train_batch_size", 8) * t.get("gradient_accumulation_steps", 1) * max(1, gpus) if t.get("max_steps", -1) > 0 else c.distill.max_pairs * t.get("num_train_epochs", 3)
+    pairs = (
+        t["max_steps"]
+        * t.get("per_device_train_batch_size", 8)
+        * t.get("gradient_accumulation_steps", 1)
+        * max(1, gpus)
+        if t.get("max_steps", -1) > 0
+        else c.distill.max_pairs * t.get("num_train_epochs", 3)
+    )
     out["coldstart"] = (0, int(2 * pairs * (prompt.tokens + c.distill.max_new_tokens)))
     out["final"] = grpo("final")
     asked = 4 * c.eval.n_samples * c.data.n_test * (2 + len(c.data.ood_formats))
     out["eval"] = (asked * c.eval.max_new_tokens, 0)
     return out
 
+
 def times(
-    config:Config,     # of the run
-    prompt:Prompt,     # how long prompts are
-    gpus:int=1,        # that share the batches
-    rate:dict=None,    # tokens a second: `generate`, `train`
-    run=None,          # folder of an earlier run of the same model
-)->dict:               # stage → seconds; without what nothing is known of
+    config: Config,  # of the run
+    prompt: Prompt,  # how long prompts are
+    gpus: int = 1,  # that share the batches
+    rate: dict = None,  # tokens a second: `generate`, `train`
+    run=None,  # folder of an earlier run of the same model
+) -> dict:  # stage → seconds; without what nothing is known of
     "How long each stage takes at a given or measured pace."
     todo, out = tokens(config, prompt, gpus), {}
-    if rate: return {s: g / rate["generate"] + t / rate["train"] for s, (g, t) in todo.items() if not (g and not rate.get("generate")) and not (t and not rate.get("train"))}
-    if run is None or not (Path(run) / "config.yaml").exists(): return {}
+    if rate:
+        return {
+            s: g / rate["generate"] + t / rate["train"]
+            for s, (g, t) in todo.items()
+            if not (g and not rate.get("generate")) and not (t and not rate.get("train"))
+        }
+    if run is None or not (Path(run) / "config.yaml").exists():
+        return {}
     theirs = load_config(Path(run) / "config.yaml")
-    if theirs.model.path != config.model.path: return {}
+    if theirs.model.path != config.model.path:
+        return {}
     for stage, then in tokens(theirs, prompt, gpus).items():
         info = read_json(Path(run) / stage / "stage.json") or {}
-        if info.get("state") == "done" and sum(then): out[stage] = info["seconds"] * sum(todo[stage]) / sum(then)
+        if info.get("state") == "done" and sum(then):
+            out[stage] = info["seconds"] * sum(todo[stage]) / sum(then)
     return out
 
+
 def disk(
-    config:Config,  # of the run
-    shape:Shape,    # of the model
-    local:bool,     # the model lies on this machine
-)->dict:            # what → bytes
+    config: Config,  # of the run
+    shape: Shape,  # of the model
+    local: bool,  # the model lies on this machine
+) -> dict:  # what → bytes
     "What a run leaves on the disk, and what is fetched for it."
     whole = shape.total * SIZES[config.model.dtype]
     out = {"models": 3 * whole, "checkpoints": 0}
     for stage in ("zero", "coldstart", "final"):
         s = getattr(config, stage)
         trained = s.lora_rank * shape.lora[1] * 4 if s.lora or s.qlora else whole
-        out["checkpoints"] += 3 * trained                      # weights and AdamW's two moments
-    out["checkpoints"] += max(0, out["checkpoints"] // 3)      # the next one is written before the last is removed
-    if not local: out["download"] = shape.total * 2
+        out["checkpoints"] += 3 * trained  # weights and AdamW's two moments
+    # the next one is written before the last is removed
+    out["checkpoints"] += max(0, out["checkpoints"] // 3)
+    if not local:
+        out["download"] = shape.total * 2
     return out
 
 # %% ../nbs/72_doctor.ipynb #3713ecb0
 def requirements(
-    config:Config,       # of the run
-    model_type:str="",   # as in the model's config.json
-    gpu:bool=False,      # there is one
-)->list:                 # (requirement, what needs it, what to do)
+    config: Config,  # of the run
+    model_type: str = "",  # as in the model's config.json
+    gpu: bool = False,  # there is one
+) -> list:  # (requirement, what needs it, what to do)
     "The packages that a configuration needs, beside Python itself."
     from importlib.metadata import PackageNotFoundError, requires
-    try: needs = [(r.split(";")[0].strip(), "specs_nb", "pip install -U specs_nb") for r in requires("specs_nb") or [] if "extra ==" not in r]
-    except PackageNotFoundError: needs = []
+
+    try:
+        needs = [
+            (r.split(";")[0].strip(), "specs_nb", "pip install -U specs_nb")
+            for r in requires("specs_nb") or []
+            if "extra ==" not in r
+        ]
+    except PackageNotFoundError:
+        needs = []
     stages = [getattr(config, s) for s in ("zero", "coldstart", "final")]
-    if any(s.qlora for s in stages): needs.append(("bitsandbytes>=0.49", "qlora", "pip install 'specs_nb[qlora]'"))
-    if any(s.trainer.get("use_vllm") and s.trainer.get("vllm_mode", "colocate") == "colocate" for s in stages): needs.append(("vllm>=0.22,<0.32", "trainer.use_vllm", "pip install 'specs_nb[vllm]'"))
-    if config.engine == "vllm": needs.append(("vllm>=0.22,<0.32", "engine", "pip install 'specs_nb[vllm]', or engine: transformers"))
-    if config.model.attn == "flash_attention_2": needs.append(("flash-attn", "model.attn", "pip install flash-attn, or model.attn: auto"))
-    if config.model.liger == "need": needs.append(("liger-kernel", "model.liger", "pip install liger-kernel, or model.liger: auto"))
-    if model_type == "smolvlm": needs.append(("num2words", "SmolVLM's processor", "pip install num2words"))
-    if config.judge.models: needs.append(("openai>=2", "judge", "pip install 'specs_nb[judge]'"))
+    if any(s.qlora for s in stages):
+        needs.append(("bitsandbytes>=0.49", "qlora", "pip install 'specs_nb[qlora]'"))
+    if any(
+        s.trainer.get("use_vllm") and s.trainer.get("vllm_mode", "colocate") == "colocate" for s in stages
+    ):
+        needs.append(("vllm>=0.22,<0.32", "trainer.use_vllm", "pip install 'specs_nb[vllm]'"))
+    if config.engine == "vllm":
+        needs.append(("vllm>=0.22,<0.32", "engine", "pip install 'specs_nb[vllm]', or engine: transformers"))
+    if config.model.attn == "flash_attention_2":
+        needs.append(("flash-attn", "model.attn", "pip install flash-attn, or model.attn: auto"))
+    if config.model.liger == "need":
+        needs.append(("liger-kernel", "model.liger", "pip install liger-kernel, or model.liger: auto"))
+    if model_type == "smolvlm":
+        needs.append(("num2words", "SmolVLM's processor", "pip install num2words"))
+    if config.judge.models:
+        needs.append(("openai>=2", "judge", "pip install 'specs_nb[judge]'"))
     return needs
 
+
 def missing(
-    config:Config,       # of the run
-    machine:Machine,     # to run on
-    model_type:str="",   # as in the model's config.json
-    local:bool=True,     # the model lies on this machine
-)->list:                 # sentences; empty if all is there
+    config: Config,  # of the run
+    machine: Machine,  # to run on
+    model_type: str = "",  # as in the model's config.json
+    local: bool = True,  # the model lies on this machine
+) -> list:  # sentences; empty if all is there
     "What a run would fail for, as far as it can be seen from outside."
     from packaging.requirements import Requirement
+
     out = []
     for text, what, way in requirements(config, model_type, machine.gpus > 0):
         r, have = Requirement(text), _version_of(Requirement(text).name)
-        if have is None: out.append(f"{r.name} is not installed ({what} needs it): {way}")
-        elif not r.specifier.contains(have, prereleases=True): out.append(f"{r.name} {have} is installed, {what} needs {r.specifier}: {way}")
-    if not local and os.environ.get("HF_HUB_OFFLINE") == "1": out.append(f"{config.model.path} is not on this machine and HF_HUB_OFFLINE=1 forbids to fetch it: unset it, or give a folder")
+        if have is None:
+            out.append(f"{r.name} is not installed ({what} needs it): {way}")
+        elif not r.specifier.contains(have, prereleases=True):
+            out.append(f"{r.name} {have} is installed, {what} needs {r.specifier}: {way}")
+    if not local and os.environ.get("HF_HUB_OFFLINE") == "1":
+        out.append(
+            f"{config.model.path} is not on this machine and HF_HUB_OFFLINE=1 forbids to fetch it: unset it,"
+            " or give a folder"
+        )
     source = config.data.path or config.data.source
-    if ("/" in source or config.data.path) and not Path(source).exists() and config.data.source not in ("datasets",): out.append(f"data lies at {source}, which isn't there")
+    if (
+        ("/" in source or config.data.path)
+        and not Path(source).exists()
+        and config.data.source not in ("datasets",)
+    ):
+        out.append(f"data lies at {source}, which isn't there")
     return out
 
 # %% ../nbs/72_doctor.ipynb #e0a8d629
 def _local(path):
     "Whether a model's weights lie on this machine: a folder, or the hub's cache."
-    if Path(resolve(path)).is_dir(): return True
+    if Path(resolve(path)).is_dir():
+        return True
     from huggingface_hub import try_to_load_from_cache
+
     return isinstance(try_to_load_from_cache(path, "config.json"), str)
 
-def _span(seconds): return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+
+def _span(seconds):
+    return (
+        f"{seconds / 3600:.1f} h"
+        if seconds > 5400
+        else f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+    )
+
 
 def diagnose(
-    config:Config,       # of the run
-    machine:Machine,     # to run on
-    prompt:Prompt=None,  # how long prompts are; None: `prompt_of`
-    rate:dict=None,      # tokens a second: `generate`, `train`
-    run=None,            # an earlier run of the same model, for its times
-)->dict:                 # facts, and `problems`: sentences
+    config: Config,  # of the run
+    machine: Machine,  # to run on
+    prompt: Prompt = None,  # how long prompts are; None: `prompt_of`
+    rate: dict = None,  # tokens a second: `generate`, `train`
+    run=None,  # an earlier run of the same model, for its times
+) -> dict:  # facts, and `problems`: sentences
     "Everything that can be told of a run before it is run; raises `SpecsError` if the model is nowhere."
     c = config_of_model(config.model.path)
-    shape, prompt, local = shape_of(config.model.path, c), prompt or prompt_of(config), _local(config.model.path)
+    shape, prompt, local = (
+        shape_of(config.model.path, c),
+        prompt or prompt_of(config),
+        _local(config.model.path),
+    )
     parts, space = plan(config, machine, prompt, shape), disk(config, shape, local)
     problems = missing(config, machine, c.model_type, local)
     for stage, p in parts.items():
-        if p.peak <= machine.memory: continue
+        if p.peak <= machine.memory:
+            continue
         words, fits = advise(config, stage, machine, prompt, shape)
-        way = f"set {words}" if fits else f"not even {words} is enough: cut the model over more GPUs (--launcher fsdp2) or take a smaller one" if words else "cut the model over more GPUs, or take a smaller one"
-        problems.append(f"{stage} needs {p.peak / 2**30:.1f} GiB and {machine.name} has {machine.memory / 2**30:.1f}: {way}")
-    if sum(space.values()) > machine.disk > 0: problems.append(f"the run needs {sum(space.values()) / 2**30:.1f} GiB of disk and {machine.disk / 2**30:.1f} are free: choose another --run-dir, or raise save_steps and lower save_total_limit")
-    return dict(shape=shape, prompt=prompt, parts=parts, disk=space, tokens=tokens(config, prompt, machine.gpus), times=times(config, prompt, machine.gpus, rate, run), problems=problems)
+        way = (
+            f"set {words}"
+            if fits
+            else (
+                f"not even {words} is enough: cut the model over more GPUs (--launcher fsdp2) or take a"
+                " smaller one"
+                if words
+                else "cut the model over more GPUs, or take a smaller one"
+            )
+        )
+        problems.append(
+            f"{stage} needs {p.peak / 2**30:.1f} GiB and {machine.name} has {machine.memory / 2**30:.1f}:"
+            f" {way}"
+        )
+    if sum(space.values()) > machine.disk > 0:
+        problems.append(
+            f"the run needs {sum(space.values()) / 2**30:.1f} GiB of disk and {machine.disk / 2**30:.1f} are"
+            " free: choose another --run-dir, or raise save_steps and lower save_total_limit"
+        )
+    return dict(
+        shape=shape,
+        prompt=prompt,
+        parts=parts,
+        disk=space,
+        tokens=tokens(config, prompt, machine.gpus),
+        times=times(config, prompt, machine.gpus, rate, run),
+        problems=problems,
+    )
+
 
 def report(
-    facts:dict,       # from `diagnose`
-    config:Config,    # of the run
-    machine:Machine,  # to run on
-)->str:               # several lines
+    facts: dict,  # from `diagnose`
+    config: Config,  # of the run
+    machine: Machine,  # to run on
+) -> str:  # several lines
     "What the doctor found, to be read."
     s, p, per = facts["shape"], facts["prompt"], "GPU" if machine.gpus else "machine"
-    lines = [f"model    {config.model.path}: {s.total:,} parameters, {s.vision / s.total:.0%} of them in the vision tower, {config.model.dtype}",
-             f"machine  {machine.gpus} × {machine.name}" * bool(machine.gpus) or f"machine  CPU, {machine.memory / 2**30:.1f} GiB free",
-             f"prompts  {p.tokens} tokens, {p.image} of them image ({p.how})", "", f"memory of one {per}, GiB", show(facts["parts"]), "",
-             "disk     " + ", ".join(f"{k} {v / 2**30:.1f} GiB" for k, v in facts["disk"].items()) + f"; free {machine.disk / 2**30:.1f}",
-             "tokens   " + ", ".join(f"{k} {sum(v):,}" for k, v in facts["tokens"].items()) + " at most",
-             "time     " + (", ".join(f"{k} {_span(v)}" for k, v in facts["times"].items()) if facts["times"] else "unknown: nothing was measured; give --rate generate=…,train=… in tokens a second, or a --run-dir with an earlier run")]
+    lines = [
+        (
+            f"model    {config.model.path}: {s.total:,} parameters, {s.vision / s.total:.0%} of them in the"
+            f" vision tower, {config.model.dtype}"
+        ),
+        f"machine  {machine.gpus} × {machine.name}" * bool(machine.gpus)
+        or f"machine  CPU, {machine.memory / 2**30:.1f} GiB free",
+        f"prompts  {p.tokens} tokens, {p.image} of them image ({p.how})",
+        "",
+        f"memory of one {per}, GiB",
+        show(facts["parts"]),
+        "",
+        "disk     "
+        + ", ".join(f"{k} {v / 2**30:.1f} GiB" for k, v in facts["disk"].items())
+        + f"; free {machine.disk / 2**30:.1f}",
+        "tokens   " + ", ".join(f"{k} {sum(v):,}" for k, v in facts["tokens"].items()) + " at most",
+        "time     "
+        + (
+            ", ".join(f"{k} {_span(v)}" for k, v in facts["times"].items())
+            if facts["times"]
+            else (
+                "unknown: nothing was measured; give --rate generate=…,train=… in tokens a second, or a"
+                " --run-dir with an earlier run"
+            )
+        ),
+    ]
     return "\n".join(lines)
 
 # %% ../nbs/72_doctor.ipynb #c4091e17
@@ -694,33 +1156,52 @@ def add_options(
 ):
     "The options of `specs doctor`."
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs to reckon with (those that are there)")
-    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of each GPU, or of the machine (what is there)")
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="memory of each GPU, or of the machine (what is there)"
+    )
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="length of a prompt, image included")
     parser.add_argument("--image-tokens", type=int, metavar="N", help="tokens of its image")
-    parser.add_argument("--rate", default="", metavar="generate=N,train=N", help="tokens a second, or a file of bench/gpu.py")
+    parser.add_argument(
+        "--rate", default="", metavar="generate=N,train=N", help="tokens a second, or a file of bench/gpu.py"
+    )
+
 
 def read_rate(
-    text:str,  # `generate=2000,train=6000`, or a file of `bench/gpu.py`
-)->dict:       # tokens a second
+    text: str,  # `generate=2000,train=6000`, or a file of `bench/gpu.py`
+) -> dict:  # tokens a second
     "A pace as given on the command line; raises `SpecsError` for what is none."
-    if not text: return {}
+    if not text:
+        return {}
     if text.endswith(".json"):
         d = read_json(text)
-        if not d or "rates" not in d: raise SpecsError(f"--rate: {text} is no file of bench/gpu.py")
+        if not d or "rates" not in d:
+            raise SpecsError(f"--rate: {text} is no file of bench/gpu.py")
         return d["rates"]
-    try: out = {k.strip(): float(v) for k, v in (p.split("=") for p in text.split(","))}
-    except ValueError: raise SpecsError(f"--rate is written generate=2000,train=6000, not {text!r}") from None
-    if set(out) - {"generate", "train"} or min(out.values()) <= 0: raise SpecsError(f"--rate knows generate and train, in tokens a second: not {text!r}")
+    try:
+        out = {k.strip(): float(v) for k, v in (p.split("=") for p in text.split(","))}
+    except ValueError:
+        raise SpecsError(f"--rate is written generate=2000,train=6000, not {text!r}") from None
+    if set(out) - {"generate", "train"} or min(out.values()) <= 0:
+        raise SpecsError(f"--rate knows generate and train, in tokens a second: not {text!r}")
     return out
 
+
 def doctor(
-    config:Config,  # of the run
-    args,           # of the command line: gpus, memory, prompt_tokens, image_tokens, rate, run_dir, launcher
-)->int:             # 0 if the run fits, else 2
+    config: Config,  # of the run
+    args,  # of the command line: gpus, memory, prompt_tokens, image_tokens, rate, run_dir, launcher
+) -> int:  # 0 if the run fits, else 2
     "Print what a run needs, and what is in its way."
     machine = this_machine(args.run_dir, args.gpus, args.memory, getattr(args, "launcher", ""))
-    facts = diagnose(config, machine, prompt_of(config, args.prompt_tokens, args.image_tokens), read_rate(args.rate), args.run_dir)
+    facts = diagnose(
+        config,
+        machine,
+        prompt_of(config, args.prompt_tokens, args.image_tokens),
+        read_rate(args.rate),
+        args.run_dir,
+    )
     print(report(facts, config, machine))
-    for p in facts["problems"]: print(f"specs: {p}", file=sys.stderr)
-    if not facts["problems"]: print("\nit fits")
+    for p in facts["problems"]:
+        print(f"specs: {p}", file=sys.stderr)
+    if not facts["problems"]:
+        print("\nit fits")
     return 2 if facts["problems"] else 0

@@ -21,168 +21,231 @@ from .judge import JUDGED_KINDS, in_bulk
 
 # %% ../nbs/70_evaluate.ipynb #651b4aa9
 def pass_at_k(
-    n:int,  # answers to a question
-    c:int,  # right ones among them
-    k:int,  # answers that are drawn
-)->float:   # chance that one of k is right
+    n: int,  # answers to a question
+    c: int,  # right ones among them
+    k: int,  # answers that are drawn
+) -> float:  # chance that one of k is right
     "Unbiased estimate of pass@k; raises `ValueError` unless 0 ≤ c ≤ n and 1 ≤ k ≤ n."
-    if not (0 <= c <= n and 1 <= k <= n): raise ValueError(f"pass@k needs 0 ≤ c ≤ n and 1 ≤ k ≤ n, not n={n}, c={c}, k={k}")
-    return 1. - math.comb(n - c, k) / math.comb(n, k)
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@k needs 0 ≤ c ≤ n and 1 ≤ k ≤ n, not n={n}, c={c}, k={k}")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 # %% ../nbs/70_evaluate.ipynb #074a710d
 def bootstrap(
-    values,          # one number a question, (n_questions,); None is left out
-    n:int=2000,      # resamples
-    seed:int=0,      # of the resampling
-    level:float=.95, # share of means inside the interval
-)->dict:             # mean, lo, hi, n
+    values,  # one number a question, (n_questions,); None is left out
+    n: int = 2000,  # resamples
+    seed: int = 0,  # of the resampling
+    level: float = 0.95,  # share of means inside the interval
+) -> dict:  # mean, lo, hi, n
     "Mean with a bootstrap interval over questions; all None gives None values and n = 0."
     import numpy as np
+
     v = np.array(values if isinstance(values, array) else list(values), dtype=float)
     v = v[~np.isnan(v)]
-    if not len(v): return dict(mean=None, lo=None, hi=None, n=0)
+    if not len(v):
+        return dict(mean=None, lo=None, hi=None, n=0)
     rng, few = np.random.default_rng(seed), max(1, min(100, 100_000 // len(v)))  # at a time, for memory
-    means = np.concatenate([v[rng.integers(0, len(v), (min(few, n - i), len(v)))].mean(1) for i in range(0, n, few)])
+    means = np.concatenate(
+        [v[rng.integers(0, len(v), (min(few, n - i), len(v)))].mean(1) for i in range(0, n, few)]
+    )
     lo, hi = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return dict(mean=float(v.mean()), lo=float(lo), hi=float(hi), n=len(v))
 
 # %% ../nbs/70_evaluate.ipynb #8c22019f
 def splits(
-    test:list,         # rows of the ID test
-    visual:list,       # rows of the visual OOD test, may be empty
-    format:str,        # the trained format's name
-    ood_formats:list,  # names of the others
-)->dict:               # split → (rows, name of the format for each)
+    test: list,  # rows of the ID test
+    visual: list,  # rows of the visual OOD test, may be empty
+    format: str,  # the trained format's name
+    ood_formats: list,  # names of the others
+) -> dict:  # split → (rows, name of the format for each)
     "The three tests as rows with the format that each is asked in."
-    out = {"id": (test, [format] * len(test)), "ood_format": (test, [ood_formats[i % len(ood_formats)] for i in range(len(test))])}
+    out = {
+        "id": (test, [format] * len(test)),
+        "ood_format": (test, [ood_formats[i % len(ood_formats)] for i in range(len(test))]),
+    }
     return {**out, "ood_visual": (visual, [format] * len(visual))} if visual else out
 
 # %% ../nbs/70_evaluate.ipynb #3add9434
 def score(
-    text:str,    # a completion; None: the question could not be asked
-    row:dict,    # the question's row
-    format:str,  # name of the format that was asked for
-    ask=None,    # a judge's `ask(task, **texts)`
-)->dict:         # format, accuracy, strict: True, False or None
+    text: str,  # a completion; None: the question could not be asked
+    row: dict,  # the question's row
+    format: str,  # name of the format that was asked for
+    ask=None,  # a judge's `ask(task, **texts)`
+) -> dict:  # format, accuracy, strict: True, False or None
     "What a completion is worth; `None` where nobody has an opinion."
-    if text is None: return dict(format=None, accuracy=None, strict=None)
+    if text is None:
+        return dict(format=None, accuracy=None, strict=None)
     parts, answer = FORMATS[format].parse(text), answer_in(text, format)
     right = grade(answer, row["answer"], row["kind"], row["choices"]) if answer else False
-    if right is None and ask and row["kind"] in JUDGED_KINDS: right = ask("answer", question=row["question"], gold=row["answer"], prediction=answer)
+    if right is None and ask and row["kind"] in JUDGED_KINDS:
+        right = ask("answer", question=row["question"], gold=row["answer"], prediction=answer)
     return {"format": parts is not None, "accuracy": right, "strict": right if parts else False}
 
+
 def answer_in(
-    text:str,    # a completion, or None
-    format:str,  # name of the format that was asked for
-)->str:          # the answer as written, or None
+    text: str,  # a completion, or None
+    format: str,  # name of the format that was asked for
+) -> str:  # the answer as written, or None
     "The answer of a completion, whatever form it stands in."
-    if text is None: return None
+    if text is None:
+        return None
     parts = FORMATS[format].parse(text)
     return parts[1] if parts else find_answer(text)
 
 # %% ../nbs/70_evaluate.ipynb #e69f5b0d
 def token_counter(
-    model:str,   # `tiny`, a folder or a hub name
-):               # a function: texts, None among them → tokens of each, without the one that ended it; all None where the tokenizer can't be had
+    model: str,  # `tiny`, a folder or a hub name
+):  # a function: texts, None among them → tokens of each, without the one that ended it; all None where the tokenizer can't be had
     "How long completions are, in tokens of their model."
     from specs_nb.models import load_processor, tokenizer_of
-    base = (read_json(Path(model) / "adapter_config.json") or {}).get("base_model_name_or_path")  # an adapter speaks its base's tokens
-    try: tok = tokenizer_of(load_processor(base or model))
-    except SpecsError: tok = None
+
+    # an adapter speaks its base's tokens
+    base = (read_json(Path(model) / "adapter_config.json") or {}).get("base_model_name_or_path")
+    try:
+        tok = tokenizer_of(load_processor(base or model))
+    except SpecsError:
+        tok = None
+
     def count(texts):
         said = [t for t in texts if t is not None and tok]
         counts = iter(map(len, tok(said, add_special_tokens=False)["input_ids"]) if said else ())
         return [None if t is None or not tok else next(counts) for t in texts]
+
     return count
 
 # %% ../nbs/70_evaluate.ipynb #d4c98816
 def variety(
-    one:list,  # `measure`s of the answers to one question
-)->dict:       # distinct, entropy (bits), distinct_right
+    one: list,  # `measure`s of the answers to one question
+) -> dict:  # distinct, entropy (bits), distinct_right
     "How different the answers to a question are; None where there are none, or none is graded."
     said = Counter(plain_words(s["answer"] or "") for s in one if s["text"] is not None)
     n, graded = said.total(), [s for s in one if s["accuracy"] is not None]
-    if not n: return dict(distinct=None, entropy=None, distinct_right=None)
+    if not n:
+        return dict(distinct=None, entropy=None, distinct_right=None)
     bits = sum(k / n * math.log2(n / k) for k in said.values())
-    return dict(distinct=len(said), entropy=bits, distinct_right=len({" ".join(s["text"].split()) for s in graded if s["accuracy"]}) if graded else None)
+    return dict(
+        distinct=len(said),
+        entropy=bits,
+        distinct_right=(
+            len({" ".join(s["text"].split()) for s in graded if s["accuracy"]}) if graded else None
+        ),
+    )
+
 
 def measure(
-    text:str,    # a completion, or None
-    row:dict,    # the question's row
-    format:str,  # name of the format that was asked for
-    tokens:int=None, # of the text
-    most:int=0,  # that it could have
-    ask=None,    # a judge's `ask(task, **texts)`
-    surprise:float=None, # mean of -log p over its tokens, nats
-)->dict:         # text, answer, `score`, words, tokens, truncated, surprise
+    text: str,  # a completion, or None
+    row: dict,  # the question's row
+    format: str,  # name of the format that was asked for
+    tokens: int = None,  # of the text
+    most: int = 0,  # that it could have
+    ask=None,  # a judge's `ask(task, **texts)`
+    surprise: float = None,  # mean of -log p over its tokens, nats
+) -> dict:  # text, answer, `score`, words, tokens, truncated, surprise
     "All that is known of one completion."
-    return dict(text=text, answer=answer_in(text, format), **score(text, row, format, ask), words=None if text is None else len(text.split()),
-                tokens=tokens, truncated=None if tokens is None else tokens >= most, surprise=surprise)
+    return dict(
+        text=text,
+        answer=answer_in(text, format),
+        **score(text, row, format, ask),
+        words=None if text is None else len(text.split()),
+        tokens=tokens,
+        truncated=None if tokens is None else tokens >= most,
+        surprise=surprise,
+    )
 
 # %% ../nbs/70_evaluate.ipynb #8dc41de0
 def question_value(
-    one:list,  # `measure`s of the answers to one question, or `score`s with `words`
-)->dict:       # metric → value, or None where nothing is known
+    one: list,  # `measure`s of the answers to one question, or `score`s with `words`
+) -> dict:  # metric → value, or None where nothing is known
     "What a question says in each metric."
+
     def mean(key):
         v = [s[key] for s in one if s[key] is not None]
         return sum(v) / len(v) if v else None
+
     known = [s["accuracy"] for s in one if s["accuracy"] is not None]
     n, right = len(known), sum(known)
     out = {key: mean(key) for key in ("format", "accuracy", "strict", "words")}
     out["passk"] = pass_at_k(n, right, n) if known else None
     out |= {f"pass@{k}": pass_at_k(n, right, k) if n >= k else None for k in powers(len(one))}
     out["no_opinion"] = 1 - n / len(one)
-    return out | (dict(tokens=mean("tokens"), truncated=mean("truncated"), **variety(one), surprise=mean("surprise")) if "text" in one[0] else {})
+    return out | (
+        dict(tokens=mean("tokens"), truncated=mean("truncated"), **variety(one), surprise=mean("surprise"))
+        if "text" in one[0]
+        else {}
+    )
+
 
 def powers(
-    n:int,   # samples
-)->list:     # 1, 2, 4, … up to n, and to 64
+    n: int,  # samples
+) -> list:  # 1, 2, 4, … up to n, and to 64
     "The k of pass@k."
     return [2**i for i in range(7) if 2**i <= n]
 
 # %% ../nbs/70_evaluate.ipynb #cd160e74
 class Values:
     "Values of many questions, by metric"
-    def __init__(self): self.columns, self.n = {}, 0
 
-    def add(self, values:dict):  # from `question_value`
+    def __init__(self):
+        self.columns, self.n = {}, 0
+
+    def add(self, values: dict):  # from `question_value`
         "One question more."
         for k in {**self.columns, **values}:
-            if k not in self.columns: self.columns[k] = array("d", [math.nan]) * self.n
+            if k not in self.columns:
+                self.columns[k] = array("d", [math.nan]) * self.n
             self.columns[k].append(math.nan if values.get(k) is None else values[k])
         self.n += 1
 
-    def summary(self)->dict:  # metric → mean, lo, hi, n
+    def summary(self) -> dict:  # metric → mean, lo, hi, n
         "Means with intervals over questions."
         return {k: bootstrap(v) for k, v in self.columns.items()}
 
+
 def summarize(
-    scores:list,  # for each question a list of `measure`s, or of `score`s with `words`
-)->dict:          # metric → mean, lo, hi, n
+    scores: list,  # for each question a list of `measure`s, or of `score`s with `words`
+) -> dict:  # metric → mean, lo, hi, n
     "Metrics of a split with intervals over questions."
     values = Values()
-    for one in scores: values.add(question_value(one))
+    for one in scores:
+        values.add(question_value(one))
     return values.summary()
 
 # %% ../nbs/70_evaluate.ipynb #2cb49b9d
 def evaluate(
-    models:dict,  # name → `tiny`, a folder or a hub name
-    tests:dict,   # from `splits`
-    out:Path,     # the stage's folder: gets metrics.json and answers.parquet
-    config,       # a `core.EvalStage`
-    seed:int=0,   # of the sampling
+    models: dict,  # name → `tiny`, a folder or a hub name
+    tests: dict,  # from `splits`
+    out: Path,  # the stage's folder: gets metrics.json and answers.parquet
+    config,  # a `core.EvalStage`
+    seed: int = 0,  # of the sampling
     second=None,  # a `judge.Judge` for what the rules can't decide
-    **how,        # workers, load, threads: see `answer_all`
-)->dict:          # model → split → metric → mean, lo, hi, n
+    **how,  # workers, load, threads: see `answer_all`
+) -> dict:  # model → split → metric → mean, lo, hi, n
     "Sample and score; raises `SpecsError` if there is nothing to ask."
-    if not all(rows for rows, _ in tests.values()): raise SpecsError("a test split has no rows: raise data.n_test or mend the test file")
+    if not all(rows for rows, _ in tests.values()):
+        raise SpecsError("a test split has no rows: raise data.n_test or mend the test file")
     c = config
-    draw, greedy = Sampling(c.n_samples, c.temperature, c.max_new_tokens, c.batch_size, logps=True), Sampling(1, 0., c.max_new_tokens, c.batch_size, logps=True)
-    jobs = {(m, s, one is greedy): Job(f"{'greedy-' if one is greedy else ''}{m}-{s}", path, rows, [FORMATS[f].instruction for f in fs], one)
-            for m, path in models.items() for s, (rows, fs) in tests.items() for one in ([draw, greedy] if c.greedy else [draw])}
-    answers = answer_all(list(jobs.values()), draw, seed, Path(out) / "samples", stage="eval", keep=False, **how)
-    metrics = in_bulk(second, lambda ask: _score_all(jobs, tests, answers, Path(out) / "answers.parquet", c.max_new_tokens, ask))
+    draw, greedy = Sampling(c.n_samples, c.temperature, c.max_new_tokens, c.batch_size, logps=True), Sampling(
+        1, 0.0, c.max_new_tokens, c.batch_size, logps=True
+    )
+    jobs = {
+        (m, s, one is greedy): Job(
+            f"{'greedy-' if one is greedy else ''}{m}-{s}",
+            path,
+            rows,
+            [FORMATS[f].instruction for f in fs],
+            one,
+        )
+        for m, path in models.items()
+        for s, (rows, fs) in tests.items()
+        for one in ([draw, greedy] if c.greedy else [draw])
+    }
+    answers = answer_all(
+        list(jobs.values()), draw, seed, Path(out) / "samples", stage="eval", keep=False, **how
+    )
+    metrics = in_bulk(
+        second,
+        lambda ask: _score_all(jobs, tests, answers, Path(out) / "answers.parquet", c.max_new_tokens, ask),
+    )
     write_json(Path(out) / "metrics.json", metrics)
     return metrics
 
@@ -193,68 +256,112 @@ def _score_all(jobs, tests, answers, path, most, ask):
     with _answers_file(path) as write:
         for (m, s, greedy), job in jobs.items():
             values, count = Values(), token_counter(job.model)
-            lines = (({k: v for k, v in r.items() if k != "images"}, *rest) for r, *rest in zip(*tests[s], answers[job.name], answers[job.name].surprises(), strict=True))
+            lines = (
+                ({k: v for k, v in r.items() if k != "images"}, *rest)
+                for r, *rest in zip(*tests[s], answers[job.name], answers[job.name].surprises(), strict=True)
+            )
             while block := list(islice(lines, 256)):
                 scored = _measure_all(block, count, most, ask)
-                for one in scored: values.add(question_value(one))
-                write([dict(model=m, split=s, id=r["id"], asked=f, greedy=greedy, sample=k, **a) for (r, f, *_), one in zip(block, scored) for k, a in enumerate(one)])
+                for one in scored:
+                    values.add(question_value(one))
+                write([
+                    dict(model=m, split=s, id=r["id"], asked=f, greedy=greedy, sample=k, **a)
+                    for (r, f, *_), one in zip(block, scored)
+                    for k, a in enumerate(one)
+                ])
             mine = metrics.setdefault(m, {}).setdefault(s, {})
-            mine |= {f"greedy_{k}": bootstrap(values.columns[k]) for k in ("accuracy", "format", "strict")} if greedy else values.summary()
+            mine |= (
+                {f"greedy_{k}": bootstrap(values.columns[k]) for k in ("accuracy", "format", "strict")}
+                if greedy
+                else values.summary()
+            )
     return metrics
+
 
 def _measure_all(block, count, most, ask):
     counts = iter(count([t for *_, ts, _ in block for t in ts]))
-    return [[measure(t, r, f, next(counts), most, ask, p) for t, p in zip(ts, ps, strict=True)] for r, f, ts, ps in block]
+    return [
+        [measure(t, r, f, next(counts), most, ask, p) for t, p in zip(ts, ps, strict=True)]
+        for r, f, ts, ps in block
+    ]
+
 
 @contextmanager
 def _answers_file(path):
     "A function that adds rows to a Parquet file"
     import pyarrow as pa, pyarrow.parquet as pq
-    kinds = dict(dict.fromkeys("model split id asked text answer".split(), pa.string()), **dict.fromkeys("greedy format accuracy strict truncated".split(), pa.bool_()),
-                 **dict.fromkeys("sample words tokens".split(), pa.int64()), surprise=pa.float64())
-    schema = pa.schema([(k, kinds[k]) for k in "model split id asked greedy sample text answer format accuracy strict words tokens truncated surprise".split()])
-    with atomic(path) as part, pq.ParquetWriter(part, schema) as file: yield lambda rows: file.write_table(pa.Table.from_pylist(rows, schema))
+
+    kinds = dict(
+        dict.fromkeys("model split id asked text answer".split(), pa.string()),
+        **dict.fromkeys("greedy format accuracy strict truncated".split(), pa.bool_()),
+        **dict.fromkeys("sample words tokens".split(), pa.int64()),
+        surprise=pa.float64(),
+    )
+    schema = pa.schema([
+        (k, kinds[k])
+        for k in "model split id asked greedy sample text answer format accuracy strict words tokens truncated surprise".split()
+    ])
+    with atomic(path) as part, pq.ParquetWriter(part, schema) as file:
+        yield lambda rows: file.write_table(pa.Table.from_pylist(rows, schema))
 
 # %% ../nbs/70_evaluate.ipynb #ce3e508d
 def question_values(
-    path:Path,           # answers.parquet of an evaluation
-    metric:str="strict", # accuracy, format, strict, words, tokens or surprise
-    greedy:bool=False,   # greedy answers, not the sampled ones
-)->dict:                 # model → split → question's id → mean over its samples
+    path: Path,  # answers.parquet of an evaluation
+    metric: str = "strict",  # accuracy, format, strict, words, tokens or surprise
+    greedy: bool = False,  # greedy answers, not the sampled ones
+) -> dict:  # model → split → question's id → mean over its samples
     "The value of each question; answers without opinion are left out. Raises `SpecsError` for a broken file."
     import pyarrow as pa, pyarrow.parquet as pq
-    try: rows = pq.read_table(path, columns=["model", "split", "id", "greedy", metric]).to_pylist()
-    except (pa.ArrowException, OSError): raise SpecsError(f"{path} can't be read, or has no column {metric}: delete it and run `specs eval` again") from None
+
+    try:
+        rows = pq.read_table(path, columns=["model", "split", "id", "greedy", metric]).to_pylist()
+    except (pa.ArrowException, OSError):
+        raise SpecsError(
+            f"{path} can't be read, or has no column {metric}: delete it and run `specs eval` again"
+        ) from None
     out = {}
     for r in rows:
-        if r[metric] is not None and bool(r.get("greedy")) == greedy: out.setdefault(r["model"], {}).setdefault(r["split"], {}).setdefault(r["id"], []).append(r[metric])
-    return {m: {s: {i: sum(v) / len(v) for i, v in of.items()} for s, of in by.items()} for m, by in out.items()}
+        if r[metric] is not None and bool(r.get("greedy")) == greedy:
+            out.setdefault(r["model"], {}).setdefault(r["split"], {}).setdefault(r["id"], []).append(
+                r[metric]
+            )
+    return {
+        m: {s: {i: sum(v) / len(v) for i, v in of.items()} for s, of in by.items()} for m, by in out.items()
+    }
 
 # %% ../nbs/70_evaluate.ipynb #13e7499a
 def checkpoints(
-    folder:Path,  # a stage's, such as runs/default/coldstart
-)->dict:          # step → path, in order
+    folder: Path,  # a stage's, such as runs/default/coldstart
+) -> dict:  # step → path, in order
     "The checkpoints that a stage has kept."
-    found = {int(p.name.split("-")[1]): str(p) for p in (Path(folder) / "checkpoints").glob("checkpoint-*") if (p / "trainer_state.json").exists()}
+    found = {
+        int(p.name.split("-")[1]): str(p)
+        for p in (Path(folder) / "checkpoints").glob("checkpoint-*")
+        if (p / "trainer_state.json").exists()
+    }
     return dict(sorted(found.items()))
 
+
 def evaluate_checkpoints(
-    base:str,       # the model that training began from: `tiny`, a folder or a hub name
-    folder:Path,    # the stage's
-    tests:dict,     # from `splits`
-    out:Path,       # gets metrics.json and answers.parquet
-    config,         # a `core.EvalStage`
-    seed:int=0,     # of the sampling
-    steps:list=None, # which; None: all that are kept, and 0
-    metric:str="strict", # of the values that are returned
-    **how,          # as for `evaluate`
-)->dict:            # step → split → question's id → value
+    base: str,  # the model that training began from: `tiny`, a folder or a hub name
+    folder: Path,  # the stage's
+    tests: dict,  # from `splits`
+    out: Path,  # gets metrics.json and answers.parquet
+    config,  # a `core.EvalStage`
+    seed: int = 0,  # of the sampling
+    steps: list = None,  # which; None: all that are kept, and 0
+    metric: str = "strict",  # of the values that are returned
+    **how,  # as for `evaluate`
+) -> dict:  # step → split → question's id → value
     "Evaluate a stage's checkpoints; step 0 is the model before training. Raises `SpecsError` for a step that isn't kept."
     kept = {0: base, **checkpoints(folder)}
     steps = list(kept) if steps is None else steps
     if steps == [0] or (gone := [s for s in steps if s not in kept]):
-        raise SpecsError(f"{folder} keeps no checkpoint{'' if steps == [0] else ' of step ' + ', '.join(map(str, gone))}; there are {', '.join(map(str, [*kept][1:])) or 'none'}: "
-                         "train with trainer: {save_steps: 5, save_total_limit: null} to keep one every five steps")
+        raise SpecsError(
+            f"{folder} keeps no checkpoint{'' if steps == [0] else ' of step ' + ', '.join(map(str, gone))};"
+            f" there are {', '.join(map(str, [*kept][1:])) or 'none'}: train with trainer: {{save_steps: 5,"
+            " save_total_limit: null} to keep one every five steps"
+        )
     evaluate({f"step{s}": kept[s] for s in steps}, tests, out, config, seed, **how)
     values = question_values(Path(out) / "answers.parquet", metric)
     return {s: values[f"step{s}"] for s in steps}

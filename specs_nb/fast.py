@@ -12,67 +12,92 @@ import copy
 # %% ../nbs/29_fast.ipynb #1f331a1b
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
+
 def base_of(
     model,  # of transformers, or an adapter around it
-):          # of transformers
+):  # of transformers
     "The model within an adapter."
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
+
 def read_prompts(
-    model,        # of transformers, or an adapter around it
-    inputs:dict,  # of the model, padded on the left: `input_ids` and `attention_mask` (prompts, tokens), images
-):                # (cache, what to add to positions or None)
+    model,  # of transformers, or an adapter around it
+    # of the model, padded on the left: `input_ids` and `attention_mask` (prompts, tokens), images
+    inputs: dict,
+):  # (cache, what to add to positions or None)
     "Keys and values of all tokens of the prompts but the last."
     from transformers import DynamicCache
+
     base = base_of(model)
-    if hasattr(base.base_model, "rope_deltas"): base.base_model.rope_deltas = None  # of an earlier batch, which may have had images
+    # of an earlier batch, which may have had images
+    if hasattr(base.base_model, "rope_deltas"):
+        base.base_model.rope_deltas = None
     cache = DynamicCache(config=base.config.get_text_config(decoder=True))
-    base.base_model(**{k: v[:, :-1] if k in PER_TOKEN else v for k, v in inputs.items()}, past_key_values=cache, use_cache=True)
+    base.base_model(
+        **{k: v[:, :-1] if k in PER_TOKEN else v for k, v in inputs.items()},
+        past_key_values=cache,
+        use_cache=True,
+    )
     return cache, getattr(base.base_model, "rope_deltas", None) if "image_grid_thw" in inputs else None
 
 # %% ../nbs/29_fast.ipynb #0296eb29
 def positions(
-    mask,     # attention mask of all tokens so far, (rows, tokens)
-    deltas,   # from `read_prompts`, one a row, or None
-    n:int,    # tokens at the end that are asked for
-):            # (3, rows, n), or None: the model counts by itself
+    mask,  # attention mask of all tokens so far, (rows, tokens)
+    deltas,  # from `read_prompts`, one a row, or None
+    n: int,  # tokens at the end that are asked for
+):  # (3, rows, n), or None: the model counts by itself
     "Positions of the last tokens on Qwen's three axes."
-    if deltas is None: return None
+    if deltas is None:
+        return None
     return ((mask.long().cumsum(-1) - 1).clamp(min=0)[:, -n:] + deltas).expand(3, -1, -1)
+
 
 def spread(
     cache,  # of `read_prompts`
-    rows,   # for each row of the new cache, the row of the old one
-):          # a cache
+    rows,  # for each row of the new cache, the row of the old one
+):  # a cache
     "A cache with rows repeated, chosen or left out; gradients flow through."
     new = copy.copy(cache)
     new.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in new.layers: layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+    for layer in new.layers:
+        layer.keys, layer.values = layer.keys[rows], layer.values[rows]
     return new
 
 # %% ../nbs/29_fast.ipynb #dde81f5a
 def score(
-    model,       # with TRL's fused head
-    ids,         # prompts and answers, (rows, tokens)
-    mask,        # attention mask, same shape
-    n:int,       # tokens of the answers, the last of each row
-    group,       # number of each row's prompt, (rows,)
-    images:dict, # what the model takes besides, one a prompt (`pick_images`)
-    first,       # for each prompt, a row that has it
-    parts:int=4, # into how many the answers are divided
-):               # (log-probabilities, entropies), each (rows, n); zero for padding
+    model,  # with TRL's fused head
+    ids,  # prompts and answers, (rows, tokens)
+    mask,  # attention mask, same shape
+    n: int,  # tokens of the answers, the last of each row
+    group,  # number of each row's prompt, (rows,)
+    images: dict,  # what the model takes besides, one a prompt (`pick_images`)
+    first,  # for each prompt, a row that has it
+    parts: int = 4,  # into how many the answers are divided
+):  # (log-probabilities, entropies), each (rows, n); zero for padding
     "What TRL's `_get_per_token_logps_and_entropies` gives."
     import torch
+
     p = ids.shape[1] - n
-    cache, deltas = read_prompts(model, {"input_ids": ids[first, :p], "attention_mask": mask[first, :p], **images})
+    cache, deltas = read_prompts(
+        model, {"input_ids": ids[first, :p], "attention_mask": mask[first, :p], **images}
+    )
     lengths = mask[:, p:].sum(1).clamp(min=1)
     order, logps, entropies = lengths.argsort(stable=True), [], []
     for rows in order.chunk(parts):
         c = int(lengths[rows].max())
-        seen, labels = mask[rows, :p - 1 + c], ids[rows, p:p + c].masked_fill(mask[rows, p:p + c] == 0, -100)
-        out = model(input_ids=ids[rows, p - 1:p - 1 + c], attention_mask=seen, past_key_values=spread(cache, group[rows]),
-                    position_ids=positions(seen, None if deltas is None else deltas[group[rows]], c), shift_labels=labels, fused_lm_head=True)
-        for all_, some in ((logps, out.log_probs), (entropies, out.entropy)): all_.append(torch.nn.functional.pad(some, (0, n - c)))
+        seen, labels = mask[rows, : p - 1 + c], ids[rows, p : p + c].masked_fill(
+            mask[rows, p : p + c] == 0, -100
+        )
+        out = model(
+            input_ids=ids[rows, p - 1 : p - 1 + c],
+            attention_mask=seen,
+            past_key_values=spread(cache, group[rows]),
+            position_ids=positions(seen, None if deltas is None else deltas[group[rows]], c),
+            shift_labels=labels,
+            fused_lm_head=True,
+        )
+        for all_, some in ((logps, out.log_probs), (entropies, out.entropy)):
+            all_.append(torch.nn.functional.pad(some, (0, n - c)))
     back = order.argsort()
     return torch.cat(logps)[back], torch.cat(entropies)[back]
 
@@ -80,44 +105,64 @@ def score(
 def _draw(logits, temperature, suppress):
     "A token for each row, and its log-probability"
     import torch
-    logps = (logits / (temperature or 1.)).log_softmax(-1)
+
+    logps = (logits / (temperature or 1.0)).log_softmax(-1)
     p = logps.exp()
-    if suppress: p[:, suppress] = 0
+    if suppress:
+        p[:, suppress] = 0
     token = torch.multinomial(p, 1) if temperature else p.argmax(-1, keepdim=True)
     return token, logps.gather(1, token)[:, 0]
 
 # %% ../nbs/29_fast.ipynb #e24d80d3
 def write(
-    model,             # of transformers, or an adapter around it
-    inputs:dict,       # of the model, one row a prompt, padded on the left
-    n:int,             # answers to each
-    most:int,          # tokens of the longest answer
-    ends,              # tokens that end an answer
-    temperature:float=1., # of the draw; 0: greedy
-    suppress=(),       # tokens that are never written
-):                     # (tokens of each answer as lists, log-probability of each)
+    model,  # of transformers, or an adapter around it
+    inputs: dict,  # of the model, one row a prompt, padded on the left
+    n: int,  # answers to each
+    most: int,  # tokens of the longest answer
+    ends,  # tokens that end an answer
+    temperature: float = 1.0,  # of the draw; 0: greedy
+    suppress=(),  # tokens that are never written
+):  # (tokens of each answer as lists, log-probability of each)
     "Answers drawn from the whole distribution, and how likely the model found each token (at the temperature of the draw)."
     import torch
+
     with torch.no_grad():
         cache, deltas = read_prompts(model, inputs)
         rows = torch.arange(len(inputs["input_ids"]), device=inputs["input_ids"].device).repeat_interleave(n)
-        cache, token, mask = spread(cache, rows), inputs["input_ids"][rows, -1:], inputs["attention_mask"][rows]
+        cache, token, mask = (
+            spread(cache, rows),
+            inputs["input_ids"][rows, -1:],
+            inputs["attention_mask"][rows],
+        )
         deltas = None if deltas is None else deltas[rows]
         ends, suppress = torch.tensor(list(ends), device=token.device), list(suppress)
-        left, going = torch.arange(len(rows), device=token.device), torch.ones(len(rows), dtype=torch.bool, device=token.device)
-        tokens, logps = torch.zeros(len(rows), most, dtype=torch.long, device=token.device), torch.zeros(len(rows), most, device=token.device)
+        left, going = torch.arange(len(rows), device=token.device), torch.ones(
+            len(rows), dtype=torch.bool, device=token.device
+        )
+        tokens, logps = torch.zeros(len(rows), most, dtype=torch.long, device=token.device), torch.zeros(
+            len(rows), most, device=token.device
+        )
         lengths = torch.zeros(len(rows), dtype=torch.long, device=token.device)
         for t in range(most):
-            logits = model(input_ids=token, attention_mask=mask, position_ids=positions(mask, deltas, 1), past_key_values=cache, use_cache=True).logits[:, -1]
+            logits = model(
+                input_ids=token,
+                attention_mask=mask,
+                position_ids=positions(mask, deltas, 1),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
             token, logp = _draw(logits.float(), temperature, suppress)
             tokens[left, t], logps[left, t] = token[:, 0], logp
             lengths[left] += going
             going = going & ~torch.isin(token[:, 0], ends)
             stay = int(going.sum())
-            if not stay: break
-            if stay <= .875 * len(going):
+            if not stay:
+                break
+            if stay <= 0.875 * len(going):
                 keep = going.nonzero()[:, 0]
-                for layer in cache.layers: layer.keys, layer.values = layer.keys[keep], layer.values[keep]  # one after the other: never two whole caches
+                # one after the other: never two whole caches
+                for layer in cache.layers:
+                    layer.keys, layer.values = layer.keys[keep], layer.values[keep]
                 token, mask, left, going = token[keep], mask[keep], left[keep], going[keep]
                 deltas = None if deltas is None else deltas[keep]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
@@ -127,35 +172,56 @@ def write(
 def _cut(name, value, images, inputs):
     "A field of the processor cut into one piece a row; None if it isn't clear how."
     import torch
+
     rows, sizes, grid = len(images), list(images), inputs.get("image_grid_thw")
-    if not torch.is_tensor(value): return value if len(value) == rows else None
-    if name == "pixel_values" and grid is not None: sizes = [int(g.prod(-1).sum()) for g in grid.split(sizes)]
-    elif name in PER_TOKEN or len(value) == rows != sum(sizes): sizes = [1] * rows
+    if not torch.is_tensor(value):
+        return value if len(value) == rows else None
+    if name == "pixel_values" and grid is not None:
+        sizes = [int(g.prod(-1).sum()) for g in grid.split(sizes)]
+    elif name in PER_TOKEN or len(value) == rows != sum(sizes):
+        sizes = [1] * rows
     return list(value.split(sizes)) if sum(sizes) == len(value) else None
 
+
 def pick_images(
-    inputs:dict,  # fields of the processor
-    images:list,  # how many images each row has
-    rows,         # rows to take
-):                # the same fields; None if one can't be cut by rows
+    inputs: dict,  # fields of the processor
+    images: list,  # how many images each row has
+    rows,  # rows to take
+):  # the same fields; None if one can't be cut by rows
     "Fields of the processor for some rows."
     import torch
+
     cut = {k: _cut(k, v, images, inputs) for k, v in inputs.items()}
-    if any(v is None for v in cut.values()): return None
-    return {k: torch.cat([v[i] for i in rows]) if torch.is_tensor(inputs[k]) else [v[i] for i in rows] for k, v in cut.items()}
+    if any(v is None for v in cut.values()):
+        return None
+    return {
+        k: torch.cat([v[i] for i in rows]) if torch.is_tensor(inputs[k]) else [v[i] for i in rows]
+        for k, v in cut.items()
+    }
+
 
 class Once:
     "A processor that reads what comes `n` times in a row once, and repeats the result"
+
     def __init__(
         self,
         processor,  # of the model
-        n:int,      # rows in a row with the same prompt and the same images
-    ): self.processor, self.n = processor, n
-    def __getattr__(self, name): return getattr(self.processor, name)
+        n: int,  # rows in a row with the same prompt and the same images
+    ):
+        self.processor, self.n = processor, n
+
+    def __getattr__(self, name):
+        return getattr(self.processor, name)
+
     def __call__(self, images=None, text=None, **how):
         n, whole = self.n, lambda: self.processor(images=images, text=text, **how)
-        same = images and len(text) % n == 0 and all(t == text[i // n * n] and images[i] is images[i // n * n] for i, t in enumerate(text))
-        if not same: return whole()
+        same = (
+            images
+            and len(text) % n == 0
+            and all(t == text[i // n * n] and images[i] is images[i // n * n] for i, t in enumerate(text))
+        )
+        if not same:
+            return whole()
         few = self.processor(images=images[::n], text=text[::n], **how)
         many = pick_images(dict(few), [len(i or ()) for i in images[::n]], [i // n for i in range(len(text))])
         return whole() if many is None else type(few)(many)
@@ -163,63 +229,108 @@ class Once:
 # %% ../nbs/29_fast.ipynb #5358d7ef
 def why_stock(
     trainer,  # a GRPOTrainer
-):            # one line, or None
+):  # one line, or None
     "Why nothing of the step can be made faster."
     base = base_of(trainer.model)
-    if trainer.use_vllm: return "vLLM writes the answers"
-    if trainer.accelerator.num_processes > 1: return "several processes train together"
-    if trainer.use_transformers_continuous_batching or trainer.tools or trainer.rollout_func or trainer.environment_factories: return "TRL writes in a way of its own (tools, environments, rollouts or continuous batching)"
-    if base.config._attn_implementation not in ("sdpa", "eager"): return f"attention {base.config._attn_implementation} was not tried"
-    if any(m.p for m in base.modules() if type(m).__name__ == "Dropout") or getattr(base.config.get_text_config(decoder=True), "attention_dropout", 0): return "dropout is on"
-    kinds = {str(getattr(c, "peft_type", "")).split(".")[-1] for c in getattr(trainer.model, "peft_config", {}).values()}
-    if kinds - {"LORA"}: return f"adapters of kind {', '.join(sorted(kinds))} were not tried"
-    if trainer.aux_loss_enabled: return "a mixture of experts has a loss of its own"
+    if trainer.use_vllm:
+        return "vLLM writes the answers"
+    if trainer.accelerator.num_processes > 1:
+        return "several processes train together"
+    if (
+        trainer.use_transformers_continuous_batching
+        or trainer.tools
+        or trainer.rollout_func
+        or trainer.environment_factories
+    ):
+        return "TRL writes in a way of its own (tools, environments, rollouts or continuous batching)"
+    if base.config._attn_implementation not in ("sdpa", "eager"):
+        return f"attention {base.config._attn_implementation} was not tried"
+    if any(m.p for m in base.modules() if type(m).__name__ == "Dropout") or getattr(
+        base.config.get_text_config(decoder=True), "attention_dropout", 0
+    ):
+        return "dropout is on"
+    kinds = {
+        str(getattr(c, "peft_type", "")).split(".")[-1]
+        for c in getattr(trainer.model, "peft_config", {}).values()
+    }
+    if kinds - {"LORA"}:
+        return f"adapters of kind {', '.join(sorted(kinds))} were not tried"
+    if trainer.aux_loss_enabled:
+        return "a mixture of experts has a loss of its own"
+
 
 def why_stock_writing(
     trainer,  # a GRPOTrainer
-):            # one line, or None
+):  # one line, or None
     "Why answers are written by `generate`."
     a, g = trainer.args, base_of(trainer.model).generation_config
-    if a.generation_kwargs or a.cache_implementation: return "generation_kwargs or cache_implementation is set"
-    if (a.top_p, a.repetition_penalty) != (1., 1.) or a.top_k or a.min_p: return "answers are drawn from a part of the distribution (top_p, top_k, min_p or repetition_penalty)"
+    if a.generation_kwargs or a.cache_implementation:
+        return "generation_kwargs or cache_implementation is set"
+    if (a.top_p, a.repetition_penalty) != (1.0, 1.0) or a.top_k or a.min_p:
+        return "answers are drawn from a part of the distribution (top_p, top_k, min_p or repetition_penalty)"
     own = {k for k, v in g.to_diff_dict().items() if v and not k.startswith("output_")}
-    own -= {*trainer.generation_kwargs, "transformers_version", "_from_model_config", "max_length", "use_cache"}
-    if own: return f"the model's generation_config sets {', '.join(sorted(own))}"
+    own -= {
+        *trainer.generation_kwargs,
+        "transformers_version",
+        "_from_model_config",
+        "max_length",
+        "use_cache",
+    }
+    if own:
+        return f"the model's generation_config sets {', '.join(sorted(own))}"
+
 
 def why_stock_scoring(
     trainer,  # a GRPOTrainer
-):            # one line, or None
+):  # one line, or None
     "Why answers are scored by TRL."
-    if trainer.args.gradient_checkpointing: return "gradient checkpointing keeps no cache"
+    if trainer.args.gradient_checkpointing:
+        return "gradient checkpointing keeps no cache"
 
 # %% ../nbs/29_fast.ipynb #b1af086f
-TOLERANCE = 1e-3, .05  # of a token's log-probability: the largest difference in float32, the mean in 16 bits
+# of a token's log-probability: the largest difference in float32, the mean in 16 bits
+TOLERANCE = 1e-3, 0.05
 
 # %% ../nbs/29_fast.ipynb #e8f855aa
 class _Judge:
     "Which parts of TRL's trainer are replaced"
-    _few = _group = None  # fields of the prompts that are being written to; prompt of each row that is being scored
+
+    # fields of the prompts that are being written to; prompt of each row that is being scored
+    _few = _group = None
 
     def _fast(self, part):
         "Whether `part` (writing, scoring) is made fast."
         if not hasattr(self, "_why"):
             every, self._why, self._tried = why_stock(self), {}, set()
-            for p, why in (("writing", every or why_stock_writing(self)), ("scoring", every or why_stock_scoring(self))): self._leave(p, why)
+            for p, why in (
+                ("writing", every or why_stock_writing(self)),
+                ("scoring", every or why_stock_scoring(self)),
+            ):
+                self._leave(p, why)
         return self._why[part] is None and self.model.training
 
     def _leave(self, part, why):
         self._why[part] = why
-        if why: print(f"{part} of answers is left to TRL, at its speed: {why}", flush=True)
+        if why:
+            print(f"{part} of answers is left to TRL, at its speed: {why}", flush=True)
 
 # %% ../nbs/29_fast.ipynb #2eecc2bd
 class _Writing(_Judge):
     "Prompts encoded and answers written"
+
     def _tokenize_prompts(self, prompts):
         n, self._few = self.num_generations, None
-        if not self._fast("writing") or len(prompts) % n: return super()._tokenize_prompts(prompts)
+        if not self._fast("writing") or len(prompts) % n:
+            return super()._tokenize_prompts(prompts)
         ids, images, few = super()._tokenize_prompts(prompts[::n])
-        many, rows = lambda x: x and [one for one in x for _ in range(n)], [i // n for i in range(len(prompts))]
-        fields = pick_images(few, [len(i or ()) for i in images or ids], rows) if images else {k: many(v) for k, v in few.items()}
+        many, rows = lambda x: x and [one for one in x for _ in range(n)], [
+            i // n for i in range(len(prompts))
+        ]
+        fields = (
+            pick_images(few, [len(i or ()) for i in images or ids], rows)
+            if images
+            else {k: many(v) for k, v in few.items()}
+        )
         if fields is None:
             self._leave("writing", f"{_UNCLEAR} {', '.join(few)}")
             return super()._tokenize_prompts(prompts)
@@ -227,42 +338,87 @@ class _Writing(_Judge):
         return many(ids), many(images), fields
 
     def _generate_single_turn(self, prompt_ids, images, fields, n, *args, **kw):
-        ids = None if self._few is None else _try(self, "writing", lambda: self._write(prompt_ids[::n], images and images[::n], n))
-        return (ids, None) if ids else super()._generate_single_turn(prompt_ids, images, fields, n, *args, **kw)
+        ids = (
+            None
+            if self._few is None
+            else _try(self, "writing", lambda: self._write(prompt_ids[::n], images and images[::n], n))
+        )
+        return (
+            (ids, None) if ids else super()._generate_single_turn(prompt_ids, images, fields, n, *args, **kw)
+        )
 
     def _write(self, prompt_ids, images, n):
         from trl.models.utils import unwrap_model_for_generation
+
         inputs = {k: v.to(self.accelerator.device) for k, v in _padded(self, prompt_ids, self._few).items()}
         suppress = self.generation_kwargs.get("suppress_tokens") or ()
-        with unwrap_model_for_generation(self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs) as model, self.accelerator.autocast():
-            ids, logps = write(model, inputs, n, self.max_completion_length, self.eos_token_ids, self.temperature, suppress)
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self.accelerator.autocast(),
+        ):
+            ids, logps = write(
+                model, inputs, n, self.max_completion_length, self.eos_token_ids, self.temperature, suppress
+            )
         if "writing" not in self._tried:
-            stock, mask = _stock_scores(self, super()._get_per_token_logps_and_entropies, inputs, images, ids[::n])
-            _compare(self, "writing", _pad(logps[::n], 0., "right").to(stock), stock, mask)
+            stock, mask = _stock_scores(
+                self, super()._get_per_token_logps_and_entropies, inputs, images, ids[::n]
+            )
+            _compare(self, "writing", _pad(logps[::n], 0.0, "right").to(stock), stock, mask)
         return ids
 
 # %% ../nbs/29_fast.ipynb #ca7548fe
 class _Scoring(_Judge):
     "Answers scored"
+
     def _check_scores(self, out):
         import torch
+
         ids, mask = (torch.cat([out[f"prompt_{k}"], out[f"completion_{k}"]], 1) for k in ("ids", "mask"))
         c, fields = out["completion_ids"].shape[1], {k: out[k] for k in _FIELDS if k in out}
         with torch.no_grad():
-            stock = super()._get_per_token_logps_and_entropies(self.model, ids, mask, c, self.args.per_device_train_batch_size, **fields)[0]
+            stock = super()._get_per_token_logps_and_entropies(
+                self.model, ids, mask, c, self.args.per_device_train_batch_size, **fields
+            )[0]
             self._group = out["group"]
-            try: mine = self._score(self.model, ids, mask, c, **fields)[0]
-            finally: self._group = None
+            try:
+                mine = self._score(self.model, ids, mask, c, **fields)[0]
+            finally:
+                self._group = None
         _compare(self, "scoring", mine, stock, out["completion_mask"])
 
     def _compute_loss(self, model, inputs):
         self._group = inputs.get("group")
-        try: return super()._compute_loss(model, inputs)
-        finally: self._group = None
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._group = None
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, compute_aux_loss=False, **fields):
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **fields,
+    ):
         if self._group is None or not self._fast("scoring"):
-            return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, **fields)
+            return super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,
+                **fields,
+            )
         return *self._score(model, input_ids, attention_mask, logits_to_keep, **fields), None
 
     def _score(self, model, ids, mask, n, num_images=None, **fields):
@@ -270,77 +426,138 @@ class _Scoring(_Judge):
         p, fields = ids.shape[1] - n, {k: v for k, v in fields.items() if v is not None}
         fields = {k: v[:, :p] if k in PER_TOKEN else v for k, v in fields.items()}
         images = pick_images(fields, num_images or [0] * len(ids), first.tolist())
-        if images is None: raise ValueError(f"{_UNCLEAR} {', '.join(fields)}")
-        with self.accelerator.autocast(): return score(model, ids, mask, n, group, images, first)
+        if images is None:
+            raise ValueError(f"{_UNCLEAR} {', '.join(fields)}")
+        with self.accelerator.autocast():
+            return score(model, ids, mask, n, group, images, first)
 
 # %% ../nbs/29_fast.ipynb #9f43e766
 class _Fast(_Scoring, _Writing):
     "What is replaced in TRL's trainer"
+
     def _generate_and_score_completions(self, inputs):
-        n, real, scoring = self.num_generations, self.processing_class, self._fast("scoring") and len(inputs) % self.num_generations == 0
-        if self.model.training and hasattr(real, "image_processor"): self.processing_class = Once(real, n)
-        try: out = super()._generate_and_score_completions(inputs)
-        finally: self.processing_class = real
+        n, real, scoring = (
+            self.num_generations,
+            self.processing_class,
+            self._fast("scoring") and len(inputs) % self.num_generations == 0,
+        )
+        if self.model.training and hasattr(real, "image_processor"):
+            self.processing_class = Once(real, n)
+        try:
+            out = super()._generate_and_score_completions(inputs)
+        finally:
+            self.processing_class = real
         if scoring:
             out["group"] = _groups(out, n)
-            if "scoring" not in self._tried: _try(self, "scoring", lambda: self._check_scores(out))
+            if "scoring" not in self._tried:
+                _try(self, "scoring", lambda: self._check_scores(out))
         return out
 
 # %% ../nbs/29_fast.ipynb #fd09de09
 def fast_trainer(
     cls,  # `trl.GRPOTrainer`, or a class made from it
-):        # a class made from it
+):  # a class made from it
     "The trainer with prompts computed once; it leaves to TRL what it can't do, and says so."
     return type(f"Fast{cls.__name__}", (_Fast, cls), {})
 
+
 _UNCLEAR = "it isn't clear to which prompt the rows belong in"
-_FIELDS = ("pixel_values", "image_grid_thw", "num_images", "num_tiles", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids")
+_FIELDS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "num_tiles",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
 
 def _try(trainer, part, f):
     "What `f` gives; the first time an error means that `part` is left to TRL."
     import torch
-    try: return f()
+
+    try:
+        return f()
     except Exception as e:
-        if part in trainer._tried or isinstance(e, (MemoryError, torch.OutOfMemoryError)): raise
+        if part in trainer._tried or isinstance(e, (MemoryError, torch.OutOfMemoryError)):
+            raise
         trainer._leave(part, f"{type(e).__name__}: {' '.join(str(e).split())[:300]}")
+
 
 def _compare(trainer, part, mine, stock, mask):
     "Raise ValueError if log-probabilities are not TRL's."
-    apart, exact = (mine.float() - stock.float()).abs()[mask.bool()], trainer.accelerator.mixed_precision == "no" and trainer.model.dtype.itemsize == 4
+    apart, exact = (mine.float() - stock.float()).abs()[
+        mask.bool()
+    ], trainer.accelerator.mixed_precision == "no" and trainer.model.dtype.itemsize == 4
     apart, most = (apart.max() if exact else apart.mean()).item(), TOLERANCE[0 if exact else 1]
-    if not apart <= most: raise ValueError(f"log-probabilities are {apart:.2g} from TRL's own, more than {most:g}")
+    if not apart <= most:
+        raise ValueError(f"log-probabilities are {apart:.2g} from TRL's own, more than {most:g}")
     trainer._tried.add(part)
 
 # %% ../nbs/29_fast.ipynb #2f65ccec
 def _groups(out, n):
     import torch
+
     return torch.arange(len(out["prompt_ids"]), device=out["prompt_ids"].device) // n
+
 
 def _first_rows(group):
     "Prompts numbered from 0, and for each the first row that has it."
     import torch
+
     names, group = group.unique(return_inverse=True)
     return group, torch.stack([(group == i).nonzero()[0, 0] for i in range(len(names))])
+
 
 def _pad(rows, value, side):
     import torch
     from trl.trainer.utils import pad
+
     return pad([torch.tensor(r) for r in rows], padding_value=value, padding_side=side)
+
 
 def _padded(trainer, prompt_ids, few):
     "Fields of the processor as tensors, padded on the left."
     import numpy as np, torch
-    out = {"input_ids": _pad(prompt_ids, trainer._tokenizer.pad_token_id, "left"), "attention_mask": _pad([[1] * len(r) for r in prompt_ids], 0, "left")}
+
+    out = {
+        "input_ids": _pad(prompt_ids, trainer._tokenizer.pad_token_id, "left"),
+        "attention_mask": _pad([[1] * len(r) for r in prompt_ids], 0, "left"),
+    }
     for k, v in few.items():
-        out[k] = v if torch.is_tensor(v) else _pad(v, 0, "left") if isinstance(v[0], list) else torch.tensor(np.array(v))
+        out[k] = (
+            v
+            if torch.is_tensor(v)
+            else _pad(v, 0, "left") if isinstance(v[0], list) else torch.tensor(np.array(v))
+        )
     return out
+
 
 def _stock_scores(trainer, stock, inputs, images, answers):
     "TRL's log-probabilities of one answer to each prompt, and their mask."
     import torch
-    ids, mask = _pad(answers, trainer._tokenizer.pad_token_id, "right"), _pad([[1] * len(a) for a in answers], 0, "right")
+
+    ids, mask = _pad(answers, trainer._tokenizer.pad_token_id, "right"), _pad(
+        [[1] * len(a) for a in answers], 0, "right"
+    )
     ids, mask = ids.to(inputs["input_ids"].device), mask.to(inputs["input_ids"].device)
-    fields = {k: torch.cat([v, v.new_zeros(ids.shape)], 1) if k in PER_TOKEN else v for k, v in inputs.items()}
-    fields |= {"input_ids": torch.cat([inputs["input_ids"], ids], 1), "attention_mask": torch.cat([inputs["attention_mask"], mask], 1)}
-    if images: fields["num_images"] = [len(i) for i in images]
-    with torch.no_grad(): return stock(trainer.model, fields.pop("input_ids"), fields.pop("attention_mask"), ids.shape[1], **fields)[0], mask
+    fields = {
+        k: torch.cat([v, v.new_zeros(ids.shape)], 1) if k in PER_TOKEN else v for k, v in inputs.items()
+    }
+    fields |= {
+        "input_ids": torch.cat([inputs["input_ids"], ids], 1),
+        "attention_mask": torch.cat([inputs["attention_mask"], mask], 1),
+    }
+    if images:
+        fields["num_images"] = [len(i) for i in images]
+    with torch.no_grad():
+        return (
+            stock(
+                trainer.model, fields.pop("input_ids"), fields.pop("attention_mask"), ids.shape[1], **fields
+            )[0],
+            mask,
+        )

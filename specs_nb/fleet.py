@@ -13,133 +13,199 @@ from .core import Interrupted, SpecsError, derive_seed, stop_asked, write_json
 
 # %% ../nbs/37_fleet.ipynb #49558202
 def connect(
-    address:str,  # `local`, `auto` or an address
+    address: str,  # `local`, `auto` or an address
 ):
     "Connect to Ray; raises `SpecsError` if it is not installed or nobody answers."
-    try: import ray
-    except ImportError: raise SpecsError("--fleet needs Ray: pip install 'specs_nb[ray]'") from None
-    if ray.is_initialized(): return
+    try:
+        import ray
+    except ImportError:
+        raise SpecsError("--fleet needs Ray: pip install 'specs_nb[ray]'") from None
+    if ray.is_initialized():
+        return
     how = dict(include_dashboard=False) if address == "local" else dict(address=address)
     try:
-        if ":" in address: _reach(address)  # Ray itself would try for minutes
+        if ":" in address:
+            _reach(address)  # Ray itself would try for minutes
         ray.init(**how, log_to_driver=False, logging_level="ERROR")
-    except (OSError, ValueError, RuntimeError) as e: raise SpecsError(f"--fleet {address}: no Ray cluster can be reached ({' '.join(str(e).split())[:200]}): start one with `ray start --head`, or use --fleet local") from None
+    except (OSError, ValueError, RuntimeError) as e:
+        raise SpecsError(
+            f"--fleet {address}: no Ray cluster can be reached ({' '.join(str(e).split())[:200]}): start one"
+            " with `ray start --head`, or use --fleet local"
+        ) from None
     import logging, ray.data
+
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel("WARNING")
 
+
 def _reach(address):
     import socket
+
     host, _, port = address.split("://")[-1].rpartition(":")
     socket.create_connection((host, int(port)), timeout=10).close()
 
 # %% ../nbs/37_fleet.ipynb #3f39ae91
 class Worker:
     "What runs in each worker: answers a batch"
+
     def __call__(
         self,
-        batch:dict,  # column `task`: one pickled list of arguments of `answer`
-    )->dict:         # column `done`: name of the file → its text
+        batch: dict,  # column `task`: one pickled list of arguments of `answer`
+    ) -> dict:  # column `done`: name of the file → its text
         "The files that `answer` would write, as text."
         import tempfile
         from specs_nb.generate import answer
+
         job, how, seed, path, *rest = pickle.loads(batch["task"][0])
         with tempfile.TemporaryDirectory() as folder:
             done = answer(job, how, seed, Path(folder) / path.name, *rest)
             files = {p.name: p.read_text(encoding="utf-8") for p in Path(folder).iterdir()}
         return {"done": [pickle.dumps((done, str(path.parent), files))]}
 
+
 def stored(
-    column:str,  # its name
-    values,      # bytes; taken one by one
-):               # a `ray.data.Dataset` of one row each
+    column: str,  # its name
+    values,  # bytes; taken one by one
+):  # a `ray.data.Dataset` of one row each
     "A dataset of values that goes into Ray's store piece by piece."
     import pyarrow as pa, ray
-    return ray.data.from_arrow_refs([ray.put(pa.table({column: pa.array([v], pa.large_binary())})) for v in values])
+
+    return ray.data.from_arrow_refs(
+        [ray.put(pa.table({column: pa.array([v], pa.large_binary())})) for v in values]
+    )
 
 # %% ../nbs/37_fleet.ipynb #0103ba88
 def vllm_requests(
-    batch,      # a `generate.Job`
-    how,        # `generate.Sampling`
-    seed:int,   # of the batch
-    path,       # of the batch's file
+    batch,  # a `generate.Job`
+    how,  # `generate.Sampling`
+    seed: int,  # of the batch
+    path,  # of the batch's file
     processor,  # of the model
-):              # dicts
+):  # dicts
     "What vLLM is asked for a batch, one request a completion."
     from specs_nb.generate import prompt
-    asks = [batch.instructions] * len(batch.rows) if isinstance(batch.instructions, str) else batch.instructions
+
+    asks = (
+        [batch.instructions] * len(batch.rows) if isinstance(batch.instructions, str) else batch.instructions
+    )
     for i, (row, ask) in enumerate(zip(batch.rows, asks, strict=True)):
         text = prompt(processor, row, ask)
         for k in range(how.n):
             params = {**how.vllm, "n": 1, "seed": derive_seed(seed, f"{i}.{k}"), "detokenize": False}
             yield dict(path=str(path), row=i, sample=k, prompt=text, images=row["images"], params=params)
 
+
 def vllm_processor(
-    model:str,     # a folder or a hub name that each worker can read
-    load:dict,     # keywords of `load_model`; of them `dtype`
-    options:dict,  # fields of `core.VLLMConfig`
-    workers:int,   # engines
-    gpus:int,      # of a worker; 0: CPU
-):                 # a function of datasets
+    model: str,  # a folder or a hub name that each worker can read
+    load: dict,  # keywords of `load_model`; of them `dtype`
+    options: dict,  # fields of `core.VLLMConfig`
+    workers: int,  # engines
+    gpus: int,  # of a worker; 0: CPU
+):  # a function of datasets
     "Ray's processor around vLLM; raises `SpecsError` if this Ray has none."
-    try: from ray.data.llm import build_processor, vLLMEngineProcessorConfig
-    except ImportError as e: raise SpecsError(f"Ray's vLLM processor can't be loaded ({e}): pip install 'specs_nb[ray,vllm]', or engine: transformers") from None
+    try:
+        from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+    except ImportError as e:
+        raise SpecsError(
+            f"Ray's vLLM processor can't be loaded ({e}): pip install 'specs_nb[ray,vllm]', or engine:"
+            " transformers"
+        ) from None
     from specs_nb.generate import settle
     from specs_nb.models import resolve
+
     how = dict(dtype=load.get("dtype", "float32"), seed=0, **settle())
-    for ours, theirs in dict(max_model_len="max_model_len", gpu_memory="gpu_memory_utilization", tensor_parallel="tensor_parallel_size").items():
-        if options.get(ours) and (gpus or ours == "max_model_len"): how[theirs] = options[ours]
+    for ours, theirs in dict(
+        max_model_len="max_model_len",
+        gpu_memory="gpu_memory_utilization",
+        tensor_parallel="tensor_parallel_size",
+    ).items():
+        if options.get(ours) and (gpus or ours == "max_model_len"):
+            how[theirs] = options[ours]
     place = {} if gpus else dict(placement_group_config={"bundle_per_worker": {"CPU": 1}})
-    config = vLLMEngineProcessorConfig(model_source=resolve(model), engine_kwargs={**how, **options.get("options", {})}, concurrency=(workers, workers), batch_size=32,
-                                       chat_template_stage=False, tokenize_stage=False, detokenize_stage=False, should_continue_on_error=True, log_engine_metrics=False, **place)
+    config = vLLMEngineProcessorConfig(
+        model_source=resolve(model),
+        engine_kwargs={**how, **options.get("options", {})},
+        concurrency=(workers, workers),
+        batch_size=32,
+        chat_template_stage=False,
+        tokenize_stage=False,
+        detokenize_stage=False,
+        should_continue_on_error=True,
+        log_engine_metrics=False,
+        **place,
+    )
     return build_processor(config, preprocess=_before, postprocess=_after)
+
 
 def _before(row):
     r = pickle.loads(row["request"])
     seen = {"multimodal_data": {"image": r["images"]}} if r["images"] else {}
-    return dict(path=r["path"], row=r["row"], sample=r["sample"], prompt=r["prompt"], sampling_params=r["params"], **seen)
+    return dict(
+        path=r["path"],
+        row=r["row"],
+        sample=r["sample"],
+        prompt=r["prompt"],
+        sampling_params=r["params"],
+        **seen,
+    )
+
 
 def _after(row):
-    return dict(path=row["path"], row=row["row"], sample=row["sample"], tokens=[int(t) for t in row["generated_tokens"]], error="")
+    return dict(
+        path=row["path"],
+        row=row["row"],
+        sample=row["sample"],
+        tokens=[int(t) for t in row["generated_tokens"]],
+        error="",
+    )
 
 # %% ../nbs/37_fleet.ipynb #10e83daa
 class Fleet:
     "Batches as a Ray Data job, for `answer_all(pool=…)`"
+
     def __init__(
         self,
-        address:str="local",  # see `connect`
-        workers:int=1,        # that answer side by side on a cluster without GPUs; else there is one a GPU
-    ): self.address, self.workers = address, workers
+        address: str = "local",  # see `connect`
+        workers: int = 1,  # that answer side by side on a cluster without GPUs; else there is one a GPU
+    ):
+        self.address, self.workers = address, workers
 
     def run(
         self,
-        tasks,   # arguments of `answer`, of one job
+        tasks,  # arguments of `answer`, of one job
         engine,  # of the tasks
-    ):           # rows and failures of each, as they come
+    ):  # rows and failures of each, as they come
         "Answer the batches and write their files."
         from specs_nb.generate import VLLM
+
         connect(self.address)
         for done in (self.by_vllm if engine is VLLM else self.by_engine)(tasks):
             yield done
-            if stop_asked(): raise Interrupted("the batches that were answered are kept")
+            if stop_asked():
+                raise Interrupted("the batches that were answered are kept")
 
-    def end(self): "Nothing is left to do."
+    def end(self):
+        "Nothing is left to do."
 
-    def size(self)->tuple:  # (workers, GPUs of each)
+    def size(self) -> tuple:  # (workers, GPUs of each)
         "How many workers the cluster takes."
         import ray
+
         gpus = int(ray.cluster_resources().get("GPU", 0))
         return gpus or self.workers, 1 if gpus else 0
 
     def by_engine(
         self,
         tasks,  # arguments of `answer`
-    ):          # rows and failures of each, as they come
+    ):  # rows and failures of each, as they come
         "With our own engine, one batch at a time on each worker."
         import ray
+
         n, gpus = self.size()
         ds = stored("task", (pickle.dumps(t) for t in tasks))
-        for row in ds.map_batches(Worker, batch_size=1, compute=ray.data.ActorPoolStrategy(size=n), num_gpus=gpus).iter_rows():
+        for row in ds.map_batches(
+            Worker, batch_size=1, compute=ray.data.ActorPoolStrategy(size=n), num_gpus=gpus
+        ).iter_rows():
             done, folder, files = pickle.loads(row["done"])
             for name in sorted(files):  # failures first: the batch counts as done by its own file
                 _write(Path(folder) / name, files[name])
@@ -148,11 +214,12 @@ class Fleet:
     def by_vllm(
         self,
         tasks,  # arguments of `answer`
-    ):          # rows and failures of each, as they come
+    ):  # rows and failures of each, as they come
         "With Ray's own vLLM processor: one engine a worker, requests streaming through it; a batch is written when its last answer is there."
         import ray
         from specs_nb.generate import tokenizer_of
         from specs_nb.models import load_processor
+
         tasks = iter(tasks)
         first = next(tasks)
         job, how, _, _, load, _, _, options = first
@@ -161,22 +228,42 @@ class Fleet:
 
         def requests():
             for batch, how, seed, path, *_ in chain([first], tasks):
-                open_batches[str(path)] = [[None] * how.n for _ in batch.rows], [r.get("id") for r in batch.rows], [len(batch.rows) * how.n], {}
-                yield from (pickle.dumps(r) for r in vllm_requests(batch, how, derive_seed(seed, batch.name), path, processor))
+                open_batches[str(path)] = (
+                    [[None] * how.n for _ in batch.rows],
+                    [r.get("id") for r in batch.rows],
+                    [len(batch.rows) * how.n],
+                    {},
+                )
+                yield from (
+                    pickle.dumps(r)
+                    for r in vllm_requests(batch, how, derive_seed(seed, batch.name), path, processor)
+                )
+
         ask = vllm_processor(job.model, load, options, *self.size())
         for row in ask(stored("request", requests())).iter_rows():
             path, i, k = row["path"], row["row"], row["sample"]
             texts, ids, left, failed = open_batches[path]
             left[0] -= 1
-            if row["error"]: failed.setdefault(i, row["error"])
-            else: texts[i][k] = tok.decode(row["tokens"], skip_special_tokens=True)
-            if left[0]: continue
-            for i in failed: texts[i] = [None] * how.n
-            if failed: write_json(Path(path).with_suffix(".failures.json"), [dict(row=i, id=ids[i], reason=failed[i]) for i in sorted(failed)])
+            if row["error"]:
+                failed.setdefault(i, row["error"])
+            else:
+                texts[i][k] = tok.decode(row["tokens"], skip_special_tokens=True)
+            if left[0]:
+                continue
+            for i in failed:
+                texts[i] = [None] * how.n
+            if failed:
+                write_json(
+                    Path(path).with_suffix(".failures.json"),
+                    [dict(row=i, id=ids[i], reason=failed[i]) for i in sorted(failed)],
+                )
             write_json(path, texts)
             del open_batches[path]
             yield len(texts), list(failed.values())
 
+
 def _write(path, text):
     from specs_nb.core import atomic
-    with atomic(path) as part: part.write_text(text, encoding="utf-8")
+
+    with atomic(path) as part:
+        part.write_text(text, encoding="utf-8")

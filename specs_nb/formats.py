@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 _ZERO_WIDTH = re.compile("[\u200b-\u200f\u2060\ufeff]")
 
+
 def blank(
-    text:str,  # a part of a completion
-)->bool:       # nothing that can be seen?
+    text: str,  # a part of a completion
+) -> bool:  # nothing that can be seen?
     "Is `text` white space and zero-width characters alone?"
     return not _ZERO_WIDTH.sub("", text).strip()
 
@@ -24,33 +25,47 @@ def blank(
 @dataclass(frozen=True)
 class TagFormat:
     "Reasoning and answer, each between a pair of tags"
-    name: str                   # what the configuration calls it
-    think: tuple                # opening and closing tag of the reasoning
-    answer: tuple               # opening and closing tag of the answer
+
+    name: str  # what the configuration calls it
+    think: tuple  # opening and closing tag of the reasoning
+    answer: tuple  # opening and closing tag of the answer
 
     @property
-    def instruction(self): return f"Think between {self.think[0]} and {self.think[1]}, then answer between {self.answer[0]} and {self.answer[1]}."
+    def instruction(self):
+        return (
+            f"Think between {self.think[0]} and {self.think[1]}, then answer between {self.answer[0]} and"
+            f" {self.answer[1]}."
+        )
 
-    def render(self, reasoning, answer): return f"{self.think[0]}{reasoning}{self.think[1]}\n{self.answer[0]}{answer}{self.answer[1]}"
+    def render(self, reasoning, answer):
+        return f"{self.think[0]}{reasoning}{self.think[1]}\n{self.answer[0]}{answer}{self.answer[1]}"
 
     def explain(self, text):
         "Why `text` does not parse, or None if it does."
         tags, at = (*self.think, *self.answer), []
         for tag in tags:
             n = text.count(tag)
-            if n != 1: return f"{tag} is there {n} times, not once"
+            if n != 1:
+                return f"{tag} is there {n} times, not once"
             at.append(text.index(tag))
-        if at != sorted(at): return "the tags are not in order"
-        outside = text[:at[0]], text[at[1] + len(tags[1]):at[2]], text[at[3] + len(tags[3]):]
-        if any(map(str.strip, outside)): return "there is text outside the tags"
-        if any(map(blank, self._parts(text, at))): return "a part is empty"
+        if at != sorted(at):
+            return "the tags are not in order"
+        outside = text[: at[0]], text[at[1] + len(tags[1]) : at[2]], text[at[3] + len(tags[3]) :]
+        if any(map(str.strip, outside)):
+            return "there is text outside the tags"
+        if any(map(blank, self._parts(text, at))):
+            return "a part is empty"
 
     def _parts(self, text, at):
-        return text[at[0] + len(self.think[0]):at[1]].strip(), text[at[2] + len(self.answer[0]):at[3]].strip()
+        return (
+            text[at[0] + len(self.think[0]) : at[1]].strip(),
+            text[at[2] + len(self.answer[0]) : at[3]].strip(),
+        )
 
     def parse(self, text):
         "(reasoning, answer), or None if the format is not kept to the letter."
-        if self.explain(text): return None
+        if self.explain(text):
+            return None
         return self._parts(text, [text.index(t) for t in (*self.think, *self.answer)])
 
 # %% ../nbs/20_formats.ipynb #be714451
@@ -58,20 +73,26 @@ def _first(values, target, at):
     "The first index from `at` on where `values` is `target`, or None; in windows that grow, so that a box costs what it is long."
     size = 256
     while at < len(values):
-        if len(hit := (values[at:at + size] == target).nonzero()[0]): return at + int(hit[0])
+        if len(hit := (values[at : at + size] == target).nonzero()[0]):
+            return at + int(hit[0])
         at, size = at + size, 2 * size
 
+
 def boxed(
-    text:str,  # any text
-)->list:       # what stands in each `\boxed{…}`, in order
+    text: str,  # any text
+) -> list:  # what stands in each `\boxed{…}`, in order
     "Contents of all boxes whose braces balance."
-    if (at := text.find(r"\boxed{")) < 0: return []
+    if (at := text.find(r"\boxed{")) < 0:
+        return []
     import numpy as np
+
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
     depth, found = np.cumsum((codes == ord("{")).astype(np.int32) - (codes == ord("}"))), []
     while at >= 0:
         start = at + len(r"\boxed{")
-        if (end := _first(depth, depth[start - 1] - 1, start)) is None: break  # then no box outside of this one can follow
+        # then no box outside of this one can follow
+        if (end := _first(depth, depth[start - 1] - 1, start)) is None:
+            break
         found.append(text[start:end])
         at = text.find(r"\boxed{", end)
     return found
@@ -80,56 +101,72 @@ def boxed(
 @dataclass(frozen=True)
 class BoxedFormat:
     "Reasoning, then the answer in a LaTeX box at the end"
-    name: str = "boxed"                                              # what the configuration calls it
+
+    name: str = "boxed"  # what the configuration calls it
     instruction: str = "Reason first, then put the answer in \\boxed{}."  # what a model is asked
 
-    def render(self, reasoning, answer): return f"{reasoning}\n\\boxed{{{answer}}}"
+    def render(self, reasoning, answer):
+        return f"{reasoning}\n\\boxed{{{answer}}}"
 
     def explain(self, text):
         "Why `text` does not parse, or None if it does."
         n = text.count("\\boxed{")
-        if n != 1: return f"\\boxed{{ is there {n} times, not once"
+        if n != 1:
+            return f"\\boxed{{ is there {n} times, not once"
         found, (before, after) = boxed(text), text.split("\\boxed{")
-        if not found: return "the box is not closed"
-        before, after = self._unwrap(before, after[len(found[0]) + 1:])
-        if after not in ("", "."): return "there is text after the box"
-        if blank(before) or blank(found[0]): return "a part is empty"
+        if not found:
+            return "the box is not closed"
+        before, after = self._unwrap(before, after[len(found[0]) + 1 :])
+        if after not in ("", "."):
+            return "there is text after the box"
+        if blank(before) or blank(found[0]):
+            return "a part is empty"
 
     def _unwrap(self, before, after):
         "Both sides of the box, without dollars that stand around it."
         before, after = before.strip(), after.strip()
         for mark in ("$$", "$"):
-            if before.endswith(mark) and after.startswith(mark): return before.removesuffix(mark).strip(), after.removeprefix(mark).strip()
+            if before.endswith(mark) and after.startswith(mark):
+                return before.removesuffix(mark).strip(), after.removeprefix(mark).strip()
         return before, after
 
     def parse(self, text):
         "(reasoning, answer), or None if the format is not kept to the letter."
-        if self.explain(text): return None
+        if self.explain(text):
+            return None
         before, after = text.split("\\boxed{")
         answer = boxed(text)[0]
-        return self._unwrap(before, after[len(answer) + 1:])[0], answer.strip()
+        return self._unwrap(before, after[len(answer) + 1 :])[0], answer.strip()
 
 # %% ../nbs/20_formats.ipynb #56c3b0ad
 @dataclass(frozen=True)
 class LineFormat:
     "Reasoning, then a last line `Answer: …`"
-    name: str = "answer_line"                                       # what the configuration calls it
-    instruction: str = "Reason first, then end with a line Answer: and the answer."  # what a model is asked
 
-    def render(self, reasoning, answer): return f"{reasoning}\nAnswer: {answer}"
+    name: str = "answer_line"  # what the configuration calls it
+    # what a model is asked
+    instruction: str = "Reason first, then end with a line Answer: and the answer."
+
+    def render(self, reasoning, answer):
+        return f"{reasoning}\nAnswer: {answer}"
 
     def explain(self, text):
         "Why `text` does not parse, or None if it does."
         n = text.count("Answer:")
-        if n != 1: return f"Answer: is there {n} times, not once"
+        if n != 1:
+            return f"Answer: is there {n} times, not once"
         before, after = text.split("Answer:")
-        if before.strip() and not before.rstrip(" ").endswith("\n"): return "Answer: does not start a line"
-        if "\n" in after.strip(): return "Answer: is not the last line"
-        if blank(before) or blank(after): return "a part is empty"
+        if before.strip() and not before.rstrip(" ").endswith("\n"):
+            return "Answer: does not start a line"
+        if "\n" in after.strip():
+            return "Answer: is not the last line"
+        if blank(before) or blank(after):
+            return "a part is empty"
 
     def parse(self, text):
         "(reasoning, answer), or None if the format is not kept to the letter."
-        if self.explain(text): return None
+        if self.explain(text):
+            return None
         before, after = text.split("Answer:")
         return before.strip(), after.strip()
 
@@ -137,179 +174,218 @@ class LineFormat:
 @dataclass(frozen=True)
 class JsonFormat:
     "One JSON object with the keys `reasoning` and `answer`"
-    name: str = "json"                                               # what the configuration calls it
+
+    name: str = "json"  # what the configuration calls it
     instruction: str = 'Reply in JSON with the keys "reasoning" and "answer".'  # what a model is asked
 
-    def render(self, reasoning, answer): return json.dumps({"reasoning": reasoning, "answer": answer}, ensure_ascii=False)
+    def render(self, reasoning, answer):
+        return json.dumps({"reasoning": reasoning, "answer": answer}, ensure_ascii=False)
 
     def _load(self, text):
         def once(pairs):
-            if len(dict(pairs)) != len(pairs): raise ValueError("a key is there twice")
+            if len(dict(pairs)) != len(pairs):
+                raise ValueError("a key is there twice")
             return dict(pairs)
+
         return json.loads(text, object_pairs_hook=once)
 
     def explain(self, text):
         "Why `text` does not parse, or None if it does."
-        if not text.strip().startswith("{"): return "it is not one JSON object"
-        try: d = self._load(text)
-        except (ValueError, RecursionError) as e: return f"it is not JSON: {e}"
-        if set(d) != {"reasoning", "answer"}: return f"the keys are {', '.join(d)}, not reasoning and answer"
-        if isinstance(d["answer"], (dict, list, bool)) or str(d["answer"]) in ("nan", "inf", "-inf") or not isinstance(d["reasoning"], str): return "a value is not plain text"
-        if d["answer"] is None or blank(d["reasoning"]) or blank(str(d["answer"])): return "a part is empty"
+        if not text.strip().startswith("{"):
+            return "it is not one JSON object"
+        try:
+            d = self._load(text)
+        except (ValueError, RecursionError) as e:
+            return f"it is not JSON: {e}"
+        if set(d) != {"reasoning", "answer"}:
+            return f"the keys are {', '.join(d)}, not reasoning and answer"
+        if (
+            isinstance(d["answer"], (dict, list, bool))
+            or str(d["answer"]) in ("nan", "inf", "-inf")
+            or not isinstance(d["reasoning"], str)
+        ):
+            return "a value is not plain text"
+        if d["answer"] is None or blank(d["reasoning"]) or blank(str(d["answer"])):
+            return "a part is empty"
 
     def parse(self, text):
         "(reasoning, answer), or None if the format is not kept to the letter."
-        if self.explain(text): return None
+        if self.explain(text):
+            return None
         d = self._load(text)
         return d["reasoning"].strip(), str(d["answer"]).strip()
 
 # %% ../nbs/20_formats.ipynb #8eef24ce
-FORMATS = {f.name: f for f in (
-    TagFormat("think_answer", ("<think>", "</think>"), ("<answer>", "</answer>")),
-    TagFormat("reason_final", ("[reason]", "[/reason]"), ("[final]", "[/final]")),
-    BoxedFormat(), LineFormat(), JsonFormat())}
+FORMATS = {
+    f.name: f
+    for f in (
+        TagFormat("think_answer", ("<think>", "</think>"), ("<answer>", "</answer>")),
+        TagFormat("reason_final", ("[reason]", "[/reason]"), ("[final]", "[/final]")),
+        BoxedFormat(),
+        LineFormat(),
+        JsonFormat(),
+    )
+}
 
 # %% ../nbs/20_formats.ipynb #ed898447
 _TA = FORMATS["think_answer"]
 
+
 def _well_formed(text, fmt):
     parts = fmt.parse(text)
-    if parts is None: raise ValueError(f"only a text in format {fmt.name} can be corrupted, and here {fmt.explain(text)}: {text[:80]!r}")
+    if parts is None:
+        raise ValueError(
+            f"only a text in format {fmt.name} can be corrupted, and here {fmt.explain(text)}: {text[:80]!r}"
+        )
     return parts
 
 # %% ../nbs/20_formats.ipynb #dbad7eda
 def drop_all_tags(
-    text:str,          # well-formed
-    fmt:TagFormat=_TA, # the format to spoil
-)->str:                # without any tag
+    text: str,  # well-formed
+    fmt: TagFormat = _TA,  # the format to spoil
+) -> str:  # without any tag
     "Reasoning and answer, but no tag; raises `ValueError` if `text` is not well-formed."
     return "\n".join(_well_formed(text, fmt))
 
 # %% ../nbs/20_formats.ipynb #a58a470c
 def drop_answer_tags(
-    text:str,          # well-formed
-    fmt:TagFormat=_TA, # the format to spoil
-)->str:                # with think tags alone
+    text: str,  # well-formed
+    fmt: TagFormat = _TA,  # the format to spoil
+) -> str:  # with think tags alone
     "The answer stands there without its tags; raises `ValueError` if `text` is not well-formed."
     reasoning, answer = _well_formed(text, fmt)
     return f"{fmt.think[0]}{reasoning}{fmt.think[1]}\n{answer}"
 
 # %% ../nbs/20_formats.ipynb #bf10113c
 def drop_think_tags(
-    text:str,          # well-formed
-    fmt:TagFormat=_TA, # the format to spoil
-)->str:                # with answer tags alone
+    text: str,  # well-formed
+    fmt: TagFormat = _TA,  # the format to spoil
+) -> str:  # with answer tags alone
     "The reasoning stands there without its tags; raises `ValueError` if `text` is not well-formed."
     reasoning, answer = _well_formed(text, fmt)
     return f"{reasoning}\n{fmt.answer[0]}{answer}{fmt.answer[1]}"
 
 # %% ../nbs/20_formats.ipynb #3a81200b
 def plain_answer(
-    text:str,          # well-formed
-    fmt:TagFormat=_TA, # the format to spoil
-)->str:                # with `Answer: …` for the answer tags
+    text: str,  # well-formed
+    fmt: TagFormat = _TA,  # the format to spoil
+) -> str:  # with `Answer: …` for the answer tags
     "Words in place of the answer tags; raises `ValueError` if `text` is not well-formed."
     reasoning, answer = _well_formed(text, fmt)
     return f"{fmt.think[0]}{reasoning}{fmt.think[1]}\nAnswer: {answer}"
 
 # %% ../nbs/20_formats.ipynb #7bec9686
 def shift_tags(
-    text:str,          # well-formed
-    fmt:TagFormat=_TA, # the format to spoil
-)->str:                # with the answer inside the reasoning
+    text: str,  # well-formed
+    fmt: TagFormat = _TA,  # the format to spoil
+) -> str:  # with the answer inside the reasoning
     "The closing think tag comes too late, after the answer; raises `ValueError` if `text` is not well-formed."
     reasoning, answer = _well_formed(text, fmt)
     return f"{fmt.think[0]}{reasoning}\n{fmt.answer[0]}{answer}{fmt.answer[1]}{fmt.think[1]}"
 
 # %% ../nbs/20_formats.ipynb #6458c39e
-PAPER_CORRUPTIONS = {f.__name__: f for f in (drop_all_tags, drop_answer_tags, drop_think_tags, plain_answer, shift_tags)}
+PAPER_CORRUPTIONS = {
+    f.__name__: f for f in (drop_all_tags, drop_answer_tags, drop_think_tags, plain_answer, shift_tags)
+}
 
 # %% ../nbs/20_formats.ipynb #b7c813b7
 def unclosed_answer(
-    text:str,          # well-formed
-    fmt:TagFormat=_TA, # the format to spoil
-)->str:                # without the last tag
+    text: str,  # well-formed
+    fmt: TagFormat = _TA,  # the format to spoil
+) -> str:  # without the last tag
     "It stops too early; raises `ValueError` if `text` is not well-formed."
     _well_formed(text, fmt)
     return text.replace(fmt.answer[1], "")
 
 # %% ../nbs/20_formats.ipynb #937ef785
 def unopened_think(
-    text:str,          # well-formed
-    fmt:TagFormat=_TA, # the format to spoil
-)->str:                # without the first tag
+    text: str,  # well-formed
+    fmt: TagFormat = _TA,  # the format to spoil
+) -> str:  # without the first tag
     "It begins in the middle of the thought; raises `ValueError` if `text` is not well-formed."
     _well_formed(text, fmt)
     return text.replace(fmt.think[0], "")
 
 # %% ../nbs/20_formats.ipynb #d56063ec
 def trailing_words(
-    text:str,          # well-formed
-    fmt:TagFormat=_TA, # the format to spoil
-)->str:                # with words after the last tag
+    text: str,  # well-formed
+    fmt: TagFormat = _TA,  # the format to spoil
+) -> str:  # with words after the last tag
     "It goes on talking; raises `ValueError` if `text` is not well-formed."
     _well_formed(text, fmt)
     return f"{text}\nI hope this helps!"
 
 # %% ../nbs/20_formats.ipynb #1c78521c
 def repeated_answer(
-    text:str,          # well-formed
-    fmt:TagFormat=_TA, # the format to spoil
-)->str:                # with the answer twice
+    text: str,  # well-formed
+    fmt: TagFormat = _TA,  # the format to spoil
+) -> str:  # with the answer twice
     "It says the answer twice; raises `ValueError` if `text` is not well-formed."
     answer = _well_formed(text, fmt)[1]
     return f"{text}\n{fmt.answer[0]}{answer}{fmt.answer[1]}"
 
 # %% ../nbs/20_formats.ipynb #56de0ae5
 def fenced(
-    text:str,          # well-formed
-    fmt:TagFormat=_TA, # the format to spoil
-)->str:                # in a Markdown fence
+    text: str,  # well-formed
+    fmt: TagFormat = _TA,  # the format to spoil
+) -> str:  # in a Markdown fence
     "It takes the tags for code; raises `ValueError` if `text` is not well-formed."
     _well_formed(text, fmt)
     return f"```xml\n{text}\n```"
 
 # %% ../nbs/20_formats.ipynb #f53d301a
 def capital_tags(
-    text:str,          # well-formed
-    fmt:TagFormat=_TA, # the format to spoil
-)->str:                # with `<THINK>` for `<think>` and so on
+    text: str,  # well-formed
+    fmt: TagFormat = _TA,  # the format to spoil
+) -> str:  # with `<THINK>` for `<think>` and so on
     "It writes the tags in capitals; raises `ValueError` if `text` is not well-formed."
     reasoning, answer = _well_formed(text, fmt)
     (a, b), (c, d) = ([t.upper() for t in pair] for pair in (fmt.think, fmt.answer))
     return f"{a}{reasoning}{b}\n{c}{answer}{d}"
 
 # %% ../nbs/20_formats.ipynb #52567980
-CORRUPTIONS = PAPER_CORRUPTIONS | {f.__name__: f for f in (unclosed_answer, unopened_think, trailing_words, repeated_answer, fenced, capital_tags)}
+CORRUPTIONS = PAPER_CORRUPTIONS | {
+    f.__name__: f
+    for f in (unclosed_answer, unopened_think, trailing_words, repeated_answer, fenced, capital_tags)
+}
 
 # %% ../nbs/20_formats.ipynb #bf8e571c
 _SAYS = re.compile(r"(?:\bthe )?(?:final )?answer(?: is|:)\s*", re.I)
 _TAGS = re.compile(r"</?(?:think|answer)>|\[/?(?:reason|final)\]", re.I)
 _OPEN = re.compile(r"(?:<answer>|\[final\])", re.I)
 
+
 def strip_tags(
-    text:str,  # any text
-)->str:        # each tag of a `TagFormat` replaced by a line break
+    text: str,  # any text
+) -> str:  # each tag of a `TagFormat` replaced by a line break
     "Text without the tags of our formats."
     return _TAGS.sub("\n", text)
 
+
 def find_answer(
-    text:str,  # any completion
-)->str:        # the answer as written, or None
+    text: str,  # any completion
+) -> str:  # the answer as written, or None
     "The answer of a completion, kept to a format or not: a parse, an open tag, a box, `Answer:`, or the last line."
     for f in FORMATS.values():
-        if (parts := f.parse(text)): return parts[1]
+        if parts := f.parse(text):
+            return parts[1]
     return announced(text)[1]
 
+
 def announced(
-    text:str,  # a completion that keeps no format
-)->tuple:      # (place where its announcement begins, the answer as written); (None, None) without one
+    text: str,  # a completion that keeps no format
+) -> tuple:  # (place where its announcement begins, the answer as written); (None, None) without one
     "The answer and where it begins, with the tag, the box or the words that announce it."
     at, said = None, text
-    if (m := list(_OPEN.finditer(text))): at, said = m[-1].start(), text[m[-1].end():].split("<")[0].split("[/")[0]
-    elif (found := boxed(text)): at, said = text.rindex("\\boxed{" + found[-1]), found[-1]
-    elif (m := list(_SAYS.finditer(text))): at, said = m[-1].start(), (text[m[-1].end():].splitlines() or [""])[0]
-    if at is not None and said in boxed(text): return (at, said.strip()) if said.strip() else (None, None)
+    if m := list(_OPEN.finditer(text)):
+        at, said = m[-1].start(), text[m[-1].end() :].split("<")[0].split("[/")[0]
+    elif found := boxed(text):
+        at, said = text.rindex("\\boxed{" + found[-1]), found[-1]
+    elif m := list(_SAYS.finditer(text)):
+        at, said = m[-1].start(), (text[m[-1].end() :].splitlines() or [""])[0]
+    if at is not None and said in boxed(text):
+        return (at, said.strip()) if said.strip() else (None, None)
     lines = [line for line in strip_tags(said).splitlines() if line.strip()]
-    if not lines: return None, None
+    if not lines:
+        return None, None
     return text.rindex(lines[-1].strip()) if at is None else at, lines[-1].strip()

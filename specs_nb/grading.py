@@ -18,53 +18,112 @@ from .core import nearest
 from .formats import boxed
 
 # %% ../nbs/21_grading.ipynb #0d0fbdd0
-_TABLE = {c: None for c in (*range(9), 11, 12, *range(14, 32), 127, 0xad, *range(0x200b, 0x2010), *range(0x202a, 0x202f), *range(0x2060, 0x2070), 0xfeff)}
-_TABLE |= {c: c - 0xfee0 for c in range(0xff01, 0xff5f)}                              # full width
-_TABLE |= dict.fromkeys(map(ord, "−–‐‑‒—"), "-") | dict.fromkeys(map(ord, "\xa0\u2009\u202f\u3000\u2002\u2003"), " ")
+_TABLE = {
+    c: None
+    for c in (
+        *range(9),
+        11,
+        12,
+        *range(14, 32),
+        127,
+        0xAD,
+        *range(0x200B, 0x2010),
+        *range(0x202A, 0x202F),
+        *range(0x2060, 0x2070),
+        0xFEFF,
+    )
+}
+_TABLE |= {c: c - 0xFEE0 for c in range(0xFF01, 0xFF5F)}  # full width
+_TABLE |= dict.fromkeys(map(ord, "−–‐‑‒—"), "-") | dict.fromkeys(
+    map(ord, "\xa0\u2009\u202f\u3000\u2002\u2003"), " "
+)
 _TABLE |= dict.fromkeys(map(ord, "’‘′"), "'") | dict.fromkeys(map(ord, "“”"), '"') | {ord("∶"): ":"}
 
+
 def clean(
-    text:str,  # as a model or a data set wrote it
-)->str:        # the same without invisible characters and with plain signs
+    text: str,  # as a model or a data set wrote it
+) -> str:  # the same without invisible characters and with plain signs
     "Plain characters for those that only look different."
     return (text if text.isascii() and text.isprintable() else text.translate(_TABLE)).strip()
 
 # %% ../nbs/21_grading.ipynb #7fdb6dec
-_LEAD = re.compile(r"(?:(?:so|thus|therefore|hence|then)\b[, ]*)?(?:(?:(?:my|the|our)\s+)?(?:(?:final|correct|right|best)\s+)?(?:answer|result|solution)s?\s*"
-                   r"(?:(?:to|of|for) (?:the|this) \w+\s*)?(?:is|are|:|=|would be|must be)\s*:?|it is|it's|it equals|looks like)\s+|answer:", re.I)
-_PAIRS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"), ('"', '"'), ("'", "'"))
+_LEAD = re.compile(
+    r"(?:(?:so|thus|therefore|hence|then)\b[,"
+    r" ]*)?(?:(?:(?:my|the|our)\s+)?(?:(?:final|correct|right|best)\s+)?(?:answer|result|solution)s?\s*"
+    r"(?:(?:to|of|for) (?:the|this) \w+\s*)?(?:is|are|:|=|would be|must be)\s*:?|it is|it's|it equals|looks"
+    r" like)\s+|answer:",
+    re.I,
+)
+_PAIRS = (
+    ("$$", "$$"),
+    ("$", "$"),
+    ("\\(", "\\)"),
+    ("\\[", "\\]"),
+    ("**", "**"),
+    ("`", "`"),
+    ('"', '"'),
+    ("'", "'"),
+)
 _ORNAMENT = re.compile(r"[\u2600-\u27bf\U0001f300-\U0001faff\ufe0f\s]+")  # ✅ and its like
-_MACRO = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|boldsymbol|fbox)\s*\{([^{}]*)\}")
+_MACRO = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|boldsymbol|fbox)\s*\{([^{}]*)\}"
+)
+
 
 def _peel(text):
-    if "\\boxed" in text and (found := list(dict.fromkeys(boxed(text)))): return ", ".join(found)
+    if "\\boxed" in text and (found := list(dict.fromkeys(boxed(text)))):
+        return ", ".join(found)
     for a, b in _PAIRS:
-        inner = text[len(a):-len(b)]
-        if len(text) > len(a) + len(b) and text.startswith(a) and text.endswith(b) and a not in inner and not inner.endswith("\\"): return inner
-    if (m := _MACRO.fullmatch(text)): return m[1]
-    if (m := _ORNAMENT.match(text) or _LEAD.match(text)) and m.end() < len(text): return text[m.end():]
-    return text[:-1] if text.endswith(".") and not text.endswith((" .", "..")) or text.endswith("!") and text[-2:-1].isalpha() else text
+        inner = text[len(a) : -len(b)]
+        if (
+            len(text) > len(a) + len(b)
+            and text.startswith(a)
+            and text.endswith(b)
+            and a not in inner
+            and not inner.endswith("\\")
+        ):
+            return inner
+    if m := _MACRO.fullmatch(text):
+        return m[1]
+    if (m := _ORNAMENT.match(text) or _LEAD.match(text)) and m.end() < len(text):
+        return text[m.end() :]
+    return (
+        text[:-1]
+        if text.endswith(".")
+        and not text.endswith((" .", ".."))
+        or text.endswith("!")
+        and text[-2:-1].isalpha()
+        else text
+    )
 
 # %% ../nbs/21_grading.ipynb #600944dd
 def unwrap(
-    text:str,  # an answer, perhaps in a sentence, a box, dollars or bold
-)->str:        # the answer alone
+    text: str,  # an answer, perhaps in a sentence, a box, dollars or bold
+) -> str:  # the answer alone
     "The answer without its wrapping."
     text = clean(text)
     for _ in range(8):
-        if text.isalnum() or (inner := _peel(text).strip()) == text: break
+        if text.isalnum() or (inner := _peel(text).strip()) == text:
+            break
         text = inner
     return text
 
 # %% ../nbs/21_grading.ipynb #b43490cd
 class Number(NamedTuple):
     "A number as it was written"
-    value: Fraction     # exact
-    places: int = None  # digits after the point; None: a fraction, which is exact
-    unit: str = ""      # a key of `UNITS`, or nothing
 
-_WORDS = {w: i for i, w in enumerate("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-                                     "seventeen eighteen nineteen twenty".split())}
+    value: Fraction  # exact
+    places: int = None  # digits after the point; None: a fraction, which is exact
+    unit: str = ""  # a key of `UNITS`, or nothing
+
+
+_WORDS = {
+    w: i
+    for i, w in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+        " sixteen seventeen eighteen nineteen twenty".split()
+    )
+}
 _LARGE = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 # %% ../nbs/21_grading.ipynb #1ad5a804
@@ -99,162 +158,259 @@ def _units(table):
     for dim, *pairs in map(str.split, table.strip().splitlines()):
         for name, factor in zip(pairs[::2], map(Fraction, pairs[1::2])):
             units[name] = units[f"{name}s"] = dim, factor
-            if dim == "length": units[f"{name}^2"], units[f"{name}^3"] = ("area", factor**2), ("volume", factor**3 * 1000)  # 1 is a litre
+            # 1 is a litre
+            if dim == "length":
+                units[f"{name}^2"], units[f"{name}^3"] = ("area", factor**2), ("volume", factor**3 * 1000)
     return units
+
 
 UNITS = _units(_TABLE_OF_UNITS)  # name → (dimension, factor)
 
 # %% ../nbs/21_grading.ipynb #28aa7d77
 _DIGITS = 300  # more digits than this are no answer
 _PLAIN = re.compile(rf"[-+]?(?:\d{{1,{_DIGITS}}}(?:\.(\d{{1,{_DIGITS}}}))?|\.(\d{{1,{_DIGITS}}}))", re.A)
-_INT = r"[1-9]\d{0,2}(?:,\d{2,3})*,\d{3}(?!\d)|[1-9]\d{0,2}(?: \d{3})+(?!\d)|[1-9]\d{0,2}(?:\.\d{3}){2,}(?!\d)|\d+"
+_INT = (
+    r"[1-9]\d{0,2}(?:,\d{2,3})*,\d{3}(?!\d)|[1-9]\d{0,2}(?:"
+    r" \d{3})+(?!\d)|[1-9]\d{0,2}(?:\.\d{3}){2,}(?!\d)|\d+"
+)
 _DEC = rf"(?P<dec>(?:{_INT})(?:\.\d+)?|\.\d+|\d+,\d+)"
-_FRAC = r"(?:(?P<whole>\d+) ?)?\\frac ?(?:\{(?P<n1>-?\d+)\} ?\{(?P<d1>\d+)\}|(?P<n2>\d)(?P<d2>\d))|(?:(?P<whole2>\d+) )?\(?(?P<n3>\d+)(?: ?/ ?|:(?!\d\d))(?P<d3>\d+)\)?"
+_FRAC = (
+    r"(?:(?P<whole>\d+) ?)?\\frac ?(?:\{(?P<n1>-?\d+)\}"
+    r" ?\{(?P<d1>\d+)\}|(?P<n2>\d)(?P<d2>\d))|(?:(?P<whole2>\d+) )?\(?(?P<n3>\d+)(?: ?/"
+    r" ?|:(?!\d\d))(?P<d3>\d+)\)?"
+)
 _SCI = r"(?:[eE](?P<e1>[-+]?\d{1,4})|(?P<x> ?× ?10 ?\^ ?\{?(?P<e2>[-+]?\d{1,4})\}?))"
-_NUMBER = re.compile(rf"(?P<sign>[-+]?) ?(?P<cur>[$€£¥]?) ?(?P<sign2>-?)(?:{_FRAC}|10\^\{{?(?P<e3>[-+]?\d{{1,4}})\}}?|{_DEC}{_SCI}?(?![\d.,]*\d))(?P<tail>.*)", re.A | re.S)
+_NUMBER = re.compile(
+    r"(?P<sign>[-+]?) ?(?P<cur>[$€£¥]?)"
+    rf" ?(?P<sign2>-?)(?:{_FRAC}|10\^\{{?(?P<e3>[-+]?\d{{1,4}})\}}?|{_DEC}{_SCI}?(?![\d.,]*\d))(?P<tail>.*)",
+    re.A | re.S,
+)
 _TAIL = re.compile(r" ?(?:(?P<large>thousand|million|billion|trillion)\b)? ?(?P<unit>.*)", re.S)
-_NO_UNIT = re.compile(r"\b(?:or|and|to|not|than|least|most|pi|sqrt|plus|minus|times|if|but|out of)\b|\d(?<![\^{]\d)|[=+*×<>^~|_,;:?()\\\[\]{}]|n't", re.I)
-_TIDY = [(re.compile(p), r) for p, r in ((r"(?<!\\)\$([^$]+)\$", r"\1"), (r"\\[,!;: ]|\\quad|~", " "), (r"\{,\}", ","), (r"\\[dt]frac", r"\\frac"), (r"\\(?:left|right)(?![a-z])", ""), (r"\\(?:times|cdot)(?![a-z])|[xX](?= ?10 ?\^)|\*", "×"),
-         (r"\^?\{?\\circ(?![a-z])\}?|\\degree", "°"), (r"\\%", "%"), (r"\\\$", "$"), (r"\\(?:text|mathrm|mbox|rm)\s*\{([^{}]*)\}", r" \1 "), (r" +", " "))]
+_NO_UNIT = re.compile(
+    r"\b(?:or|and|to|not|than|least|most|pi|sqrt|plus|minus|times|if|but|out"
+    r" of)\b|\d(?<![\^{]\d)|[=+*×<>^~|_,;:?()\\\[\]{}]|n't",
+    re.I,
+)
+_TIDY = [
+    (re.compile(p), r)
+    for p, r in (
+        (r"(?<!\\)\$([^$]+)\$", r"\1"),
+        (r"\\[,!;: ]|\\quad|~", " "),
+        (r"\{,\}", ","),
+        (r"\\[dt]frac", r"\\frac"),
+        (r"\\(?:left|right)(?![a-z])", ""),
+        (r"\\(?:times|cdot)(?![a-z])|[xX](?= ?10 ?\^)|\*", "×"),
+        (r"\^?\{?\\circ(?![a-z])\}?|\\degree", "°"),
+        (r"\\%", "%"),
+        (r"\\\$", "$"),
+        (r"\\(?:text|mathrm|mbox|rm)\s*\{([^{}]*)\}", r" \1 "),
+        (r" +", " "),
+    )
+]
 _SUP = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8"}
 
 # %% ../nbs/21_grading.ipynb #ac408094
 def _tidy(text):
-    if text.isascii() and "\\" not in text and "{" not in text: text = text.replace("*", "×").replace("x10^", "×10^").replace("x 10^", "×10^")
+    if text.isascii() and "\\" not in text and "{" not in text:
+        text = text.replace("*", "×").replace("x10^", "×10^").replace("x 10^", "×10^")
     else:
-        for pattern, new in _TIDY: text = pattern.sub(new, text)
+        for pattern, new in _TIDY:
+            text = pattern.sub(new, text)
         text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^" + m[0].translate(_SUP), text)
-        for k, v in _VULGAR.items(): text = re.sub(rf"(\d?) ?{k}", lambda m: f"{m[1]} {v}".strip(), text)
+        for k, v in _VULGAR.items():
+            text = re.sub(rf"(\d?) ?{k}", lambda m: f"{m[1]} {v}".strip(), text)
     return re.sub(r"\s+", " ", text).strip()
 
 # %% ../nbs/21_grading.ipynb #1d78ff6d
 def _fraction(m):
     "(value, places) of a match of `_NUMBER`, or None"
-    if m["e3"]: return Fraction(10) ** max(-400, min(400, int(m["e3"]))), 0
+    if m["e3"]:
+        return Fraction(10) ** max(-400, min(400, int(m["e3"]))), 0
     for w, n, d in (("whole", "n1", "d1"), ("whole", "n2", "d2"), ("whole2", "n3", "d3")):
-        if m[n]: return (int(m[w] or 0) + Fraction(int(m[n]), int(m[d])), None) if int(m[d]) else None
+        if m[n]:
+            return (int(m[w] or 0) + Fraction(int(m[n]), int(m[d])), None) if int(m[d]) else None
     dec, exp = m["dec"], int(m["e1"] or m["e2"] or 0)
-    if abs(exp) > 400: return None
-    if re.fullmatch(r"\d+,\d+", dec) and not re.fullmatch(_INT, dec): dec = dec.replace(",", ".")  # 3,5
-    if dec.count(".") > 1: dec = dec.replace(".", "")                                             # 1.234.567
+    if abs(exp) > 400:
+        return None
+    if re.fullmatch(r"\d+,\d+", dec) and not re.fullmatch(_INT, dec):
+        dec = dec.replace(",", ".")  # 3,5
+    if dec.count(".") > 1:
+        dec = dec.replace(".", "")  # 1.234.567
     dec = dec.replace(",", "").replace(" ", "")
     return Fraction(dec) * Fraction(10) ** exp, max(0, len(dec.partition(".")[2]) - exp)
 
 # %% ../nbs/21_grading.ipynb #87caa692
 def _with_unit(value, places, tail):
     m = _TAIL.fullmatch(tail)
-    if m["large"]: value, places = value * _LARGE[m["large"]], max(0, (places or 0) - 12)
+    if m["large"]:
+        value, places = value * _LARGE[m["large"]], max(0, (places or 0) - 12)
     unit = m["unit"].strip().rstrip(".") if not tail.startswith(".") else tail
-    plain = re.sub(r"\^\{?([23])\}?$", r"^\1", re.sub(r"^(?:square|sq\.?) (\w+)$", r"\1^2", re.sub(r"^cubic (\w+)$", r"\1^3", unit)))
-    if plain in UNITS: return Number(value, places, plain)
-    if unit and (_NO_UNIT.search(unit) or len(unit) == 1 or not tail.startswith(" ")): return None
+    plain = re.sub(
+        r"\^\{?([23])\}?$",
+        r"^\1",
+        re.sub(r"^(?:square|sq\.?) (\w+)$", r"\1^2", re.sub(r"^cubic (\w+)$", r"\1^3", unit)),
+    )
+    if plain in UNITS:
+        return Number(value, places, plain)
+    if unit and (_NO_UNIT.search(unit) or len(unit) == 1 or not tail.startswith(" ")):
+        return None
     return Number(value, places)
 
 # %% ../nbs/21_grading.ipynb #7bb6146d
 def read_number(
-    text:str,  # unwrapped
-)->Number:     # or None
+    text: str,  # unwrapped
+) -> Number:  # or None
     "The number that `text` is: plain, grouped, fraction, scientific, percent, money, with a unit, or a word up to twenty."
-    if (m := _PLAIN.fullmatch(text)): return Number(Fraction(text), len(m[1] or m[2] or ""))
-    if len(text) > _DIGITS: return None
+    if m := _PLAIN.fullmatch(text):
+        return Number(Fraction(text), len(m[1] or m[2] or ""))
+    if len(text) > _DIGITS:
+        return None
     text = re.sub(r"^(?:[A-Za-z](?:_\w)? ?= ?|[=≈] ?|\\approx ?)", "", _tidy(text))
-    if (word := re.match(r"(minus )?([a-z]+)\b(?![ -](?:third|quarter|hal|fourth|fifth|hundred|thousand|[mb]illion|dozen|and|point))", text, re.I)) and word[2].lower() in _WORDS:
-        sign, value, places, tail = word[1], Fraction(_WORDS[word[2].lower()]), 0, text[word.end():]
+    if (
+        word := re.match(
+            r"(minus )?([a-z]+)\b(?!["
+            r" -](?:third|quarter|hal|fourth|fifth|hundred|thousand|[mb]illion|dozen|and|point))",
+            text,
+            re.I,
+        )
+    ) and word[2].lower() in _WORDS:
+        sign, value, places, tail = word[1], Fraction(_WORDS[word[2].lower()]), 0, text[word.end() :]
     elif (m := _NUMBER.fullmatch(text)) and (read := _fraction(m)):
         sign, (value, places), tail = "-" in m["sign"] + m["sign2"], read, (m["tail"] + m["cur"])
-    else: return None
+    else:
+        return None
     return _with_unit(-value if sign else value, places, tail)
 
 # %% ../nbs/21_grading.ipynb #1a9fde67
 _ANY = re.compile(r"(?<![\w.,/])[-+$€£¥]?\.?\d\S*(?: [A-Za-z°%][A-Za-z/^0-9°]*)?", re.A)
-_HEDGE = re.compile(r"\b(?:not|or|either|neither|nor|between|at least|at most|more than|less than|over|under|up to|never|unsure|maybe)\b|n't", re.I)
-_OTHER = re.compile(r"\b(?:\w+ty|hundred|thousand|[mb]illion|half|halves|thirds?|quarters?|fourths?|fifths?|dozens?|point)\b", re.I)
+_HEDGE = re.compile(
+    r"\b(?:not|or|either|neither|nor|between|at least|at most|more than|less than|over|under|up"
+    r" to|never|unsure|maybe)\b|n't",
+    re.I,
+)
+_OTHER = re.compile(
+    r"\b(?:\w+ty|hundred|thousand|[mb]illion|half|halves|thirds?|quarters?|fourths?|fifths?|dozens?|point)\b",
+    re.I,
+)
+
 
 def numbers_in(
-    text:str,  # a sentence
-)->list:       # of `Number`; None for what only starts like one
+    text: str,  # a sentence
+) -> list:  # of `Number`; None for what only starts like one
     "All numbers of a sentence, with their units; number words only where there are no digits."
     found = []
     for m in _ANY.finditer(text):
         number, _, unit = m[0].partition(" ")
-        found.append(read_number(f"{number} {unit}" if unit.rstrip(".") in UNITS else number.rstrip(".,;:!?)")))
-    if found or _OTHER.search(text): return found
+        found.append(
+            read_number(f"{number} {unit}" if unit.rstrip(".") in UNITS else number.rstrip(".,;:!?)"))
+        )
+    if found or _OTHER.search(text):
+        return found
     return [Number(Fraction(_WORDS[w]), 0) for w in re.findall(r"[a-z]+", text.lower()) if w in _WORDS]
 
 # %% ../nbs/21_grading.ipynb #32cea397
 def find_number(
-    text:str,  # unwrapped
-)->Number:     # or None
+    text: str,  # unwrapped
+) -> Number:  # or None
     "The number of a sentence that states exactly one; after a last `=` only what follows counts."
-    if (number := read_number(text)) or len(text) > 2000: return number
-    if "=" in text: return read_number(text.rpartition("=")[2].strip())
-    if re.search(r"[\\^*×+<>]|-\(", text) or _HEDGE.search(text): return None
+    if (number := read_number(text)) or len(text) > 2000:
+        return number
+    if "=" in text:
+        return read_number(text.rpartition("=")[2].strip())
+    if re.search(r"[\\^*×+<>]|-\(", text) or _HEDGE.search(text):
+        return None
     found = numbers_in(text)
     return found[0] if found and found[0] and len(set(found)) == 1 else None
 
 # %% ../nbs/21_grading.ipynb #afaf5186
 def close(
-    p:Fraction,           # predicted
-    g:Fraction,           # gold
-    p_places:int=None,    # digits after the point, as written; None: exact
-    g_places:int=None,    # the same of the gold
-    tol:float=None,       # relative tolerance to allow besides
-    precision:int=None,   # compare both rounded to so many places
-)->bool:                  # the same?
+    p: Fraction,  # predicted
+    g: Fraction,  # gold
+    p_places: int = None,  # digits after the point, as written; None: exact
+    g_places: int = None,  # the same of the gold
+    tol: float = None,  # relative tolerance to allow besides
+    precision: int = None,  # compare both rounded to so many places
+) -> bool:  # the same?
     "Equal, within `tol`, equal after rounding to `precision`, or an honest rounding of each other."
     off = abs(p - g)
-    if not off: return True
-    if tol is not None and off <= Fraction(tol) * abs(g): return True
-    if precision is not None: return 2 * off <= 2 * Fraction(1, 10**precision) and round(p, precision) == round(g, precision)
-    if g_places is None: return bool(p_places and p_places >= 3) and 2 * off <= Fraction(1, 10**p_places)
+    if not off:
+        return True
+    if tol is not None and off <= Fraction(tol) * abs(g):
+        return True
+    if precision is not None:
+        return 2 * off <= 2 * Fraction(1, 10**precision) and round(p, precision) == round(g, precision)
+    if g_places is None:
+        return bool(p_places and p_places >= 3) and 2 * off <= Fraction(1, 10**p_places)
     finer = p_places is None or p_places > g_places
-    return g_places >= 2 and finer and 2 * off <= Fraction(1, 10**g_places) and (p_places is None or 100 * off <= abs(g))
+    return (
+        g_places >= 2
+        and finer
+        and 2 * off <= Fraction(1, 10**g_places)
+        and (p_places is None or 100 * off <= abs(g))
+    )
 
 # %% ../nbs/21_grading.ipynb #28670894
 def same_number(
-    p:Number,            # predicted
-    g:Number,            # gold
-    tol:float=None,      # see `close`
-    precision:int=None,  # see `close`
-)->bool:                 # the same?
+    p: Number,  # predicted
+    g: Number,  # gold
+    tol: float = None,  # see `close`
+    precision: int = None,  # see `close`
+) -> bool:  # the same?
     "Compare value and unit; a unit that only one of them has is not held against it."
     values, scale = [p.value], Fraction(1)
     if p.unit and g.unit:
         (p_dim, p_factor), (g_dim, g_factor) = UNITS[p.unit], UNITS[g.unit]
-        if p_dim != g_dim: return False
+        if p_dim != g_dim:
+            return False
         scale = p_factor / g_factor
-    elif "percent" in (UNITS.get(p.unit or g.unit, "")[:1] or ()): values.append(p.value / 100 if p.unit else p.value * 100)
+    elif "percent" in (UNITS.get(p.unit or g.unit, "")[:1] or ()):
+        values.append(p.value / 100 if p.unit else p.value * 100)
     exact = scale == 1
-    return any(close(v * scale, g.value, p.places if exact and v == p.value else None, g.places, tol, precision) for v in values)
+    return any(
+        close(v * scale, g.value, p.places if exact and v == p.value else None, g.places, tol, precision)
+        for v in values
+    )
 
 # %% ../nbs/21_grading.ipynb #53327baf
 _DROP = re.compile(r"\b(?:the|an?)\b(?=\s+\S)", re.I)
 
+
 def plain_words(
-    text:str,  # any text
-)->str:        # lower case, single spaces, no accents, articles or punctuation
+    text: str,  # any text
+) -> str:  # lower case, single spaces, no accents, articles or punctuation
     "What two texts are compared by."
-    text = "".join(c for c in unicodedata.normalize("NFKD", unwrap(text)) if not unicodedata.combining(c)).casefold()
+    text = "".join(
+        c for c in unicodedata.normalize("NFKD", unwrap(text)) if not unicodedata.combining(c)
+    ).casefold()
     text = re.sub(r"\\[a-z]+\s*|[{}$]", " ", text)
-    words = re.sub(r"(?<!\d)[.,](?!\d)|[^\w.,%/°+<>=-]|(?<=\D)[.,]|[.,](?!\d)|_|(?<=\w)-(?=[^\W\d])", " ", text)
+    words = re.sub(
+        r"(?<!\d)[.,](?!\d)|[^\w.,%/°+<>=-]|(?<=\D)[.,]|[.,](?!\d)|_|(?<=\w)-(?=[^\W\d])", " ", text
+    )
     return " ".join(_DROP.sub(" ", words).split()) or " ".join(text.split())
 
 # %% ../nbs/21_grading.ipynb #8b87077d
 _YES = {"yes": True, "true": True, "no": False, "false": False}
 _MANY = re.compile(r"\b(?:or|and|not|neither|nor|either)\b|n't|[,;/]", re.I)
 
+
 def _grade_text(p, g, **kw):
     words_p, words_g = plain_words(p), plain_words(g)
-    if not re.search(r"\w", words_g): return None, "the gold answer has no words"
-    if words_p == words_g: return True, "same words"
-    if words_g in _YES: return _grade_yes(words_p, words_g)
+    if not re.search(r"\w", words_g):
+        return None, "the gold answer has no words"
+    if words_p == words_g:
+        return True, "same words"
+    if words_g in _YES:
+        return _grade_yes(words_p, words_g)
     a, b = read_number(unwrap(p)), read_number(unwrap(g))
-    if b: return bool(a and same_number(a, b)), "compared as numbers"
+    if b:
+        return bool(a and same_number(a, b)), "compared as numbers"
     if f" {words_g} " in f" {words_p} " and not _MANY.search(unwrap(p)) and len(words_p) < 10 * len(words_g):
         return None, "the gold answer stands among other words: a rule can't decide"
-    if len(words_g.split()) > 3 and words_p: return None, "a rule can't compare sentences"
+    if len(words_g.split()) > 3 and words_p:
+        return None, "a rule can't compare sentences"
     return False, "different words"
+
 
 def _grade_yes(p, g):
     said = {_YES[w] for w in p.split() if w in _YES}
@@ -264,8 +420,10 @@ def _grade_yes(p, g):
 _LETTER = re.compile(r"(?:option |choice |answer )?[\(\[]?([A-Za-z])[\)\]]?[.:)]?", re.I)
 _LABEL = re.compile(r"[\(\[]?([A-Za-z])(?:[\)\]][.:]?|[.:]| -)\s+(\S.*)", re.S)
 _CAPITAL = re.compile(r"(?<![\w'-])([A-Z])(?![\w'-])")
-_NO_LETTER = r"\bI\b(?= [a-z'])|(?:^|(?<=[.!?] ))A(?= (?!and\b|or\b|nor\b|is\b)[a-z])"  # a pronoun, an article
+# a pronoun, an article
+_NO_LETTER = r"\bI\b(?= [a-z'])|(?:^|(?<=[.!?] ))A(?= (?!and\b|or\b|nor\b|is\b)[a-z])"
 _LETTERS = re.compile(r"[\(\[{]?[A-Z][\)\]}]?(?:(?:\s*[,;&]\s*|\s+and\s+|\s*)[\(\[{]?[A-Z][\)\]}]?)*")
+
 
 def _by_text(text, choices):
     return tuple(chr(65 + i) for i, c in enumerate(choices or ()) if plain_words(c) == plain_words(text))
@@ -273,57 +431,84 @@ def _by_text(text, choices):
 # %% ../nbs/21_grading.ipynb #1893444d
 def _labelled(letter, text, choices):
     others = _by_text(text, choices)
-    if letter in others: return (letter,)  # its own text, in which capitals may stand: `A. Vitamin C`
+    if letter in others:
+        return (letter,)  # its own text, in which capitals may stand: `A. Vitamin C`
     more = re.findall(r"[(\[]([A-Z])\b|\b([A-Z])[.:)\]]", text)
     return tuple(dict.fromkeys([letter, *others, *(a or b for a, b in more)]))
 
+
 def _by_value(text, choices):
     number = read_number(text)
-    same = [chr(65 + i) for i, c in enumerate(choices or ()) if number and (n := read_number(unwrap(c))) and same_number(number, n)]
+    same = [
+        chr(65 + i)
+        for i, c in enumerate(choices or ())
+        if number and (n := read_number(unwrap(c))) and same_number(number, n)
+    ]
     return tuple(same[:1])
 
 # %% ../nbs/21_grading.ipynb #91944ac8
 def read_letters(
-    text:str,      # unwrapped
+    text: str,  # unwrapped
     choices=None,  # the choices' texts, A first
-)->tuple:          # of letters; empty: none can be read
+) -> tuple:  # of letters; empty: none can be read
     "The letters that `text` chooses: one, several, or none."
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", text)
-    if (m := _LETTER.fullmatch(text)): return (m[1].upper(),)
-    if (m := _LABEL.fullmatch(text)): return _labelled(m[1].upper(), m[2], choices)
-    if (same := _by_text(text, choices)): return same[:1]
+    if m := _LETTER.fullmatch(text):
+        return (m[1].upper(),)
+    if m := _LABEL.fullmatch(text):
+        return _labelled(m[1].upper(), m[2], choices)
+    if same := _by_text(text, choices):
+        return same[:1]
     found = dict.fromkeys(_CAPITAL.findall(re.sub(_NO_LETTER, "", text)))
     return () if _HEDGE.search(text) else tuple(found) or _by_value(text, choices)
 
 # %% ../nbs/21_grading.ipynb #c81920eb
 def _gold_letters(g, choices):
     if choices:
-        exact = [chr(65 + i) for i, c in enumerate(choices) if c.strip() == g.strip() or plain_words(c) == plain_words(g)]
+        exact = [
+            chr(65 + i)
+            for i, c in enumerate(choices)
+            if c.strip() == g.strip() or plain_words(c) == plain_words(g)
+        ]
         letter = _LETTER.fullmatch(g)
-        if exact and letter and letter[1].upper() not in exact and ord(letter[1].upper()) - 65 < len(choices): return None
-        if exact: return (exact[0],) if len(exact) == 1 or not letter else (letter[1].upper(),)
+        if exact and letter and letter[1].upper() not in exact and ord(letter[1].upper()) - 65 < len(choices):
+            return None
+        if exact:
+            return (exact[0],) if len(exact) == 1 or not letter else (letter[1].upper(),)
     found = tuple(c for c in g if c.isupper()) if _LETTERS.fullmatch(g) else read_letters(g, choices)
     return found if found and all(ord(c) - 65 < len(choices or "A" * 26) for c in found) else ()
 
 # %% ../nbs/21_grading.ipynb #1b45ef54
 def _grade_choice(p, g, choices=None, **kw):
     gold = _gold_letters(unwrap(g), choices)
-    if gold is None: return None, "the gold answer is a letter and also another choice's text"
-    if not gold: return None, "the gold answer is none of the choices"
+    if gold is None:
+        return None, "the gold answer is a letter and also another choice's text"
+    if not gold:
+        return None, "the gold answer is none of the choices"
     p = unwrap(p)
-    said = tuple(c for c in p if c.isupper()) if len(gold) > 1 and _LETTERS.fullmatch(p) else read_letters(p, choices)
-    if not said: return False, "no choice can be read"
-    if len(said) != len(gold): return False, f"names {len(set(said))} choices, not {len(gold)}"
+    said = (
+        tuple(c for c in p if c.isupper())
+        if len(gold) > 1 and _LETTERS.fullmatch(p)
+        else read_letters(p, choices)
+    )
+    if not said:
+        return False, "no choice can be read"
+    if len(said) != len(gold):
+        return False, f"names {len(set(said))} choices, not {len(gold)}"
     return set(said) == set(gold), "compared as choices"
 
 # %% ../nbs/21_grading.ipynb #9cbd70d8
 _POWER = re.compile(r"\^\s*\{?\s*-?(\d+)|(\d+)\s*\}?\)?!", re.A)
 
+
 def _depth(text, opening="{(["):
     deep = most = 0
     for c in text:
-        if c in opening: deep += 1; most = max(most, deep)
-        elif c in "})]": deep -= 1
+        if c in opening:
+            deep += 1
+            most = max(most, deep)
+        elif c in "})]":
+            deep -= 1
     return most
 
 # %% ../nbs/21_grading.ipynb #d067c7d3
@@ -334,40 +519,62 @@ def _tower(text):
         if c == "{":
             stack.append(level)
             level += text[:i].rstrip().endswith("^")
-        elif c == "}" and stack: level = stack.pop()
-        elif c == "^": most = max(most, level + 1)
+        elif c == "}" and stack:
+            level = stack.pop()
+        elif c == "^":
+            most = max(most, level + 1)
     return most
 
 # %% ../nbs/21_grading.ipynb #26edbdf7
 def too_hard(
-    text:str,  # LaTeX
-)->str:        # why it isn't worth parsing, or None
+    text: str,  # LaTeX
+) -> str:  # why it isn't worth parsing, or None
     "A reason to refuse `text` before computer algebra sees it."
-    if len(text) > 400: return "it is too long"
-    if text.count("{") - text.count("\\{") != text.count("}") - text.count("\\}"): return "its braces do not balance"
-    if _depth(text) > 12: return "it is nested too deep"
-    if re.search(r"\d{61}|[\d.]\s*[eE]\s*[+-]?\s*\d{4}", text): return "a number has too many digits"  # 21E998300: a minute in native code, where no timer reaches it
-    if re.search(r"!\s*[)}]*!|[)}]\s*!(?=.*(?:\d{3}|\^))|(?:\d{3}|\^).*[)}]\s*!|\\binom\s*\{\d{6}", text): return "its factorials are too high"
+    if len(text) > 400:
+        return "it is too long"
+    if text.count("{") - text.count("\\{") != text.count("}") - text.count("\\}"):
+        return "its braces do not balance"
+    if _depth(text) > 12:
+        return "it is nested too deep"
+    # 21E998300: a minute in native code, where no timer reaches it
+    if re.search(r"\d{61}|[\d.]\s*[eE]\s*[+-]?\s*\d{4}", text):
+        return "a number has too many digits"
+    if re.search(r"!\s*[)}]*!|[)}]\s*!(?=.*(?:\d{3}|\^))|(?:\d{3}|\^).*[)}]\s*!|\\binom\s*\{\d{6}", text):
+        return "its factorials are too high"
     powers = [int((a or b)[:9]) for a, b in _POWER.findall(text)]
     stacked = _tower(text) > 1 or re.search(r"[)}\]]\s*\^|!\s*\^", text)  # powers of powers multiply
-    if _tower(text) > 2 or any(n > 9999 for n in powers) or stacked and prod(max(n, 1) for n in powers) > 10**5: return "its powers are too high"
+    if (
+        _tower(text) > 2
+        or any(n > 9999 for n in powers)
+        or stacked
+        and prod(max(n, 1) for n in powers) > 10**5
+    ):
+        return "its powers are too high"
 
 # %% ../nbs/21_grading.ipynb #c0521c92
-class _TooLong(BaseException): "Raised by the timer in `limited`"
+class _TooLong(BaseException):
+    "Raised by the timer in `limited`"
+
 
 class _Budget(threading.local):
     "What one answer may still spend on computer algebra, in seconds; an answer with fifty parts gets no more than one with one"
+
     left, depth = None, 0
+
+
 _budget = _Budget()
 
 # %% ../nbs/21_grading.ipynb #dc20148c
 def _raise_in(thread, error):
     "Raise `error` in another thread at its next step; `None` calls a pending one back"
     import ctypes
+
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error and ctypes.py_object(error))
+
 
 class _Timer:
     "A thread that raises `_TooLong` in the one that made it, once it is armed and until it is gone"
+
     def __init__(self, seconds):
         self.target, self.seconds, self.wake = threading.get_ident(), seconds, threading.Lock()
         self.armed = self.done = self.gone = False
@@ -377,11 +584,12 @@ class _Timer:
     def _run(self):
         wait, shots = self.seconds, 0
         while shots < 12:  # the last comes after two minutes: then nothing helps
-            if self.wake.acquire(timeout=wait) or self.done: break
-            wait = .001
+            if self.wake.acquire(timeout=wait) or self.done:
+                break
+            wait = 0.001
             if self.armed:
                 _raise_in(self.target, _TooLong)
-                wait, shots = .03 * 2**shots, shots + 1
+                wait, shots = 0.03 * 2**shots, shots + 1
         self.gone = True
 
     def settle(self):
@@ -389,78 +597,141 @@ class _Timer:
         while True:
             try:
                 self.done = True
-                if self.wake.locked(): self.wake.release()
-                while not self.gone: time.sleep(0)
+                if self.wake.locked():
+                    self.wake.release()
+                while not self.gone:
+                    time.sleep(0)
                 _raise_in(self.target, None)
                 return
-            except _TooLong: pass
+            except _TooLong:
+                pass
 
 # %% ../nbs/21_grading.ipynb #14b3f5ca
 def limited(
-    seconds:float,  # to spend at most
-    f,              # a function without side effects
-    *args,          # its arguments
-):                  # what it returns
+    seconds: float,  # to spend at most
+    f,  # a function without side effects
+    *args,  # its arguments
+):  # what it returns
     "`f(*args)`, or `TimeoutError` after `seconds`, in any thread."
-    if _budget.left is not None: seconds = min(seconds, _budget.left)
-    if seconds <= 0: raise TimeoutError("no time left")
+    if _budget.left is not None:
+        seconds = min(seconds, _budget.left)
+    if seconds <= 0:
+        raise TimeoutError("no time left")
     start, timer = time.monotonic(), _Timer(seconds)
     try:
         try:
             timer.armed = True
             return f(*args)
-        finally: timer.settle()
+        finally:
+            timer.settle()
     except _TooLong:
         timer.settle()
         raise TimeoutError(f"took longer than {seconds} s") from None
     finally:
-        if _budget.left is not None: _budget.left -= time.monotonic() - start
+        if _budget.left is not None:
+            _budget.left -= time.monotonic() - start
 
 # %% ../nbs/21_grading.ipynb #047310d3
-_SIGNS = {"π": r"\pi ", "√": r"\sqrt ", "×": r"\times ", "·": r"\cdot ", "÷": "/", "≤": r"\le ", "≥": r"\ge ", "≠": r"\neq ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "∅": r"\emptyset ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "°": r"^\circ "}
-_ASCII = [(re.compile(p), r) for p, r in ((r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\neq "), (r"\*\*", "^"), (r"\*", r"\\cdot "), (r"(?<!\\)\bsqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"\\sqrt\s+(\w)", r"\\sqrt{\1}"),
-          (r"(?<!\\)\b(pi|sin|cos|tan|log|ln|exp|infty)\b", r"\\\1 "), (r"\^\(([^()]*)\)", r"^{\1}"), (r"\\mathrm\s*\{([ei])\}", r"\1"), (r"\\[dt]frac", r"\\frac"), (r"\\[,!;:]|\\quad", " "), (r"(?<![\\\d])e\^(\w)", r"e^{\1}"), (r"\\(?:left|right)(?![a-z])", ""))]
+_SIGNS = {
+    "π": r"\pi ",
+    "√": r"\sqrt ",
+    "×": r"\times ",
+    "·": r"\cdot ",
+    "÷": "/",
+    "≤": r"\le ",
+    "≥": r"\ge ",
+    "≠": r"\neq ",
+    "∞": r"\infty ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
+    "∈": r"\in ",
+    "±": r"\pm ",
+    "∅": r"\emptyset ",
+    "θ": r"\theta ",
+    "α": r"\alpha ",
+    "β": r"\beta ",
+    "°": r"^\circ ",
+}
+_ASCII = [
+    (re.compile(p), r)
+    for p, r in (
+        (r"<=", r"\\le "),
+        (r">=", r"\\ge "),
+        (r"!=", r"\\neq "),
+        (r"\*\*", "^"),
+        (r"\*", r"\\cdot "),
+        (r"(?<!\\)\bsqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"\\sqrt\s+(\w)", r"\\sqrt{\1}"),
+        (r"(?<!\\)\b(pi|sin|cos|tan|log|ln|exp|infty)\b", r"\\\1 "),
+        (r"\^\(([^()]*)\)", r"^{\1}"),
+        (r"\\mathrm\s*\{([ei])\}", r"\1"),
+        (r"\\[dt]frac", r"\\frac"),
+        (r"\\[,!;:]|\\quad", " "),
+        (r"(?<![\\\d])e\^(\w)", r"e^{\1}"),
+        (r"\\(?:left|right)(?![a-z])", ""),
+    )
+]
+
 
 def as_latex(
-    text:str,  # unwrapped
-)->str:        # LaTeX without dollars
+    text: str,  # unwrapped
+) -> str:  # LaTeX without dollars
     "`text` with plain signs written as LaTeX."
     if not text.isascii():
         text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^{" + m[0].translate(_SUP) + "}", text)
-        for sign, latex in _SIGNS.items(): text = text.replace(sign, latex)
-        for sign, latex in _VULGAR.items(): text = text.replace(sign, r"\frac{%s}{%s}" % tuple(latex.split("/")))
-    for pattern, new in _ASCII: text = pattern.sub(new, text)
+        for sign, latex in _SIGNS.items():
+            text = text.replace(sign, latex)
+        for sign, latex in _VULGAR.items():
+            text = text.replace(sign, r"\frac{%s}{%s}" % tuple(latex.split("/")))
+    for pattern, new in _ASCII:
+        text = pattern.sub(new, text)
     return text.strip()
 
 # %% ../nbs/21_grading.ipynb #9f9c597e
 def is_words(
-    text:str,  # unwrapped
-)->bool:       # words rather than mathematics?
+    text: str,  # unwrapped
+) -> bool:  # words rather than mathematics?
     "Letters that Math-Verify would multiply: a word of four letters or more, `AB`, `\\text{…}`."
-    bare = re.sub(r"\\(?:text|mathrm|textbf)\s*\{\s*(?:and|or|if|for|when|cm|m|km|kg|g|s|units?|degrees?)?\s*[^{}]{0,3}\}", "", as_latex(text))
-    if re.search(r"\\text(?:bf)?\s*\{[^{}]*[A-Za-z]{2}", bare): return True
+    bare = re.sub(
+        r"\\(?:text|mathrm|textbf)\s*\{\s*(?:and|or|if|for|when|cm|m|km|kg|g|s|units?|degrees?)?\s*[^{}]{0,3}\}",
+        "",
+        as_latex(text),
+    )
+    if re.search(r"\\text(?:bf)?\s*\{[^{}]*[A-Za-z]{2}", bare):
+        return True
     bare = re.sub(r"\\[A-Za-z]+|\{[a-z]*matrix\}", " ", bare)
     letters = bare.replace(" ", "")
-    return bool(re.search(r"[A-Za-z]{4}", bare)) or letters.isalpha() and len(letters) > 1 and (letters != letters.lower() or len(letters) > 2 and not set(letters) <= set("abcxyz"))
+    return (
+        bool(re.search(r"[A-Za-z]{4}", bare))
+        or letters.isalpha()
+        and len(letters) > 1
+        and (letters != letters.lower() or len(letters) > 2 and not set(letters) <= set("abcxyz"))
+    )
 
 # %% ../nbs/21_grading.ipynb #d7ee3458
 def _explodes(expr):
     "Would working out a power or a factorial in `expr` take more than two million bits? Measured in floats, which is safe"
     from sympy import Pow, binomial, factorial, preorder_traversal
+
     bits = lambda e: 0 if e.free_symbols or not (v := e.evalf(5)).is_Float else max(abs(sum(v._mpf_[2:])), 1)
     for e in preorder_traversal(expr):
-        if isinstance(e, Pow) and (n := bits(e.exp)): 
-            if n > 21 or bits(e.base) * 2**n > 2e6: return True
-        if isinstance(e, (factorial, binomial)) and bits(e.args[0]) > 14: return True
+        if isinstance(e, Pow) and (n := bits(e.exp)):
+            if n > 21 or bits(e.base) * 2**n > 2e6:
+                return True
+        if isinstance(e, (factorial, binomial)) and bits(e.args[0]) > 14:
+            return True
     return False
 
 # %% ../nbs/21_grading.ipynb #8bf070c3
 def _parse(text):
     from math_verify import LatexExtractionConfig, parse
     from sympy import Basic, MatrixBase
+
     found = parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None)
     expr = next((f for f in found if isinstance(f, (Basic, MatrixBase))), None)
-    if isinstance(expr, Basic) and _explodes(expr): raise RecursionError("a power or factorial too big to write down")
+    if isinstance(expr, Basic) and _explodes(expr):
+        raise RecursionError("a power or factorial too big to write down")
     return expr
 
 # %% ../nbs/21_grading.ipynb #7a79c687
@@ -468,65 +739,89 @@ def _parse(text):
 def _warm():
     "Import Math-Verify and let its parser build its tables, outside any time limit"
     import logging
-    for name in ("math_verify.parser", "math_verify.grader"): logging.getLogger(name).setLevel(logging.ERROR)
-    for text in (r"\frac{1}{2}", "x^2+1", r"(1,2)"): _parse(text)
+
+    for name in ("math_verify.parser", "math_verify.grader"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for text in (r"\frac{1}{2}", "x^2+1", r"(1,2)"):
+        _parse(text)
 
 # %% ../nbs/21_grading.ipynb #3c7d6a9a
 @lru_cache(maxsize=8192)
 def read_latex(
-    text:str,            # from `as_latex`
-    seconds:float=.45,   # to spend at most
-):                       # (SymPy expression, None), or (None, why not)
+    text: str,  # from `as_latex`
+    seconds: float = 0.45,  # to spend at most
+):  # (SymPy expression, None), or (None, why not)
     "Parse LaTeX with Math-Verify, guarded; raises `TimeoutError`."
-    if (why := too_hard(text)): return None, why
-    if not text or "$" in text: return None, "it is no single expression"
+    if why := too_hard(text):
+        return None, why
+    if not text or "$" in text:
+        return None, "it is no single expression"
     _warm()
-    try: found = limited(seconds, _parse, text)  # a `TimeoutError` passes through, so that it isn't cached
-    except RecursionError: return None, "it is nested too deep or too big"
+    try:
+        found = limited(seconds, _parse, text)  # a `TimeoutError` passes through, so that it isn't cached
+    except RecursionError:
+        return None, "it is nested too deep or too big"
     return (found, None) if found is not None else (None, "it is no mathematics")
 
 # %% ../nbs/21_grading.ipynb #7e9cc69e
 _POINTS = ("0.7310585786", "1.9221157883", "-0.4501660026", "2.6182374461", "-1.3702918517")
 
+
 def _value(expr, point=None, names=()):
     "A complex number of 30 digits, or None"
     import sympy
-    if point: expr = expr.subs({s: sympy.Float(point, 40) * (1 + sympy.Rational(i, 7)) for i, s in enumerate(names)})
+
+    if point:
+        expr = expr.subs(
+            {s: sympy.Float(point, 40) * (1 + sympy.Rational(i, 7)) for i, s in enumerate(names)}
+        )
     v = expr.evalf(30)
-    if not v.is_number: v = expr.doit().evalf(30)  # an integral or a sum that closes
+    if not v.is_number:
+        v = expr.doit().evalf(30)  # an integral or a sum that closes
     return v if v.is_number and v.is_finite else None
 
 # %% ../nbs/21_grading.ipynb #7da6b5f7
 def _near(a, b, rel=1e-12):
     return a == b or abs(a - b) <= rel * max(abs(a), abs(b))
 
+
 def same_value(
     g,  # SymPy expression
     p,  # the same
-):      # True, False, or None if it can't be told
+):  # True, False, or None if it can't be told
     "Equal wherever both can be evaluated?"
     from sympy import Float
+
     names = sorted(g.free_symbols | p.free_symbols, key=str)
     rel = 1e-6 if g.has(Float) or p.has(Float) else 1e-12
     pairs = [(_value(g, x, names), _value(p, x, names)) for x in (_POINTS if names else (None,))]
     real = [(a, b) for a, b in pairs if a is not None and b is not None]
-    if len(real) * 2 < len(pairs) or not real: return None
+    if len(real) * 2 < len(pairs) or not real:
+        return None
     return all(_near(a, b, rel) for a, b in real)
 
 # %% ../nbs/21_grading.ipynb #edb47b58
 def same_relation(
     g,  # SymPy relation
     p,  # the same
-):      # True, False or None
+):  # True, False or None
     "Do two equations or inequalities have the same solutions, up to a factor?"
     from sympy import Ne, Eq
+
     flip = type(g) is not type(p)
-    if flip and g.reversed.func is not p.func: return False
+    if flip and g.reversed.func is not p.func:
+        return False
     a, b = g.lhs - g.rhs, (p.rhs - p.lhs) if flip else (p.lhs - p.rhs)
-    if a.free_symbols != b.free_symbols: return False
+    if a.free_symbols != b.free_symbols:
+        return False
     names = sorted(a.free_symbols, key=str)
-    ratios = [(va / vb) for x in _POINTS if (va := _value(a, x, names)) is not None and (vb := _value(b, x, names)) not in (None, 0)]
-    if len(ratios) < 2: return None
+    ratios = [
+        (va / vb)
+        for x in _POINTS
+        if (va := _value(a, x, names)) is not None and (vb := _value(b, x, names)) not in (None, 0)
+    ]
+    if len(ratios) < 2:
+        return None
     constant = all(_near(r, ratios[0], 1e-9) for r in ratios)
     return bool(constant and (isinstance(g, (Eq, Ne)) or ratios[0].is_real and ratios[0] > 0))
 
@@ -535,57 +830,92 @@ def _compare(g, p):
     "Compare two SymPy objects; None: can't tell"
     from sympy import Basic, Expr, MatrixBase, Tuple, Set
     from sympy.core.relational import Relational, Eq
-    if isinstance(p, Eq) and not isinstance(g, Relational) and p.lhs.is_Symbol: p = p.rhs      # x = 5 for 5
-    if isinstance(g, Eq) and not isinstance(p, Relational) and (g.lhs.is_Symbol or g.lhs.is_Function): g = g.rhs
-    if g == p: return True
-    if isinstance(g, MatrixBase) and isinstance(p, MatrixBase): return g.shape == p.shape and all(_compare(a, b) for a, b in zip(g, p))
-    if isinstance(g, Tuple) and isinstance(p, Tuple): return len(g) == len(p) and all(_compare(a, b) for a, b in zip(g, p))
-    if isinstance(g, Relational) and isinstance(p, Relational): found = same_relation(g, p)
-    elif isinstance(g, Expr) and isinstance(p, Expr): found = same_value(g, p)
-    else: found = None
+
+    if isinstance(p, Eq) and not isinstance(g, Relational) and p.lhs.is_Symbol:
+        p = p.rhs  # x = 5 for 5
+    if isinstance(g, Eq) and not isinstance(p, Relational) and (g.lhs.is_Symbol or g.lhs.is_Function):
+        g = g.rhs
+    if g == p:
+        return True
+    if isinstance(g, MatrixBase) and isinstance(p, MatrixBase):
+        return g.shape == p.shape and all(_compare(a, b) for a, b in zip(g, p))
+    if isinstance(g, Tuple) and isinstance(p, Tuple):
+        return len(g) == len(p) and all(_compare(a, b) for a, b in zip(g, p))
+    if isinstance(g, Relational) and isinstance(p, Relational):
+        found = same_relation(g, p)
+    elif isinstance(g, Expr) and isinstance(p, Expr):
+        found = same_value(g, p)
+    else:
+        found = None
     return _verify(g, p) if found is None else found
+
 
 def _verify(g, p):
     from math_verify import verify
+
     return verify([g], [p], timeout_seconds=None)
 
 # %% ../nbs/21_grading.ipynb #cd2aaf33
 def split_parts(
-    text:str,       # such as `1, (2, 3) and 4`
-    marks:str=",;", # what separates
-    words:bool=True,# do `and` and `or` separate too?
-)->list:            # of parts
+    text: str,  # such as `1, (2, 3) and 4`
+    marks: str = ",;",  # what separates
+    words: bool = True,  # do `and` and `or` separate too?
+) -> list:  # of parts
     "Split at separators outside all brackets."
-    if words: text = re.sub(r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s(?:and|or)\s", ",", text)
+    if words:
+        text = re.sub(r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s(?:and|or)\s", ",", text)
     parts, deep, at = [], 0, 0
     for i, c in enumerate(text):
-        if c in "([{": deep += 1
-        elif c in ")]}": deep -= 1
-        elif c in marks and deep == 0 and text[i - 1:i] != "\\": parts.append(text[at:i]); at = i + 1
+        if c in "([{":
+            deep += 1
+        elif c in ")]}":
+            deep -= 1
+        elif c in marks and deep == 0 and text[i - 1 : i] != "\\":
+            parts.append(text[at:i])
+            at = i + 1
     return [s for part in (*parts, text[at:]) if (s := part.strip())]
 
 # %% ../nbs/21_grading.ipynb #7e5184d1
-_EMPTY = re.compile(r"\\emptyset|\\varnothing|∅|\{\s*\}|(?:there (?:is|are) )?(?:none|no (?:real )?solutions?|empty set|the empty set)", re.I)
+_EMPTY = re.compile(
+    r"\\emptyset|\\varnothing|∅|\{\s*\}|(?:there (?:is|are) )?(?:none|no (?:real )?solutions?|empty set|the"
+    r" empty set)",
+    re.I,
+)
+
 
 def read_set(
-    text:str,  # unwrapped
-)->list:       # of elements as text, or None
+    text: str,  # unwrapped
+) -> list:  # of elements as text, or None
     "The elements of a set or a list of solutions: `\\{1, 2\\}`, `1 and 2`, `x = 1 or x = 2`, `\\pm 3`."
     text = re.sub(r"\\(?:left|right)(?![a-z])", "", unwrap(text)).strip()
-    if _EMPTY.fullmatch(text): return []
+    if _EMPTY.fullmatch(text):
+        return []
     text = re.sub(r"^[A-Za-z]\s*(?:=|\\in|∈)\s*(?=[^=]*$)", "", text)
-    if (m := re.fullmatch(r"\\?[{\[](.*?)\\?[}\]]", text, re.S)): text = m[1]
+    if m := re.fullmatch(r"\\?[{\[](.*?)\\?[}\]]", text, re.S):
+        text = m[1]
     parts = [re.sub(r"^[A-Za-z](?:_\{?\w\}?)?\s*=\s*", "", unwrap(s)) for s in split_parts(text)]
-    both = [s for part in parts for s in ([re.sub(r"(?:\\pm|±)\s*", sign, part).strip() for sign in ("+", "-")] if re.search(r"\\pm|±", part) else [part])]
+    both = [
+        s
+        for part in parts
+        for s in (
+            [re.sub(r"(?:\\pm|±)\s*", sign, part).strip() for sign in ("+", "-")]
+            if re.search(r"\\pm|±", part)
+            else [part]
+        )
+    ]
     return [s.lstrip("+") for s in both] if 0 < len(both) <= 50 else None
 
 # %% ../nbs/21_grading.ipynb #447c26b3
 def _part(p, g, kind=None):
     "Grade a part, as part of the same answer: not cached, on the same budget, four levels deep at most"
-    if _budget.depth > 3: return True if p == g else None
+    if _budget.depth > 3:
+        return True if p == g else None
     _budget.depth += 1
-    try: return KINDS[kind or kind_of(g)](p, g, choices=None)[0]
-    finally: _budget.depth -= 1
+    try:
+        return KINDS[kind or kind_of(g)](p, g, choices=None)[0]
+    finally:
+        _budget.depth -= 1
+
 
 def _all(verdicts):
     "False beats None beats True"
@@ -595,119 +925,179 @@ def _all(verdicts):
 # %% ../nbs/21_grading.ipynb #f61edd2d
 def _grade_set(p, g, **kw):
     gold, said = read_set(g), read_set(p)
-    if gold is None: return None, "the gold answer is no set"
-    if said is None: return False, "no set can be read"
+    if gold is None:
+        return None, "the gold answer is no set"
+    if said is None:
+        return False, "no set can be read"
     same = [[_part(a, b) for b in gold] for a in said]
-    if all(None in row for row in same) and same and gold: return None, "the gold's elements can't be compared"
-    def paired(*good): return all(any(v in good for v in row) for row in (*same, *zip(*same))) and bool(said) == bool(gold)
-    if not paired(True) and paired(True, None): return None, "an element can't be compared"
+    if all(None in row for row in same) and same and gold:
+        return None, "the gold's elements can't be compared"
+
+    def paired(*good):
+        return all(any(v in good for v in row) for row in (*same, *zip(*same))) and bool(said) == bool(gold)
+
+    if not paired(True) and paired(True, None):
+        return None, "an element can't be compared"
     return paired(True), "compared element by element"
 
 # %% ../nbs/21_grading.ipynb #269459c1
 _PIECE = re.compile(r"([\[\](])([^,;]+)[,;](.+)([\[\])])", re.S)
-_REL = re.compile(r"(\\leq?(?:slant)?(?![a-z])|\\geq?(?:slant)?(?![a-z])|\\neq?(?![a-z])|\\lt(?![a-z])|\\gt(?![a-z])|<=|>=|!=|[<>≤≥≠])")
+_REL = re.compile(
+    r"(\\leq?(?:slant)?(?![a-z])|\\geq?(?:slant)?(?![a-z])|\\neq?(?![a-z])|\\lt(?![a-z])|\\gt(?![a-z])|<=|>=|!=|[<>≤≥≠])"
+)
 _INF = "\\infty"
+
 
 def _bound(text):
     "A number as a Fraction, ±infinity, or the text"
     text = re.sub(r"\s+", "", text).replace("∞", _INF)
-    if text.strip("+-").lower() in (_INF, "inf", "infinity", "oo"): return float("-inf" if text.startswith("-") else "inf")
+    if text.strip("+-").lower() in (_INF, "inf", "infinity", "oo"):
+        return float("-inf" if text.startswith("-") else "inf")
     return n.value if (n := read_number(unwrap(text))) else text
 
 # %% ../nbs/21_grading.ipynb #8e32cabd
 def _chain(text):
     "Pieces of `1 < x ≤ 2`, `x > 3`, `x ≠ 2`"
     parts = [s.strip() for s in _REL.split(text)]
-    if len(parts) not in (3, 5): return None
-    ops = ["ne" if o in ("\\ne", "\\neq", "!=", "≠") else ("<" if o.strip("\\")[0] in "l<≤" else ">") + ("=" if o[-1] in "=≤≥" or re.match(r"\\[lg]e", o) else "") for o in parts[1::2]]
+    if len(parts) not in (3, 5):
+        return None
+    ops = [
+        (
+            "ne"
+            if o in ("\\ne", "\\neq", "!=", "≠")
+            else ("<" if o.strip("\\")[0] in "l<≤" else ">")
+            + ("=" if o[-1] in "=≤≥" or re.match(r"\\[lg]e", o) else "")
+        )
+        for o in parts[1::2]
+    ]
     if len(parts) == 5:
         a, x, b = parts[::2]
-        if ops[0][0] != ops[1][0] or "ne" in ops or not re.fullmatch(r"\\?[A-Za-z]+", x): return None
+        if ops[0][0] != ops[1][0] or "ne" in ops or not re.fullmatch(r"\\?[A-Za-z]+", x):
+            return None
         low, high = ((a, ops[0]), (b, ops[1])) if ops[0][0] == "<" else ((b, ops[1]), (a, ops[0]))
         return [(_bound(low[0]), "=" not in low[1], _bound(high[0]), "=" not in high[1])]
     left, right = parts[::2]
-    if re.fullmatch(r"\\?[A-Za-z]+", right) and not re.fullmatch(r"\\?[A-Za-z]+", left): left, right, ops = right, left, [ops[0].translate(str.maketrans("<>", "><"))]
-    if not re.fullmatch(r"\\?[A-Za-z]+(?:\([a-z]\))?", left): return None
+    if re.fullmatch(r"\\?[A-Za-z]+", right) and not re.fullmatch(r"\\?[A-Za-z]+", left):
+        left, right, ops = right, left, [ops[0].translate(str.maketrans("<>", "><"))]
+    if not re.fullmatch(r"\\?[A-Za-z]+(?:\([a-z]\))?", left):
+        return None
     b, inf = _bound(right), float("inf")
-    if ops[0] == "ne": return [(-inf, True, b, True), (b, True, inf, True)]
+    if ops[0] == "ne":
+        return [(-inf, True, b, True), (b, True, inf, True)]
     return [(b, "=" not in ops[0], inf, True)] if ops[0][0] == ">" else [(-inf, True, b, "=" not in ops[0])]
 
 # %% ../nbs/21_grading.ipynb #c3c5ade9
 def _joined(pieces):
     "Sort, drop empty pieces and join those that touch, where all bounds are numbers"
     pieces = [(a, ao or a == -float("inf"), b, bo or b == float("inf")) for a, ao, b, bo in pieces]
-    if any(isinstance(x, str) for a, _, b, _ in pieces for x in (a, b)): return pieces
+    if any(isinstance(x, str) for a, _, b, _ in pieces for x in (a, b)):
+        return pieces
     out = []
     for a, ao, b, bo in sorted(p for p in pieces if p[0] < p[2] or p[0] == p[2] and not (p[1] or p[3])):
         if out and (a < out[-1][2] or a == out[-1][2] and not (ao and out[-1][3])):
             low, lo, high, ho = out.pop()
             out.append((low, lo and (ao or a > low), *max((high, not ho), (b, not bo))))
             out[-1] = (*out[-1][:3], not out[-1][3])
-        else: out.append((a, ao, b, bo))
+        else:
+            out.append((a, ao, b, bo))
     return out
 
 # %% ../nbs/21_grading.ipynb #eb6dbc7d
 def read_interval(
-    text:str,  # unwrapped
-)->list:       # of (low, open?, high, open?), joined and in order, or None
+    text: str,  # unwrapped
+) -> list:  # of (low, open?, high, open?), joined and in order, or None
     "The pieces of an interval, a union or an inequality."
     text = re.sub(r"\\(?:left|right)(?![a-z])", "", unwrap(text)).strip()
-    if re.fullmatch(r"\\mathbb\s*\{?R\}?|\\R|ℝ|all real numbers|all reals", text): return [(float("-inf"), True, float("inf"), True)]
+    if re.fullmatch(r"\\mathbb\s*\{?R\}?|\\R|ℝ|all real numbers|all reals", text):
+        return [(float("-inf"), True, float("inf"), True)]
     text, pieces = re.sub(r"^\s*[A-Za-z]\s*(?:\\in|∈|=)\s*", "", text), []
     for part in re.split(r"\\cup|∪|\s*(?:\\text\s*\{\s*or\s*\}|\bor\b|\bU\b)\s*", text):
         part = re.sub(r"^\s*[A-Za-z]\s*(?:\\in|∈)\s*", "", part).strip()
-        if (m := _PIECE.fullmatch(part)): found = [(_bound(m[2]), m[1] != "[", _bound(m[3]), m[4] != "]")]
-        elif (m := re.fullmatch(r"\\?\{([^,{}]+)\\?\}", part)): found = [(_bound(m[1].rstrip("\\")), False, _bound(m[1].rstrip("\\")), False)]
-        else: found = _chain(part)
-        if not found or any(b == "" for f in found for b in f[::2]): return None
+        if m := _PIECE.fullmatch(part):
+            found = [(_bound(m[2]), m[1] != "[", _bound(m[3]), m[4] != "]")]
+        elif m := re.fullmatch(r"\\?\{([^,{}]+)\\?\}", part):
+            found = [(_bound(m[1].rstrip("\\")), False, _bound(m[1].rstrip("\\")), False)]
+        else:
+            found = _chain(part)
+        if not found or any(b == "" for f in found for b in f[::2]):
+            return None
         pieces += found
     return _joined(pieces) if len(pieces) <= 20 else None
 
 # %% ../nbs/21_grading.ipynb #ee72cb2c
 def _same_bound(a, b):
-    if a == b: return True
-    if isinstance(a, float) or isinstance(b, float) or not isinstance(a, str) and not isinstance(b, str): return False
+    if a == b:
+        return True
+    if isinstance(a, float) or isinstance(b, float) or not isinstance(a, str) and not isinstance(b, str):
+        return False
     return _part(str(a), str(b), "latex")
+
 
 def _grade_interval(p, g, **kw):
     gold, said = read_interval(g), read_interval(p)
-    if gold is None: return None, "the gold answer is no interval"
-    if said is None: return False, "no interval can be read"
-    if len(gold) != len(said): return False, "not as many pieces"
-    return _all(_same_bound(a, b) if i % 2 == 0 else a == b for x, y in zip(said, gold) for i, (a, b) in enumerate(zip(x, y))), "compared bound by bound"
+    if gold is None:
+        return None, "the gold answer is no interval"
+    if said is None:
+        return False, "no interval can be read"
+    if len(gold) != len(said):
+        return False, "not as many pieces"
+    return (
+        _all(
+            _same_bound(a, b) if i % 2 == 0 else a == b
+            for x, y in zip(said, gold)
+            for i, (a, b) in enumerate(zip(x, y))
+        ),
+        "compared bound by bound",
+    )
 
 # %% ../nbs/21_grading.ipynb #6a54072c
-_PART = re.compile(r"^(?:\(?([a-zA-Z]|\d|i{1,3}|iv|v)\)|([A-Za-z](?:_\{?\w\}?)?)\s*=|(?:part )([a-z]|\d)\s*[:.)])\s*(.+)$", re.S | re.I)
+_PART = re.compile(
+    r"^(?:\(?([a-zA-Z]|\d|i{1,3}|iv|v)\)|([A-Za-z](?:_\{?\w\}?)?)\s*=|(?:part )([a-z]|\d)\s*[:.)])\s*(.+)$",
+    re.S | re.I,
+)
+
 
 def read_multi(
-    text:str,  # unwrapped
-)->list:       # of (label or None, part), or None
+    text: str,  # unwrapped
+) -> list:  # of (label or None, part), or None
     "The parts of an answer with several parts."
     text = unwrap(text)
-    if (m := re.fullmatch(r"\\?(?:left)?\s*[(\[{](.*?)\\?(?:right)?\s*[)\]}]", text, re.S)) and _depth(m[1]) < 12 and len(split_parts(m[1])) > 1 and not re.search(r"\)[^(]*\(", m[1]): text = m[1]
+    if (
+        (m := re.fullmatch(r"\\?(?:left)?\s*[(\[{](.*?)\\?(?:right)?\s*[)\]}]", text, re.S))
+        and _depth(m[1]) < 12
+        and len(split_parts(m[1])) > 1
+        and not re.search(r"\)[^(]*\(", m[1])
+    ):
+        text = m[1]
     lines = [s for s in text.splitlines() if s.strip()]
     parts = lines if len(lines) > 1 else split_parts(text, ";", words=False)
-    if len(parts) == 1: parts = split_parts(text)
+    if len(parts) == 1:
+        parts = split_parts(text)
     labelled = [_PART.match(s) for s in parts]
-    if all(labelled) and len(parts) > 1: return [(next(x for x in m.groups()[:3] if x).lower(), m[4].strip()) for m in labelled]
+    if all(labelled) and len(parts) > 1:
+        return [(next(x for x in m.groups()[:3] if x).lower(), m[4].strip()) for m in labelled]
     return [(None, s) for s in parts] if 0 < len(parts) <= 50 else None
 
 # %% ../nbs/21_grading.ipynb #1a5a19f8
 def _grade_multi(p, g, **kw):
     gold, said = read_multi(g), read_multi(p)
-    if not gold: return None, "the gold answer has no parts"
-    if not said: return False, "no parts can be read"
-    if len(gold) != len(said): return False, f"{len(said)} parts, not {len(gold)}"
+    if not gold:
+        return None, "the gold answer has no parts"
+    if not said:
+        return False, "no parts can be read"
+    if len(gold) != len(said):
+        return False, f"{len(said)} parts, not {len(gold)}"
     if gold[0][0] and said[0][0]:
-        if len(dict(said)) != len(said) or set(dict(said)) != set(dict(gold)): return False, "the labels differ"
+        if len(dict(said)) != len(said) or set(dict(said)) != set(dict(gold)):
+            return False, "the labels differ"
         said = [(k, dict(said)[k]) for k, _ in gold]
     return _all(_part(a, b) for (_, a), (_, b) in zip(said, gold)), "compared part by part"
 
 # %% ../nbs/21_grading.ipynb #23bdd219
 def iou(
-    a,        # x1, y1, x2, y2
-    b,        # the same
-)->float:     # 0 to 1
+    a,  # x1, y1, x2, y2
+    b,  # the same
+) -> float:  # 0 to 1
     "Intersection over union of two boxes."
     w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     both = max(w, 0) * max(h, 0)
@@ -715,213 +1105,338 @@ def iou(
 
 # %% ../nbs/21_grading.ipynb #d1605a29
 def read_boxes(
-    text:str,  # JSON, perhaps in a code fence or answer tags
-)->list:       # of (box, label or None), or None
+    text: str,  # JSON, perhaps in a code fence or answer tags
+) -> list:  # of (box, label or None), or None
     "Detection boxes; None if any of them is no proper box."
     text = re.sub(r"^```(?:json)?|```$|</?answer>", "", clean(text)).strip()
-    if text[:1] not in ("[", "{") : text = f"[{text}]"
-    try: found = json.loads(text)
-    except (ValueError, RecursionError): return None
-    if isinstance(found, dict) or isinstance(found, list) and found and all(isinstance(x, (int, float)) for x in found): found = [found]
-    if not isinstance(found, list) or len(found) > 200: return None
-    boxes = [(x.get("bbox_2d", x.get("bbox")), x.get("label")) if isinstance(x, dict) else (x, None) for x in found]
-    return [(tuple(b), l and plain_words(str(l))) for b, l in boxes] if all(_proper(b) for b, _ in boxes) else None
+    if text[:1] not in ("[", "{"):
+        text = f"[{text}]"
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if (
+        isinstance(found, dict)
+        or isinstance(found, list)
+        and found
+        and all(isinstance(x, (int, float)) for x in found)
+    ):
+        found = [found]
+    if not isinstance(found, list) or len(found) > 200:
+        return None
+    boxes = [
+        (x.get("bbox_2d", x.get("bbox")), x.get("label")) if isinstance(x, dict) else (x, None) for x in found
+    ]
+    return (
+        [(tuple(b), l and plain_words(str(l))) for b, l in boxes]
+        if all(_proper(b) for b, _ in boxes)
+        else None
+    )
+
 
 def _proper(box):
-    return (isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) and abs(x) < 1e9 for x in box) and box[0] < box[2] and box[1] < box[3])
+    return (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(type(x) in (int, float) and abs(x) < 1e9 for x in box)
+        and box[0] < box[2]
+        and box[1] < box[3]
+    )
 
 # %% ../nbs/21_grading.ipynb #5fe5ee6b
 def _matched(fits):
     "Can every row have a column of its own? (augmenting paths)"
     taken = {}
+
     def place(i, seen):
         for j in fits[i]:
             if j not in seen and not seen.add(j) and (j not in taken or place(taken[j], seen)):
                 taken[j] = i
                 return True
+
     return all(place(i, set()) for i in range(len(fits)))
 
 # %% ../nbs/21_grading.ipynb #ed9b1be8
-def _grade_box(p, g, iou_at=.5, **kw):
+def _grade_box(p, g, iou_at=0.5, **kw):
     gold, said = read_boxes(g), read_boxes(p)
-    if not gold: return None, "the gold answer has no boxes"
-    if not said: return False, "no boxes can be read"
-    if len(gold) != len(said): return False, f"{len(said)} boxes, not {len(gold)}"
-    fits = [[j for j, (b, lb) in enumerate(said) if la in (None, lb) and iou(a, b) >= iou_at] for a, la in gold]
+    if not gold:
+        return None, "the gold answer has no boxes"
+    if not said:
+        return False, "no boxes can be read"
+    if len(gold) != len(said):
+        return False, f"{len(said)} boxes, not {len(gold)}"
+    fits = [
+        [j for j, (b, lb) in enumerate(said) if la in (None, lb) and iou(a, b) >= iou_at] for a, la in gold
+    ]
     return _matched(fits), f"matched at an overlap of {iou_at}"
 
 # %% ../nbs/21_grading.ipynb #09d40534
 def _grade_number(p, g, tol=None, precision=None, **kw):
     gold = read_number(unwrap(g))
-    if gold is None and (is_words(unwrap(g)) or _structured(unwrap(g))): return None, "the gold answer is no number"
-    if gold is None: return _grade_latex(p, g)
+    if gold is None and (is_words(unwrap(g)) or _structured(unwrap(g))):
+        return None, "the gold answer is no number"
+    if gold is None:
+        return _grade_latex(p, g)
     text = unwrap(p)
-    if (said := find_number(text)): return same_number(said, gold, tol, precision), "compared as numbers"
-    if re.search(r"\\|\^|√|π|sqrt|/", text) and not re.search(r"\d\s*(?:[-+*×]|\\times|\\cdot)\s*\d", text): return _grade_latex(p, g)
+    if said := find_number(text):
+        return same_number(said, gold, tol, precision), "compared as numbers"
+    if re.search(r"\\|\^|√|π|sqrt|/", text) and not re.search(r"\d\s*(?:[-+*×]|\\times|\\cdot)\s*\d", text):
+        return _grade_latex(p, g)
     return False, "no single number can be read"
 
 # %% ../nbs/21_grading.ipynb #4ed4e81e
 def _grade_latex(p, g, **kw):
     p, g = unwrap(p), unwrap(g)
     (name_p, rest_p), (name_g, rest_g) = _named(p), _named(g)
-    if name_p and name_g and name_p != name_g: return False, f"about {name_p}, not {name_g}"
-    if name_g and (name_p or "=" not in p): g = rest_g
-    if name_p and (name_g or "=" not in g): p = rest_p
-    if is_words(g) and not _structured(g) or _TIME.fullmatch(g): return _grade_text(p, g)
+    if name_p and name_g and name_p != name_g:
+        return False, f"about {name_p}, not {name_g}"
+    if name_g and (name_p or "=" not in p):
+        g = rest_g
+    if name_p and (name_g or "=" not in g):
+        p = rest_p
+    if is_words(g) and not _structured(g) or _TIME.fullmatch(g):
+        return _grade_text(p, g)
     a, b = read_number(p), read_number(g)
-    if a and b: return same_number(a, b), "compared as numbers"
-    if (f := _structured(g)): return f(p, g)
+    if a and b:
+        return same_number(a, b), "compared as numbers"
+    if f := _structured(g):
+        return f(p, g)
     gold, why = _in_time(as_latex(g))
-    if gold is None: return (True, "same text") if p == g else (None, f"the gold answer can't be read: {why}")
-    if is_words(p): return False, "words, not mathematics"
+    if gold is None:
+        return (True, "same text") if p == g else (None, f"the gold answer can't be read: {why}")
+    if is_words(p):
+        return False, "words, not mathematics"
     said, why = _in_time(as_latex(p))
-    if said is None: return False, f"the answer can't be read: {why}"
-    if _letters(p) != _letters(g) and _letters(p).lower() == _letters(g).lower(): return False, "capitals are other variables"
-    try: return bool(limited(.45, _leaf, gold, said, a, b)), "compared by computer algebra"
-    except Exception as e: return None, f"computer algebra gave up: {type(e).__name__}"
+    if said is None:
+        return False, f"the answer can't be read: {why}"
+    if _letters(p) != _letters(g) and _letters(p).lower() == _letters(g).lower():
+        return False, "capitals are other variables"
+    try:
+        return bool(limited(0.45, _leaf, gold, said, a, b)), "compared by computer algebra"
+    except Exception as e:
+        return None, f"computer algebra gave up: {type(e).__name__}"
 
 # %% ../nbs/21_grading.ipynb #331fe3e7
 def _in_time(text):
-    try: return read_latex(text)
-    except TimeoutError: return None, "it takes too long to read"
+    try:
+        return read_latex(text)
+    except TimeoutError:
+        return None, "it takes too long to read"
+
 
 _NAME = re.compile(r"([A-Za-z](?:_\{?\w+\}?)?(?:\([a-z]\))?)\s*(?:=|\\in(?![a-z])|∈)\s*([^=]+)", re.S)
 _TIME = re.compile(r"\d{1,2}:\d\d(?::\d\d)?(?: ?[ap]\.?m\.?)?", re.I)
+
 
 def _named(text):
     "(`x`, `5`) of `x = 5`; (None, text) of anything else"
     m = _NAME.fullmatch(text)
     return (re.sub(r"[{} ]", "", m[1]), m[2].strip()) if m else (None, text)
 
+
 def _letters(text):
-    return "".join(sorted(set(re.findall(r"(?<![A-Za-z\\])[A-Za-z]", re.sub(r"\\[A-Za-z]+(?:\s*\{[a-z]*matrix\})?", " ", text)))))
+    return "".join(
+        sorted(
+            set(
+                re.findall(
+                    r"(?<![A-Za-z\\])[A-Za-z]", re.sub(r"\\[A-Za-z]+(?:\s*\{[a-z]*matrix\})?", " ", text)
+                )
+            )
+        )
+    )
 
 # %% ../nbs/21_grading.ipynb #6a7efdf0
 def _leaf(gold, said, a, b):
     "Compare expressions; a decimal on one side may be a rounding of the other"
     from sympy import Expr
-    if (a or b) and isinstance(gold, Expr) and isinstance(said, Expr) and not gold.free_symbols and not said.free_symbols:
+
+    if (
+        (a or b)
+        and isinstance(gold, Expr)
+        and isinstance(said, Expr)
+        and not gold.free_symbols
+        and not said.free_symbols
+    ):
         a, b = a or _number(said), b or _number(gold)
-        if a and b and close(a.value, b.value, a.places, b.places): return True
+        if a and b and close(a.value, b.value, a.places, b.places):
+            return True
     return _compare(gold, said)
+
 
 def _number(expr):
     v = _value(expr)
-    if v is None or not v.is_real or abs(sum(v._mpf_[2:])) > 1500: return None  # exponent and size of the mantissa, in bits
+    # exponent and size of the mantissa, in bits
+    if v is None or not v.is_real or abs(sum(v._mpf_[2:])) > 1500:
+        return None
     return Number(Fraction(str(v)), None)
 
 # %% ../nbs/21_grading.ipynb #15d0ded2
 def _structured(g):
     "The grader for the structure of a gold answer, if it has one"
     g = re.sub(r"\\(?:left|right)(?![a-z])", "", g).strip()
-    if re.match(r"\\\{|\\emptyset|\\varnothing", g): return _grade_set
-    if re.search(r"\\cup|∪", g) and "\\{" not in g[:2] or (m := _PIECE.fullmatch(g)) and (m[1], m[4]) not in (("(", ")"), ("[", "]")): return _grade_interval
-    if re.fullmatch(r"\(.*\)", g, re.S) and len(split_parts(g[1:-1], words=False)) > 1 and not re.search(r"\)[^(]*\(", g[1:-1]): return _grade_tuple
-    if re.fullmatch(r"\[.*\]", g, re.S) and _PIECE.fullmatch(g): return _grade_tuple
-    if "\\begin" not in g and (len(split_parts(g)) > 1 or re.search(r"\\pm|±", g)): return _grade_set
+    if re.match(r"\\\{|\\emptyset|\\varnothing", g):
+        return _grade_set
+    if (
+        re.search(r"\\cup|∪", g)
+        and "\\{" not in g[:2]
+        or (m := _PIECE.fullmatch(g))
+        and (m[1], m[4]) not in (("(", ")"), ("[", "]"))
+    ):
+        return _grade_interval
+    if (
+        re.fullmatch(r"\(.*\)", g, re.S)
+        and len(split_parts(g[1:-1], words=False)) > 1
+        and not re.search(r"\)[^(]*\(", g[1:-1])
+    ):
+        return _grade_tuple
+    if re.fullmatch(r"\[.*\]", g, re.S) and _PIECE.fullmatch(g):
+        return _grade_tuple
+    if "\\begin" not in g and (len(split_parts(g)) > 1 or re.search(r"\\pm|±", g)):
+        return _grade_set
 
 # %% ../nbs/21_grading.ipynb #5583eed0
 def _grade_tuple(p, g, **kw):
     strip = lambda t: re.sub(r"\\(?:left|right)(?![a-z])", "", unwrap(t)).strip()
     p, g = strip(re.sub(r"^\s*\(?[A-Za-z](?:\s*,\s*[A-Za-z])*\)?\s*(?:=|\\in)\s*", "", p)), strip(g)
-    if p[:1] != g[:1] or p[-1:] != g[-1:]: return False, "other brackets"
+    if p[:1] != g[:1] or p[-1:] != g[-1:]:
+        return False, "other brackets"
     return _grade_multi(p, g)
 
 # %% ../nbs/21_grading.ipynb #121bb326
-KINDS = {"choice": _grade_choice, "number": _grade_number, "latex": _grade_latex, "text": _grade_text,
-         "set": _grade_set, "interval": _grade_interval, "multi": _grade_multi, "box": _grade_box}
+KINDS = {
+    "choice": _grade_choice,
+    "number": _grade_number,
+    "latex": _grade_latex,
+    "text": _grade_text,
+    "set": _grade_set,
+    "interval": _grade_interval,
+    "multi": _grade_multi,
+    "box": _grade_box,
+}
 LIMIT = 10_000  # characters of an answer
 
+
 def explain_grade(
-    prediction:str,      # the extracted answer, wrapped or not
-    gold:str,            # the right answer
-    kind:str,            # a key of `KINDS`
-    choices=None,        # texts of the choices, A first
-    tol:float=None,      # numbers: relative tolerance
-    precision:int=None,  # numbers: compare rounded to so many places (MathVista)
-    iou_at:float=.5,     # boxes: overlap to reach
-)->tuple:                # (True, False or None, reason)
+    prediction: str,  # the extracted answer, wrapped or not
+    gold: str,  # the right answer
+    kind: str,  # a key of `KINDS`
+    choices=None,  # texts of the choices, A first
+    tol: float = None,  # numbers: relative tolerance
+    precision: int = None,  # numbers: compare rounded to so many places (MathVista)
+    iou_at: float = 0.5,  # boxes: overlap to reach
+) -> tuple:  # (True, False or None, reason)
     "Grade an answer and say why; raises `ValueError` for a kind that isn't one."
-    if kind not in KINDS: raise ValueError(f"no kind of answer {kind!r}: {nearest(str(kind), KINDS)}")
+    if kind not in KINDS:
+        raise ValueError(f"no kind of answer {kind!r}: {nearest(str(kind), KINDS)}")
     prediction, gold = (t if isinstance(t, str) else "" if t is None else str(t) for t in (prediction, gold))
-    if not clean(gold[:LIMIT]) or len(gold) > LIMIT: return None, "the gold answer is empty or too long"
-    if len(prediction) > LIMIT: return False, "too long for an answer"
-    if not clean(prediction): return False, "there is no answer"
-    return _cached(prediction, gold, kind, tuple(choices) if choices is not None else None, tol, precision, iou_at)
+    if not clean(gold[:LIMIT]) or len(gold) > LIMIT:
+        return None, "the gold answer is empty or too long"
+    if len(prediction) > LIMIT:
+        return False, "too long for an answer"
+    if not clean(prediction):
+        return False, "there is no answer"
+    return _cached(
+        prediction, gold, kind, tuple(choices) if choices is not None else None, tol, precision, iou_at
+    )
+
 
 @lru_cache(maxsize=16384)
 def _cached(p, g, kind, choices, tol, precision, iou_at):
-    _budget.left = .7
-    try: return KINDS[kind](p, g, choices=choices, tol=tol, precision=precision, iou_at=iou_at)
-    except _TooLong: return None, "it took too long"
-    finally: _budget.left = None
+    _budget.left = 0.7
+    try:
+        return KINDS[kind](p, g, choices=choices, tol=tol, precision=precision, iou_at=iou_at)
+    except _TooLong:
+        return None, "it took too long"
+    finally:
+        _budget.left = None
 
 # %% ../nbs/21_grading.ipynb #e99e0d6a
 def grade(
-    prediction:str,      # the extracted answer, wrapped or not
-    gold:str,            # the right answer
-    kind:str,            # a key of `KINDS`
-    choices=None,        # texts of the choices, A first
-    **kw,                # `tol`, `precision`, `iou_at`: see `explain_grade`
-):                       # True, False, or None: no opinion
+    prediction: str,  # the extracted answer, wrapped or not
+    gold: str,  # the right answer
+    kind: str,  # a key of `KINDS`
+    choices=None,  # texts of the choices, A first
+    **kw,  # `tol`, `precision`, `iou_at`: see `explain_grade`
+):  # True, False, or None: no opinion
     "Is `prediction` right?"
     return explain_grade(prediction, gold, kind, choices, **kw)[0]
 
 # %% ../nbs/21_grading.ipynb #4d3a8f3c
 @lru_cache(maxsize=16384)
 def kind_of(
-    gold:str,      # the right answer
+    gold: str,  # the right answer
     choices=None,  # a tuple of texts, if there are choices
-)->str:            # a key of `KINDS`
+) -> str:  # a key of `KINDS`
     "The kind that a gold answer looks like."
-    if choices: return "choice"
+    if choices:
+        return "choice"
     g = unwrap(gold[:LIMIT])
-    if read_number(g): return "number"
-    if re.fullmatch(r"\(?[A-H]\)?", g): return "choice"
-    if "bbox" in g and read_boxes(g): return "box"
-    if is_words(g): return "text"
+    if read_number(g):
+        return "number"
+    if re.fullmatch(r"\(?[A-H]\)?", g):
+        return "choice"
+    if "bbox" in g and read_boxes(g):
+        return "box"
+    if is_words(g):
+        return "text"
     f = _structured(g)
-    if f in (_grade_interval, _grade_set): return "interval" if f is _grade_interval else "set"
+    if f in (_grade_interval, _grade_set):
+        return "interval" if f is _grade_interval else "set"
     return "latex" if re.search(r"[\\^=+*/<>()\d√π-]", g) or len(g) < 3 else "text"
 
 # %% ../nbs/21_grading.ipynb #62da88b3
 def _last_number(text):
     found = [n for n in numbers_in(text) if n]
-    if not found: return None
+    if not found:
+        return None
     value, places, unit = found[-1]
-    if places: value = f"{'-' * (value < 0)}{abs(value) // 1}.{abs(value) % 1 * 10**places // 1:0{places}d}"  # as it was written
+    # as it was written
+    if places:
+        value = f"{'-' * (value < 0)}{abs(value) // 1}.{abs(value) % 1 * 10**places // 1:0{places}d}"
     return f"{value} {unit}".rstrip()
+
 
 def _last_letter(text, choices):
     found = _CAPITAL.findall(re.sub(_NO_LETTER, "", text))
-    if found: return found[-1]
-    named = {m.start(): c for c in choices or () for m in re.finditer(rf"(?<!\w){re.escape(c)}(?!\w)", text, re.I)}
+    if found:
+        return found[-1]
+    named = {
+        m.start(): c for c in choices or () for m in re.finditer(rf"(?<!\w){re.escape(c)}(?!\w)", text, re.I)
+    }
     return named[max(named)] if named else None
 
 # %% ../nbs/21_grading.ipynb #14e6cfa1
-_CONCLUDES = re.compile(r"(?:\b(?:so|therefore|thus|hence)\b[, ]*(?:the )?(?:final |correct )?(?:answer (?:is|:))?|\banswer (?:is|:)|looks like|[=:](?= *[\w\\$-]+[.!]?$))\s*", re.I)
+_CONCLUDES = re.compile(
+    r"(?:\b(?:so|therefore|thus|hence)\b[, ]*(?:the )?(?:final |correct )?(?:answer (?:is|:))?|\banswer"
+    r" (?:is|:)|looks like|[=:](?= *[\w\\$-]+[.!]?$))\s*",
+    re.I,
+)
+
 
 def conclusion(
-    reasoning:str,  # of a completion
-    kind:str,       # a key of `KINDS`
-    choices=None,   # texts of the choices, A first
-)->str:             # what it concludes, or None
+    reasoning: str,  # of a completion
+    kind: str,  # a key of `KINDS`
+    choices=None,  # texts of the choices, A first
+) -> str:  # what it concludes, or None
     "The last box, the words after the last `so`, or the last number or letter."
     text = clean(reasoning[-2000:])
-    if (found := boxed(text)): return found[-1]
-    said = [m for m in _CONCLUDES.finditer(text) if text[m.end():].strip(" .!")]
-    last = re.split(r"(?<=[.!?])\s+|\n", text[said[-1].end():].strip())[0] if said else None
-    if kind == "number": return _last_number(last or "") or _last_number(text)
-    if kind == "choice": return next((c for t in (last, text) if t for c in [_last_letter(t, choices)] if c), None)
+    if found := boxed(text):
+        return found[-1]
+    said = [m for m in _CONCLUDES.finditer(text) if text[m.end() :].strip(" .!")]
+    last = re.split(r"(?<=[.!?])\s+|\n", text[said[-1].end() :].strip())[0] if said else None
+    if kind == "number":
+        return _last_number(last or "") or _last_number(text)
+    if kind == "choice":
+        return next((c for t in (last, text) if t for c in [_last_letter(t, choices)] if c), None)
     return last
 
 # %% ../nbs/21_grading.ipynb #523a904c
 def consistent(
-    reasoning:str,  # of a completion
-    answer:str,     # the answer of the same completion
-    kind:str,       # a key of `KINDS`
-    choices=None,   # texts of the choices, A first
-):                  # True, False, or None where the reasoning concludes nothing
+    reasoning: str,  # of a completion
+    answer: str,  # the answer of the same completion
+    kind: str,  # a key of `KINDS`
+    choices=None,  # texts of the choices, A first
+):  # True, False, or None where the reasoning concludes nothing
     "Does the reasoning conclude what is answered?"
     said = conclusion(reasoning, kind, choices)
     return None if said is None else grade(said, answer, kind, choices)

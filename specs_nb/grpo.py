@@ -21,21 +21,21 @@ from .vllm_sync import before_vllm, beside_vllm, watch_vllm
 
 # %% ../nbs/40_grpo.ipynb #fd7cf41b
 def group_advantages(
-    rewards,          # rewards, (n_prompts, n_generations)
-    eps:float=1e-4,   # added to the standard deviation, as TRL does
-):                    # advantages, same shape
+    rewards,  # rewards, (n_prompts, n_generations)
+    eps: float = 1e-4,  # added to the standard deviation, as TRL does
+):  # advantages, same shape
     "Rewards normalised within each prompt's group."
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + eps)
 
 # %% ../nbs/40_grpo.ipynb #85767ad1
 def clipped_loss(
-    logp,             # log-probabilities now, (n_completions, n_tokens)
-    old_logp,         # log-probabilities when sampled, same shape
-    advantages,       # one a completion, (n_completions,)
-    mask,             # 1 for tokens of the completion, same shape as logp
-    low:float=.2,     # ε_low
-    high:float=.28,   # ε_high
-):                    # a number
+    logp,  # log-probabilities now, (n_completions, n_tokens)
+    old_logp,  # log-probabilities when sampled, same shape
+    advantages,  # one a completion, (n_completions,)
+    mask,  # 1 for tokens of the completion, same shape as logp
+    low: float = 0.2,  # ε_low
+    high: float = 0.28,  # ε_high
+):  # a number
     "GRPO's clipped loss, averaged over all tokens (DAPO)."
     ratio = (logp - old_logp).exp()
     gain = torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - low, 1 + high) * advantages[:, None])
@@ -44,104 +44,153 @@ def clipped_loss(
 # %% ../nbs/40_grpo.ipynb #0c1d9410
 FIXED = dict(report_to="none", logging_steps=1, disable_tqdm=True, save_strategy="steps", save_total_limit=1)
 
+
 def check_trainer_keys(
-    cls,          # `GRPOConfig` or `DPOConfig`
-    values:dict,  # what stands under `trainer:`
-    where:str,    # path in the configuration, for messages
+    cls,  # `GRPOConfig` or `DPOConfig`
+    values: dict,  # what stands under `trainer:`
+    where: str,  # path in the configuration, for messages
 ):
     "Raise `SpecsError` for a key that TRL doesn't have, with the nearest it has."
     import dataclasses
+
     known = {f.name for f in dataclasses.fields(cls) if f.init}
     for key in values:
-        if key not in known: raise SpecsError(f"unknown key {where}.{key}: {nearest(key, known)} ({cls.__name__} of TRL)")
+        if key not in known:
+            raise SpecsError(f"unknown key {where}.{key}: {nearest(key, known)} ({cls.__name__} of TRL)")
 
 # %% ../nbs/40_grpo.ipynb #e48ef7f9
 def trainer_config(
-    cls,            # `GRPOConfig` or `DPOConfig`
-    values:dict,    # what stands under `trainer:`
-    where:str,      # path in the configuration, for messages
-    **ours,         # what the stage decides; `values` win
-):                  # an instance of `cls`
+    cls,  # `GRPOConfig` or `DPOConfig`
+    values: dict,  # what stands under `trainer:`
+    where: str,  # path in the configuration, for messages
+    **ours,  # what the stage decides; `values` win
+):  # an instance of `cls`
     "TRL's configuration from ours; raises `SpecsError` for an unknown key or a value it refuses."
     import torch
+
     check_trainer_keys(cls, values, where)
-    values = {k: float(v) if isinstance(v, str) and _is_float(v) else v for k, v in values.items()}  # YAML reads 1e-6 as text
-    if not torch.cuda.is_available(): ours = {"bf16": False, "use_cpu": True, **ours}
-    try: return cls(**{**FIXED, **ours, **values})
-    except (ValueError, TypeError) as e: raise SpecsError(f"{where}: {' '.join(str(e).split())}") from None
+    # YAML reads 1e-6 as text
+    values = {k: float(v) if isinstance(v, str) and _is_float(v) else v for k, v in values.items()}
+    if not torch.cuda.is_available():
+        ours = {"bf16": False, "use_cpu": True, **ours}
+    try:
+        return cls(**{**FIXED, **ours, **values})
+    except (ValueError, TypeError) as e:
+        raise SpecsError(f"{where}: {' '.join(str(e).split())}") from None
+
 
 def _is_float(text):
-    try: float(text); return True
-    except ValueError: return False
+    try:
+        float(text)
+        return True
+    except ValueError:
+        return False
 
 # %% ../nbs/40_grpo.ipynb #d397c8ef
 def resolve_rewards(
-    table:dict,  # name → weight
-)->tuple:        # (functions, weights)
+    table: dict,  # name → weight
+) -> tuple:  # (functions, weights)
     "Reward functions of a configuration; raises `SpecsError` for an unknown name."
     funcs = []
     for name in table:
-        if name not in REWARDS and ":" not in name: raise SpecsError(f"no reward {name!r}: {nearest(name, REWARDS)} (or module:function of your own)")
+        if name not in REWARDS and ":" not in name:
+            raise SpecsError(f"no reward {name!r}: {nearest(name, REWARDS)} (or module:function of your own)")
         funcs.append(REWARDS[name] if name in REWARDS else load_reward(name))
-    if not funcs: raise SpecsError(f"no rewards: name at least one of {', '.join(REWARDS)}")
+    if not funcs:
+        raise SpecsError(f"no rewards: name at least one of {', '.join(REWARDS)}")
     return funcs, [float(w) for w in table.values()]
 
 # %% ../nbs/40_grpo.ipynb #71391243
-SEALED = ("model*.safetensors", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth")
+SEALED = (
+    "model*.safetensors",
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "trainer_state.json",
+    "rng_state.pth",
+)
+
 
 def seal(
-    folder:Path,  # a checkpoint that is written
+    folder: Path,  # a checkpoint that is written
 ):
     "Note the sizes of a checkpoint's files, so that one that was cut short later is seen; what other processes write is left out."
-    if folder.is_dir(): write_json(folder / "sizes.json", {p.name: p.stat().st_size for pattern in SEALED for p in sorted(folder.glob(pattern))})
+    if folder.is_dir():
+        write_json(
+            folder / "sizes.json",
+            {p.name: p.stat().st_size for pattern in SEALED for p in sorted(folder.glob(pattern))},
+        )
 
 # %% ../nbs/40_grpo.ipynb #b31c15cb
 def watcher(
-    stage:str,     # name on the progress bar
-    total:int,     # steps
-    path:Path,     # history file
-    shown:tuple,   # metrics on the progress bar
-    tick=None,     # called at each checkpoint
-):                 # a `TrainerCallback`
+    stage: str,  # name on the progress bar
+    total: int,  # steps
+    path: Path,  # history file
+    shown: tuple,  # metrics on the progress bar
+    tick=None,  # called at each checkpoint
+):  # a `TrainerCallback`
     "A callback that keeps `history.json` and shows progress."
     from transformers import TrainerCallback
+
     class Watcher(TrainerCallback):
         def on_train_begin(self, args, state, control, **kw):
             self.history = [h for h in read_json(path) or [] if h["step"] <= state.global_step]
             self.bar = Progress(stage, total, state.global_step) if is_main() else None
+
         def on_log(self, args, state, control, logs=None, **kw):
-            if logs and "loss" in logs: self.history.append({"step": state.global_step, **logs})
+            if logs and "loss" in logs:
+                self.history.append({"step": state.global_step, **logs})
+
         def on_step_end(self, args, state, control, **kw):
             last = self.history[-1] if self.history else {}
-            if is_main(): self.bar.update(1, **{k.split("/")[-1]: float(last[k]) for k in shown if k in last})
-            if stop_agreed(): control.should_save = control.should_training_stop = True
+            if is_main():
+                self.bar.update(1, **{k.split("/")[-1]: float(last[k]) for k in shown if k in last})
+            if stop_agreed():
+                control.should_save = control.should_training_stop = True
+
         def on_save(self, args, state, control, **kw):
-            if not is_main(): return
+            if not is_main():
+                return
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             write_json(path, self.history)
-            if tick: tick()
+            if tick:
+                tick()
+
         def on_train_end(self, args, state, control, **kw):
-            if is_main(): write_json(path, self.history); self.bar.close()
+            if is_main():
+                write_json(path, self.history)
+                self.bar.close()
+
     return Watcher()
 
 # %% ../nbs/40_grpo.ipynb #429326fb
 def go_on_later(
-    stage:str,  # name for the message
-    trainer,    # after `train`
+    stage: str,  # name for the message
+    trainer,  # after `train`
 ):
     "Raise `Interrupted` if a stop was asked for before the last step."
     state = trainer.state
-    if stop_asked() and state.global_step < state.max_steps: raise Interrupted(f"{stage} is saved after step {state.global_step} of {state.max_steps}")
+    if stop_asked() and state.global_step < state.max_steps:
+        raise Interrupted(f"{stage} is saved after step {state.global_step} of {state.max_steps}")
 
 # %% ../nbs/40_grpo.ipynb #453716cd
 def last_checkpoint(
     folder,  # with `checkpoint-…` folders
-)->str:      # its path, or None
+) -> str:  # its path, or None
     "The newest checkpoint that is whole; `trainer_state.json` is what Trainer writes last but one, `rng_state` last."
-    written = [p for p in Path(folder).glob("checkpoint-*") if (p / "trainer_state.json").exists() and list(p.glob("rng_state*.pth"))]
+    written = [
+        p
+        for p in Path(folder).glob("checkpoint-*")
+        if (p / "trainer_state.json").exists() and list(p.glob("rng_state*.pth"))
+    ]
     for p in sorted(written, key=lambda p: -int(p.name.split("-")[1])):
-        bad = [n for n, size in (read_json(p / "sizes.json") or {}).items() if not (p / n).exists() or (p / n).stat().st_size != size]
-        if not bad: return str(p)
+        bad = [
+            n
+            for n, size in (read_json(p / "sizes.json") or {}).items()
+            if not (p / n).exists() or (p / n).stat().st_size != size
+        ]
+        if not bad:
+            return str(p)
         print(f"{p.parent.parent.name}: {p.name} is damaged ({', '.join(bad)}), and passed over")
 
 # %% ../nbs/40_grpo.ipynb #15c75e7f
@@ -150,33 +199,56 @@ def quiet(
 ):
     "Take away the callbacks that print: `watcher` shows progress."
     from transformers import PrinterCallback, ProgressCallback
-    for c in (PrinterCallback, ProgressCallback): trainer.remove_callback(c)
-    if "trackio" in trainer.args.report_to: hush_trackio(trainer)
+
+    for c in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(c)
+    if "trackio" in trainer.args.report_to:
+        hush_trackio(trainer)
 
 # %% ../nbs/40_grpo.ipynb #219e8f52
 def grpo_trainer(
-    start:str,        # model to start from: `tiny`, a folder or a hub name
-    rows:list,        # of the schema
-    out:Path,         # the stage's folder
-    config,           # a `core.GRPOStage`
-    format,           # a format of `formats`
-    seed:int=0,       # of everything in the stage
-    stage:str="grpo", # name for messages
-    vllm=None,        # a `core.VLLMConfig`, for `trainer: {use_vllm: true}`
-    **load,           # keywords of `load_model`
-):                    # a `GRPOTrainer`
+    start: str,  # model to start from: `tiny`, a folder or a hub name
+    rows: list,  # of the schema
+    out: Path,  # the stage's folder
+    config,  # a `core.GRPOStage`
+    format,  # a format of `formats`
+    seed: int = 0,  # of everything in the stage
+    stage: str = "grpo",  # name for messages
+    vllm=None,  # a `core.VLLMConfig`, for `trainer: {use_vllm: true}`
+    **load,  # keywords of `load_model`
+):  # a `GRPOTrainer`
     "TRL's GRPOTrainer with DAPO's loss and no KL term; raises `SpecsError` for a configuration that makes no sense."
     before_vllm(config, start, stage)
     from trl import GRPOConfig, GRPOTrainer
+
     funcs, weights = resolve_rewards(config.rewards)
-    args = trainer_config(GRPOConfig, config.trainer, f"{stage}.trainer", output_dir=str(Path(out) / "checkpoints"), max_steps=config.steps,
-                          seed=seed, reward_weights=weights, loss_type="dapo", epsilon=.2, epsilon_high=.28, beta=0.)
+    args = trainer_config(
+        GRPOConfig,
+        config.trainer,
+        f"{stage}.trainer",
+        output_dir=str(Path(out) / "checkpoints"),
+        max_steps=config.steps,
+        seed=seed,
+        reward_weights=weights,
+        loss_type="dapo",
+        epsilon=0.2,
+        epsilon_high=0.28,
+        beta=0.0,
+    )
     model, processor, adapter = load_to_train(start, config, **load)
     check_eyes(model, rows, start)
-    tokenizer_of(processor).padding_side = "left"  # TRL pads prompts on the left, and asks the processor for the places of image tokens
+    # TRL pads prompts on the left, and asks the processor for the places of image tokens
+    tokenizer_of(processor).padding_side = "left"
     with beside_vllm(args, model, vllm):
         cls = fast_trainer(GRPOTrainer) if config.fast else GRPOTrainer
-        trainer = cls(model, funcs, args, grpo_dataset(rows, format.instruction, format.name), processing_class=processor, peft_config=adapter)
+        trainer = cls(
+            model,
+            funcs,
+            args,
+            grpo_dataset(rows, format.instruction, format.name),
+            processing_class=processor,
+            peft_config=adapter,
+        )
     float32_adapter(trainer.model)  # TRL rounds the adapter of a 4-bit model to bfloat16
     rest_eyes(trainer.model)
     watch_vllm(trainer, rows, format.instruction, vllm)
@@ -186,43 +258,52 @@ def grpo_trainer(
 # %% ../nbs/40_grpo.ipynb #1843e090
 def resume_point(
     trainer,  # of transformers or TRL
-)->str:       # the checkpoint's path, or None
+) -> str:  # the checkpoint's path, or None
     "The last whole checkpoint, its weights put into the trainer's model."
     from transformers import AutoModelForImageTextToText
+
     path = last_checkpoint(trainer.args.output_dir)
-    if path and not hasattr(trainer.model, "peft_config") and (Path(path) / "config.json").exists():  # FSDP has its own files
+    # FSDP has its own files
+    if path and not hasattr(trainer.model, "peft_config") and (Path(path) / "config.json").exists():
         saved = model_class(path).from_pretrained(path, dtype=trainer.model.dtype)
         trainer.model.load_state_dict(saved.state_dict())
     return path
 
 # %% ../nbs/40_grpo.ipynb #1d8c4565
-class _Finished(Exception): "All steps were taken before"
+class _Finished(Exception):
+    "All steps were taken before"
+
 
 def go_on(
     trainer,  # of transformers or TRL
 ):
     "Train from the last whole checkpoint, or from the start, to the last step."
     from transformers import TrainerCallback
+
     class NoStepMore(TrainerCallback):
         def on_epoch_begin(self, args, state, control, **kw):
-            if state.global_step >= state.max_steps: raise _Finished
+            if state.global_step >= state.max_steps:
+                raise _Finished
+
     trainer.add_callback(NoStepMore())
-    try: trainer.train(resume_from_checkpoint=resume_point(trainer))
-    except _Finished: pass
+    try:
+        trainer.train(resume_from_checkpoint=resume_point(trainer))
+    except _Finished:
+        pass
 
 # %% ../nbs/40_grpo.ipynb #ab26dcc0
 def train_grpo(
-    start:str,        # model to start from: `tiny`, a folder or a hub name
-    rows:list,        # of the schema
-    out:Path,         # the stage's folder: gets `model/`, `history.json` and checkpoints
-    config,           # a `core.GRPOStage`
-    format,           # a format of `formats`
-    seed:int=0,       # of everything in the stage
-    stage:str="grpo", # name for messages and progress
-    tick=None,        # called at each checkpoint
-    look_every:int=10, # steps between looks at a few completions, kept in `samples/`; 0: none
-    **load,           # keywords of `load_model`
-)->dict:              # facts for stage.json
+    start: str,  # model to start from: `tiny`, a folder or a hub name
+    rows: list,  # of the schema
+    out: Path,  # the stage's folder: gets `model/`, `history.json` and checkpoints
+    config,  # a `core.GRPOStage`
+    format,  # a format of `formats`
+    seed: int = 0,  # of everything in the stage
+    stage: str = "grpo",  # name for messages and progress
+    tick=None,  # called at each checkpoint
+    look_every: int = 10,  # steps between looks at a few completions, kept in `samples/`; 0: none
+    **load,  # keywords of `load_model`
+) -> dict:  # facts for stage.json
     "Train `start` with GRPO (the paper's stages 1 and 3) and save it whole."
     trainer = grpo_trainer(start, rows, out, config, format, seed, stage, **load)
     shown = ("reward", "frac_reward_zero_std", "completions/mean_length")

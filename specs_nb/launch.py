@@ -8,44 +8,63 @@ __all__ = ['Joined', 'ShareDone', 'Share', 'work', 'main']
 # %% ../nbs/82_launch.ipynb #b10ac632
 import sys, time
 from pathlib import Path
-from .core import Interrupted, Run, SpecsError, Stage, derive_seed, read_json, signals_ask, stop_asked, write_json
+from specs_nb.core import (
+    Interrupted,
+    Run,
+    SpecsError,
+    Stage,
+    derive_seed,
+    read_json,
+    signals_ask,
+    stop_asked,
+    write_json,
+)
 from .ranks import ask_stop, die_with_parent, is_main, rank
 
 # %% ../nbs/82_launch.ipynb #5a191fe5
 class Joined(Run):
     "A run folder that another process of ours has opened and locked"
-    def _lock(self): pass
-    def close(self): pass
+
+    def _lock(self):
+        pass
+
+    def close(self):
+        pass
 
 # %% ../nbs/82_launch.ipynb #23cc26e2
 class ShareDone(Exception):
     "This rank's share of the answers lies in its files"
 
+
 class Share:
     "One rank's part of the batches, for `answer_all(pool=…)`: every n-th of a job, whatever is there already"
+
     def __init__(
         self,
-        rank:int,  # of this process
-        n:int,     # processes
-    ): self.rank, self.n = rank, n
+        rank: int,  # of this process
+        n: int,  # processes
+    ):
+        self.rank, self.n = rank, n
 
     def run(
         self,
-        tasks,   # arguments of `answer`
+        tasks,  # arguments of `answer`
         engine,  # of the tasks
-    ):           # rows and failures of each, as they come
+    ):  # rows and failures of each, as they come
         "Answer this rank's part, in this process."
         from specs_nb.generate import _processes, _run
+
         mine = (t for t in tasks if self.owner(t[0].name, max(1, t[1].batch_size // t[1].n)) == self.rank)
         for done in _run(mine, *_processes(engine, 1)):
             yield done
-            if stop_asked(): raise Interrupted("the batches that were answered are kept")
+            if stop_asked():
+                raise Interrupted("the batches that were answered are kept")
 
     def owner(
         self,
-        batch:str,  # name: its job's, and the place of its first row
-        size:int,   # rows of a batch
-    )->int:         # rank
+        batch: str,  # name: its job's, and the place of its first row
+        size: int,  # rows of a batch
+    ) -> int:  # rank
         "Whose a batch is: in turn, each job beginning with another rank."
         job, place = batch.rsplit("-", 1)
         return (int(place) // size + derive_seed(0, job)) % self.n
@@ -56,33 +75,46 @@ class Share:
 
 # %% ../nbs/82_launch.ipynb #e97fbca4
 def work(
-    run_dir,   # the run folder, opened by the process that started the ranks
-    name:str,  # the stage
-)->dict:       # facts
+    run_dir,  # the run folder, opened by the process that started the ranks
+    name: str,  # the stage
+) -> dict:  # facts
     "One rank's part of a stage."
     from specs_nb.pipeline import DO
+
     run = Joined(run_dir)
     stage = Stage(run.dir / name, read_json(run.dir / name / "stage.json")["key"])
     stage._t0 = time.monotonic() - stage.info["seconds"]  # the clock goes on for `tick`
     _settle(run.config)
-    if stop_asked(): raise Interrupted("nothing was begun")  # a rank fell before the ranks knew each other
-    if name not in ("pairs", "eval"): return DO[name](run, stage)
+    if stop_asked():
+        raise Interrupted("nothing was begun")  # a rank fell before the ranks knew each other
+    if name not in ("pairs", "eval"):
+        return DO[name](run, stage)
     _own_gpu()
-    try: DO[name](run, stage, pool=Share(*rank()))
-    except ShareDone: return {}
+    try:
+        DO[name](run, stage, pool=Share(*rank()))
+    except ShareDone:
+        return {}
+
 
 def _settle(config):
     "As the pipeline does before its first stage; it has looked at the names already."
     import torch
     from specs_nb.models import quiet_libraries
+
     quiet_libraries()
-    if config.threads: torch.set_num_threads(config.threads)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+
 
 def _own_gpu():
     "This rank's GPU, for itself and for the processes it starts (vLLM's), which see no other."
     import os, torch
-    if not torch.cuda.is_available(): return
-    cards = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+
+    if not torch.cuda.is_available():
+        return
+    cards = (
+        os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    ).split(",")
     mine = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
     torch.cuda.set_device(mine)
     os.environ["CUDA_VISIBLE_DEVICES"] = cards[mine]
@@ -91,33 +123,53 @@ def _own_gpu():
 def _heed(stop):
     "Ask for a stop once the file is there."
     import threading
+
     def look():
-        while not stop.exists(): time.sleep(.2)
+        while not stop.exists():
+            time.sleep(0.2)
         ask_stop("SIGTERM")
+
     threading.Thread(target=look, daemon=True).start()
 
 # %% ../nbs/82_launch.ipynb #95ad3bc2
 def main(
     argv=None,  # run folder and stage; None: words of the process
-)->int:         # exit code
+) -> int:  # exit code
     "What each rank runs: `torchrun … -m specs_nb.launch RUN_DIR STAGE`."
     import os
+
     run_dir, name = argv or sys.argv[1:]
     (r, n), folder = rank(), Path(run_dir) / name
     die_with_parent()
-    if not is_main(): sys.stdout = open(os.devnull, "w")
+    if not is_main():
+        sys.stdout = open(os.devnull, "w")
     _heed(folder / "stop")
     try:
         with signals_ask():
-            try: facts = work(run_dir, name)
-            except Interrupted as e: facts = dict(stopped=str(e))
-        if is_main(): write_json(folder / "facts.json", {**facts, "processes": n})
+            try:
+                facts = work(run_dir, name)
+            except Interrupted as e:
+                facts = dict(stopped=str(e))
+        if is_main():
+            write_json(folder / "facts.json", {**facts, "processes": n})
         return 0
     except BaseException as e:
         import traceback
+
         mend = isinstance(e, SpecsError)
-        write_json(folder / f"fallen-{r}.json", dict(rank=r, of=n, time=time.time(), mend=mend, error=str(e) if mend else f"{type(e).__name__}: {e}", trace="" if mend else traceback.format_exc()))
+        write_json(
+            folder / f"fallen-{r}.json",
+            dict(
+                rank=r,
+                of=n,
+                time=time.time(),
+                mend=mend,
+                error=str(e) if mend else f"{type(e).__name__}: {e}",
+                trace="" if mend else traceback.format_exc(),
+            ),
+        )
         return 2 if mend else 1
 
 # %% ../nbs/82_launch.ipynb #3c7594b1
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

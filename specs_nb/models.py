@@ -15,64 +15,97 @@ from .core import SpecsError, nearest, read_json, write_json
 
 # %% ../nbs/30_models.ipynb #9a72706f
 def resolve(
-    path:str,  # `tiny`, a folder or a hub name
-)->str:        # what `from_pretrained` takes
+    path: str,  # `tiny`, a folder or a hub name
+) -> str:  # what `from_pretrained` takes
     "The place of a model; `tiny` is the embedded one."
     import specs_nb
+
     return str(Path(specs_nb.__file__).parent / "tiny") if path == "tiny" else str(path)
 
 # %% ../nbs/30_models.ipynb #d5e1aa14
 def is_vlm(
     config,  # of transformers
-)->bool:     # reads images
+) -> bool:  # reads images
     "Whether a configuration is one of a vision-language model; raises `SpecsError` for one that can't talk at all."
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING: return True
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING: return False
-    raise SpecsError(f"{config.model_type} is neither an image-text-to-text model nor a causal language model of transformers: choose another model.path")
+
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return True
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return False
+    raise SpecsError(
+        f"{config.model_type} is neither an image-text-to-text model nor a causal language model of"
+        " transformers: choose another model.path"
+    )
+
 
 def load_config_of(
-    path:str,  # `tiny`, a folder or a hub name
-):             # a configuration of transformers
+    path: str,  # `tiny`, a folder or a hub name
+):  # a configuration of transformers
     "A model's configuration; raises `SpecsError` if there is none."
     from transformers import AutoConfig
-    try: return AutoConfig.from_pretrained(resolve(path))
-    except (OSError, ValueError) as e: raise SpecsError(f"no model can be loaded from {path}: {_line(e)}") from None
+
+    try:
+        return AutoConfig.from_pretrained(resolve(path))
+    except (OSError, ValueError) as e:
+        raise SpecsError(f"no model can be loaded from {path}: {_line(e)}") from None
+
 
 def model_class(
-    path:str,  # `tiny`, a folder or a hub name
-):             # an auto class of transformers
+    path: str,  # `tiny`, a folder or a hub name
+):  # an auto class of transformers
     "`AutoModelForImageTextToText`, or `AutoModelForCausalLM` for a model of text alone."
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
     return AutoModelForImageTextToText if is_vlm(load_config_of(path)) else AutoModelForCausalLM
 
-def _line(e): return " ".join(str(e).split())[:200]
+
+def _line(e):
+    return " ".join(str(e).split())[:200]
 
 # %% ../nbs/30_models.ipynb #a3054f5c
 def load_processor(
-    path:str,  # `tiny`, a folder or a hub name
-):             # a processor with tokenizer and image processor; of a text model, the tokenizer
+    path: str,  # `tiny`, a folder or a hub name
+):  # a processor with tokenizer and image processor; of a text model, the tokenizer
     "The processor of a model; raises `SpecsError` if there is none."
     from transformers import AutoProcessor, AutoTokenizer
     from transformers.processing_utils import ProcessorMixin
+
     if not is_vlm(load_config_of(path)):
-        try: tokenizer = AutoTokenizer.from_pretrained(resolve(path))
-        except (OSError, ValueError) as e: raise SpecsError(f"no tokenizer can be loaded from {path} ({_line(e)})") from None
-        if not tokenizer.chat_template: raise SpecsError(f"the tokenizer of {path} has no chat template: choose an instruction-tuned model, or put a chat_template.jinja beside it")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(resolve(path))
+        except (OSError, ValueError) as e:
+            raise SpecsError(f"no tokenizer can be loaded from {path} ({_line(e)})") from None
+        if not tokenizer.chat_template:
+            raise SpecsError(
+                f"the tokenizer of {path} has no chat template: choose an instruction-tuned model, or put a"
+                " chat_template.jinja beside it"
+            )
         tokenizer.padding_side = "left"
         return tokenizer
-    try: processor = AutoProcessor.from_pretrained(resolve(path))
-    except ImportError as e: raise SpecsError(f"the processor of {path} needs a package that isn't installed: {_line(e)}") from None
+    try:
+        processor = AutoProcessor.from_pretrained(resolve(path))
+    except ImportError as e:
+        raise SpecsError(
+            f"the processor of {path} needs a package that isn't installed: {_line(e)}"
+        ) from None
     except (OSError, ValueError) as e:
-        raise SpecsError(f"no processor can be loaded from {path}: a model folder needs preprocessor or processor files and a tokenizer beside the weights ({_line(e)})") from None
+        raise SpecsError(
+            f"no processor can be loaded from {path}: a model folder needs preprocessor or processor files"
+            f" and a tokenizer beside the weights ({_line(e)})"
+        ) from None
     if not isinstance(processor, ProcessorMixin):
-        raise SpecsError(f"{path} has a tokenizer and no processor: copy processor_config.json or preprocessor_config.json of the model into it")
+        raise SpecsError(
+            f"{path} has a tokenizer and no processor: copy processor_config.json or preprocessor_config.json"
+            " of the model into it"
+        )
     processor.tokenizer.padding_side = "left"
     return processor
 
+
 def tokenizer_of(
     processor,  # a processor or a tokenizer
-):              # the tokenizer
+):  # the tokenizer
     "The tokenizer within a processor, or the tokenizer itself."
     return getattr(processor, "tokenizer", processor)
 
@@ -80,7 +113,9 @@ def tokenizer_of(
 def quiet_libraries():
     "Switch off progress bars and warnings of transformers and datasets."
     import datasets, transformers, warnings
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that TRL still uses
+
+    # of names that TRL still uses
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -88,166 +123,310 @@ def quiet_libraries():
 # %% ../nbs/30_models.ipynb #0647fcfc
 def _installed(name):
     from importlib.util import find_spec
+
     return find_spec(name) is not None
 
+
 def pick_attn(
-    attn:str="auto",  # `auto`, or a name that transformers knows
-    cuda:bool=None,   # a GPU is there; None: look
-)->str:               # for `from_pretrained`
+    attn: str = "auto",  # `auto`, or a name that transformers knows
+    cuda: bool = None,  # a GPU is there; None: look
+) -> str:  # for `from_pretrained`
     "The attention implementation; raises `SpecsError` when FlashAttention is asked for and absent."
     import torch
+
     cuda = torch.cuda.is_available() if cuda is None else cuda
     there = cuda and _installed("flash_attn")
-    if attn == "auto": return "flash_attention_2" if there else "sdpa"
+    if attn == "auto":
+        return "flash_attention_2" if there else "sdpa"
     if attn == "flash_attention_2" and not there:
-        raise SpecsError(f"model.attn is flash_attention_2, but {'flash_attn is not installed' if cuda else 'there is no CUDA GPU'}: set model.attn to auto or sdpa{', or pip install flash-attn' if cuda else ''}")
+        raise SpecsError(
+            "model.attn is flash_attention_2, but"
+            f" {'flash_attn is not installed' if cuda else 'there is no CUDA GPU'}: set model.attn to auto or"
+            f" sdpa{', or pip install flash-attn' if cuda else ''}"
+        )
     return attn
 
 # %% ../nbs/30_models.ipynb #f1ad1699
 _told = set()  # kinds of models of which was said that Liger's kernels don't fit
 
+
 def apply_liger(
-    model,              # of transformers
-    liger:str="auto",   # `auto`, `need` or `none`
-    cuda:bool=None,     # a GPU is there; None: look
-)->bool:                # whether it was applied
+    model,  # of transformers
+    liger: str = "auto",  # `auto`, `need` or `none`
+    cuda: bool = None,  # a GPU is there; None: look
+) -> bool:  # whether it was applied
     "Put Liger's kernels into a model; raises `SpecsError` when they are needed and can't be had."
     import torch
-    if liger not in ("auto", "need", "none"): raise SpecsError(f"model.liger: no {liger!r}; {nearest(liger, ('auto', 'need', 'none'))}")
+
+    if liger not in ("auto", "need", "none"):
+        raise SpecsError(f"model.liger: no {liger!r}; {nearest(liger, ('auto', 'need', 'none'))}")
     cuda = torch.cuda.is_available() if cuda is None else cuda
-    if liger == "none" or (liger == "auto" and not (cuda and _installed("liger_kernel"))): return False
-    if not _installed("liger_kernel"): raise SpecsError("model.liger is need, but liger_kernel is not installed: pip install liger-kernel, or set model.liger to auto")
+    if liger == "none" or (liger == "auto" and not (cuda and _installed("liger_kernel"))):
+        return False
+    if not _installed("liger_kernel"):
+        raise SpecsError(
+            "model.liger is need, but liger_kernel is not installed: pip install liger-kernel, or set"
+            " model.liger to auto"
+        )
     kind = model.config.model_type
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
+
         if kind not in known:
-            if liger == "auto": return False
-            raise SpecsError(f"model.liger is need, but Liger has no kernels for {kind}: set model.liger to auto")
+            if liger == "auto":
+                return False
+            raise SpecsError(
+                f"model.liger is need, but Liger has no kernels for {kind}: set model.liger to auto"
+            )
         # the fused loss would keep TRL from the logits that it needs
         _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)
-    except (ImportError, AttributeError) as e:  # Liger reaches into transformers' classes, which a new release may rename
-        why = f"the installed Liger doesn't fit the installed transformers for {kind} ({str(e).split(' (')[0]})"
-        if liger == "need": raise SpecsError(f"model.liger is need, but {why}: set model.liger to auto, or install versions that fit") from e
-        if kind not in _told: print(f"Liger's kernels are left out: {why}", flush=True)
+    except (
+        ImportError,
+        AttributeError,
+    ) as e:  # Liger reaches into transformers' classes, which a new release may rename
+        why = (
+            f"the installed Liger doesn't fit the installed transformers for {kind} ({str(e).split(' (')[0]})"
+        )
+        if liger == "need":
+            raise SpecsError(
+                f"model.liger is need, but {why}: set model.liger to auto, or install versions that fit"
+            ) from e
+        if kind not in _told:
+            print(f"Liger's kernels are left out: {why}", flush=True)
         _told.add(kind)
         return False
     return True
 
 # %% ../nbs/30_models.ipynb #0d151a9d
 def check_fit(
-    model,      # of transformers
+    model,  # of transformers
     processor,  # processor or tokenizer
-    where:str,  # the model's path, for messages
+    where: str,  # the model's path, for messages
 ):
     "Raise `SpecsError` if a processor is not the model's own."
     tok, rows = tokenizer_of(processor), model.get_input_embeddings().num_embeddings
     again = f"take processor and weights of {where} from the same place"
-    if len(tok) > rows: raise SpecsError(f"{where}: the tokenizer has {len(tok):,} tokens, the model embeddings for {rows:,}: {again}")
+    if len(tok) > rows:
+        raise SpecsError(
+            f"{where}: the tokenizer has {len(tok):,} tokens, the model embeddings for {rows:,}: {again}"
+        )
     want = getattr(model.config, "image_token_id", None)
     have = {getattr(p, "image_token_id", None) for p in (processor, tok)} - {None}
     if want is not None and have and want not in have:
-        raise SpecsError(f"{where}: the model expects image token {want}, the processor writes {', '.join(map(str, sorted(have)))}: {again}")
+        raise SpecsError(
+            f"{where}: the model expects image token {want}, the processor writes"
+            f" {', '.join(map(str, sorted(have)))}: {again}"
+        )
     vision = getattr(model.config, "vision_config", None)
     sizes = [getattr(x, "patch_size", None) for x in (vision, getattr(processor, "image_processor", None))]
-    if getattr(model.config, "model_type", "").startswith("qwen") and all(isinstance(s, int) for s in sizes) and sizes[0] != sizes[1]:
-        raise SpecsError(f"{where}: the vision tower reads patches of {sizes[0]} pixels, the processor cuts {sizes[1]}: {again}")
+    if (
+        getattr(model.config, "model_type", "").startswith("qwen")
+        and all(isinstance(s, int) for s in sizes)
+        and sizes[0] != sizes[1]
+    ):
+        raise SpecsError(
+            f"{where}: the vision tower reads patches of {sizes[0]} pixels, the processor cuts {sizes[1]}:"
+            f" {again}"
+        )
 
 # %% ../nbs/30_models.ipynb #772d54af
 def load_model(
-    path:str,              # `tiny`, a folder (of a model or an adapter) or a hub name
-    dtype:str="float32",   # of the weights
-    attn:str="sdpa",       # attention implementation, or `auto`
-    quantize:bool=False,   # hold the language model's weights in 4 bits (NF4)
-    liger:str="auto",      # Liger's kernels: `auto`, `need` or `none`
-):                         # (model, processor)
+    path: str,  # `tiny`, a folder (of a model or an adapter) or a hub name
+    dtype: str = "float32",  # of the weights
+    attn: str = "sdpa",  # attention implementation, or `auto`
+    quantize: bool = False,  # hold the language model's weights in 4 bits (NF4)
+    liger: str = "auto",  # Liger's kernels: `auto`, `need` or `none`
+):  # (model, processor)
     "A model with its processor; raises `SpecsError` for what can't be loaded or doesn't belong together."
     import torch
-    if (Path(path) / "adapter_config.json").exists(): return _load_adapted(path, dtype=dtype, attn=attn, quantize=quantize, liger=liger)
+
+    if (Path(path) / "adapter_config.json").exists():
+        return _load_adapted(path, dtype=dtype, attn=attn, quantize=quantize, liger=liger)
     processor = load_processor(path)
     quiet_libraries()
     how = dict(dtype=getattr(torch, dtype), attn_implementation=pick_attn(attn))
-    if quantize: how["quantization_config"] = nf4_config(is_vlm(load_config_of(path)), dtype)
-    try: model = model_class(path).from_pretrained(resolve(path), **how)
-    except (OSError, ValueError) as e: raise SpecsError(f"no model can be loaded from {path}: {_line(e)}") from None
+    if quantize:
+        how["quantization_config"] = nf4_config(is_vlm(load_config_of(path)), dtype)
+    try:
+        model = model_class(path).from_pretrained(resolve(path), **how)
+    except (OSError, ValueError) as e:
+        raise SpecsError(f"no model can be loaded from {path}: {_line(e)}") from None
     check_fit(model, processor, path)
     apply_liger(model, liger)
-    if quantize: _exact_on_cpu(model)
+    if quantize:
+        _exact_on_cpu(model)
     return (model.cuda() if torch.cuda.is_available() and not quantize else model), processor
 
 # %% ../nbs/30_models.ipynb #eedaa846
 FAMILIES = ("qwen2.5-vl", "qwen3-vl", "internvl", "gemma3", "idefics3", "smolvlm", "text")
-_TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
-             max_position_embeddings=2048)
+_TEXT = dict(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
+    max_position_embeddings=2048,
+)
 _VISION = dict(hidden_size=32, intermediate_size=64)
-_TOWER = dict(_VISION, num_hidden_layers=2, num_attention_heads=2, patch_size=14)  # what all but Qwen call their parts
+# what all but Qwen call their parts
+_TOWER = dict(_VISION, num_hidden_layers=2, num_attention_heads=2, patch_size=14)
 _START, _IMAGE, _END, _VIDEO = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"
-_IDEFICS = dict(image_token="<image>", fake_image_token="<fake_token_around_image>", global_image_token="<global-img>",
-                end_of_utterance_token="<end_of_utterance>", video_token=_VIDEO)
-_NAMED = {"internvl": dict(start_image_token=_START, end_image_token=_END, context_image_token=_IMAGE, video_token=_VIDEO),
-          "gemma3": dict(boi_token=_START, eoi_token=_END, image_token=_IMAGE), "idefics3": _IDEFICS, "smolvlm": _IDEFICS}
+_IDEFICS = dict(
+    image_token="<image>",
+    fake_image_token="<fake_token_around_image>",
+    global_image_token="<global-img>",
+    end_of_utterance_token="<end_of_utterance>",
+    video_token=_VIDEO,
+)
+_NAMED = {
+    "internvl": dict(
+        start_image_token=_START, end_image_token=_END, context_image_token=_IMAGE, video_token=_VIDEO
+    ),
+    "gemma3": dict(boi_token=_START, eoi_token=_END, image_token=_IMAGE),
+    "idefics3": _IDEFICS,
+    "smolvlm": _IDEFICS,
+}
+
 
 def _template(image):
     "A chat template in Qwen's form; `image` stands where a picture goes."
-    return ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}"
-            "{% if p['type'] == 'image' %}" + image + "{% elif p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
-            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    return (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content']"
+        " }}{% else %}{% for p in m['content'] %}{% if p['type'] == 'image' %}"
+        + image
+        + "{% elif p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
 
 # %% ../nbs/30_models.ipynb #8d6b139b
 def _qwen(family, tok, ids, text):
     import transformers as T
+
     i, three = tok.convert_tokens_to_ids, family == "qwen3-vl"
     patch = 16 if three else 14
-    pixels = T.Qwen2VLImageProcessor(patch_size=patch, size={"shortest_edge": (2 * patch)**2, "longest_edge": (12 * patch)**2})
+    pixels = T.Qwen2VLImageProcessor(
+        patch_size=patch, size={"shortest_edge": (2 * patch) ** 2, "longest_edge": (12 * patch) ** 2}
+    )
     chat = dict(chat_template=_template(_START + _IMAGE + _END))
-    processor = T.Qwen3VLProcessor(pixels, tok, T.Qwen3VLVideoProcessor(), **chat) if three else T.Qwen2_5_VLProcessor(pixels, tok, T.Qwen2VLVideoProcessor(), **chat)
-    text = dict(text, rope_parameters={"rope_type": "default", "rope_theta": 10000., "mrope_section": [4, 6, 6]})
+    processor = (
+        T.Qwen3VLProcessor(pixels, tok, T.Qwen3VLVideoProcessor(), **chat)
+        if three
+        else T.Qwen2_5_VLProcessor(pixels, tok, T.Qwen2VLVideoProcessor(), **chat)
+    )
+    text = dict(
+        text, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    )
     vision = dict(_VISION, depth=2, num_heads=2, out_hidden_size=text["hidden_size"], patch_size=patch)
-    vision |= dict(deepstack_visual_indexes=[0], num_position_embeddings=144) if three else dict(fullatt_block_indexes=[1], window_size=112)
-    config = (T.Qwen3VLConfig if three else T.Qwen2_5_VLConfig)(text_config=text, vision_config=vision, image_token_id=i(_IMAGE),
-        video_token_id=i(_VIDEO), vision_start_token_id=i(_START), vision_end_token_id=i(_END), tie_word_embeddings=True)
+    vision |= (
+        dict(deepstack_visual_indexes=[0], num_position_embeddings=144)
+        if three
+        else dict(fullatt_block_indexes=[1], window_size=112)
+    )
+    config = (T.Qwen3VLConfig if three else T.Qwen2_5_VLConfig)(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=i(_IMAGE),
+        video_token_id=i(_VIDEO),
+        vision_start_token_id=i(_START),
+        vision_end_token_id=i(_END),
+        tie_word_embeddings=True,
+    )
     return config, processor
 
 # %% ../nbs/30_models.ipynb #4b547c85
 def _others(family, tok, ids, text):
     import transformers as T
+
     i, size = tok.convert_tokens_to_ids, {"height": 56, "width": 56}
     if family == "internvl":
-        processor = T.InternVLProcessor(T.GotOcr2ImageProcessor(size=size), tok, T.InternVLVideoProcessor(), image_seq_length=4, chat_template=_template(_IMAGE))
-        return T.InternVLConfig(text_config=dict(text, model_type="qwen2"), vision_config=dict(_TOWER, image_size=[56, 56], patch_size=[14, 14]),
-            image_token_id=i(_IMAGE), image_seq_length=4, downsample_ratio=.5, tie_word_embeddings=True), processor
+        processor = T.InternVLProcessor(
+            T.GotOcr2ImageProcessor(size=size),
+            tok,
+            T.InternVLVideoProcessor(),
+            image_seq_length=4,
+            chat_template=_template(_IMAGE),
+        )
+        return (
+            T.InternVLConfig(
+                text_config=dict(text, model_type="qwen2"),
+                vision_config=dict(_TOWER, image_size=[56, 56], patch_size=[14, 14]),
+                image_token_id=i(_IMAGE),
+                image_seq_length=4,
+                downsample_ratio=0.5,
+                tie_word_embeddings=True,
+            ),
+            processor,
+        )
     if family == "gemma3":
-        processor = T.Gemma3Processor(T.Gemma3ImageProcessor(size=size), tok, image_seq_length=4, chat_template=_template(_START))
-        return T.Gemma3Config(text_config=dict(text, sliding_window=64), vision_config=dict(_TOWER, image_size=56, vision_use_head=False), mm_tokens_per_image=4,
-            image_token_id=i(_IMAGE), boi_token_id=i(_START), eoi_token_id=i(_END), tie_word_embeddings=True), processor
+        processor = T.Gemma3Processor(
+            T.Gemma3ImageProcessor(size=size), tok, image_seq_length=4, chat_template=_template(_START)
+        )
+        return (
+            T.Gemma3Config(
+                text_config=dict(text, sliding_window=64),
+                vision_config=dict(_TOWER, image_size=56, vision_use_head=False),
+                mm_tokens_per_image=4,
+                image_token_id=i(_IMAGE),
+                boi_token_id=i(_START),
+                eoi_token_id=i(_END),
+                tie_word_embeddings=True,
+            ),
+            processor,
+        )
     smol, edge = family == "smolvlm", {"longest_edge": 56}
-    pixels = (T.SmolVLMImageProcessor if smol else T.Idefics3ImageProcessor)(size=edge, max_image_size=edge, do_image_splitting=False)
+    pixels = (T.SmolVLMImageProcessor if smol else T.Idefics3ImageProcessor)(
+        size=edge, max_image_size=edge, do_image_splitting=False
+    )
     chat = dict(image_seq_len=4, chat_template=_template("<image>"))
-    processor = T.SmolVLMProcessor(pixels, tok, T.SmolVLMVideoProcessor(), **chat) if smol else T.Idefics3Processor(pixels, tok, **chat)
-    config = (T.SmolVLMConfig if smol else T.Idefics3Config)(text_config=dict(text, model_type="llama", vocab_size=len(tok)), scale_factor=2,
-        vision_config=dict(_TOWER, image_size=56), image_token_id=i("<image>"), pad_token_id=ids["pad_token_id"], tie_word_embeddings=True)
+    processor = (
+        T.SmolVLMProcessor(pixels, tok, T.SmolVLMVideoProcessor(), **chat)
+        if smol
+        else T.Idefics3Processor(pixels, tok, **chat)
+    )
+    config = (T.SmolVLMConfig if smol else T.Idefics3Config)(
+        text_config=dict(text, model_type="llama", vocab_size=len(tok)),
+        scale_factor=2,
+        vision_config=dict(_TOWER, image_size=56),
+        image_token_id=i("<image>"),
+        pad_token_id=ids["pad_token_id"],
+        tie_word_embeddings=True,
+    )
     return config, processor
 
 # %% ../nbs/30_models.ipynb #5facb4ab
 def random_model(
-    family:str,     # one of `FAMILIES`
-    folder,         # where to
-    seed:int=0,     # of the weights
-    **text,         # fields of the text model's configuration, such as `num_hidden_layers`
-)->str:             # the folder
+    family: str,  # one of `FAMILIES`
+    folder,  # where to
+    seed: int = 0,  # of the weights
+    **text,  # fields of the text model's configuration, such as `num_hidden_layers`
+) -> str:  # the folder
     "Write a tiny model of a family with random weights; raises `SpecsError` for a family that isn't there or can't be built here."
     import torch, transformers as T
-    if family not in FAMILIES: raise SpecsError(f"no family {family!r}: {nearest(family, FAMILIES)}")
+
+    if family not in FAMILIES:
+        raise SpecsError(f"no family {family!r}: {nearest(family, FAMILIES)}")
     named = _NAMED.get(family)
-    tok = T.AutoTokenizer.from_pretrained(resolve("tiny"), **(dict(extra_special_tokens=named) if named else {}))
-    ids = {f"{k}_token_id": tok.convert_tokens_to_ids(t) for k, t in (("bos", "<|endoftext|>"), ("eos", "<|im_end|>"), ("pad", "<|endoftext|>"))}
+    tok = T.AutoTokenizer.from_pretrained(
+        resolve("tiny"), **(dict(extra_special_tokens=named) if named else {})
+    )
+    ids = {
+        f"{k}_token_id": tok.convert_tokens_to_ids(t)
+        for k, t in (("bos", "<|endoftext|>"), ("eos", "<|im_end|>"), ("pad", "<|endoftext|>"))
+    }
     text = {**_TEXT, "vocab_size": len(tok), "tie_word_embeddings": True, **ids, **text}
     try:
-        if family == "text": config, processor, tok.chat_template = T.Qwen3Config(**text), tok, _template("")
-        else: config, processor = (_qwen if family.startswith("qwen") else _others)(family, tok, ids, text)
-    except ImportError as e: raise SpecsError(f"{family}: {_line(e)}") from None
+        if family == "text":
+            config, processor, tok.chat_template = T.Qwen3Config(**text), tok, _template("")
+        else:
+            config, processor = (_qwen if family.startswith("qwen") else _others)(family, tok, ids, text)
+    except ImportError as e:
+        raise SpecsError(f"{family}: {_line(e)}") from None
     torch.manual_seed(seed)
-    model = (T.AutoModelForCausalLM if family == "text" else T.AutoModelForImageTextToText).from_config(config)
+    model = (T.AutoModelForCausalLM if family == "text" else T.AutoModelForImageTextToText).from_config(
+        config
+    )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
@@ -256,64 +435,86 @@ def random_model(
 _EYES = "visual|vision|image|multi_modal|connector|projector|merger|audio"
 LORA_TARGETS = rf"(?!.*({_EYES})).*\.(q|k|v|o|gate|up|down|qkv|gate_up)_proj"
 
+
 def lora_config(
-    rank:int=16,  # of the adapter; alpha is twice that
-):                # a `peft.LoraConfig`
+    rank: int = 16,  # of the adapter; alpha is twice that
+):  # a `peft.LoraConfig`
     "LoRA on all projections of the language model."
     from peft import LoraConfig
-    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0., target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
+
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
+    )
 
 # %% ../nbs/30_models.ipynb #00684510
 def save_model(
-    model,      # with or without an adapter, in 16, 32 or 4 bits
+    model,  # with or without an adapter, in 16, 32 or 4 bits
     processor,  # its processor
-    folder,     # where to
+    folder,  # where to
 ):
     "Save a model, its adapter merged, with its processor; of a 4-bit model the adapter is kept too, in `adapter/`."
-    if hasattr(model, "merge_and_unload"): model = _merge_4bit(model, Path(folder)) if is_4bit(model) else model.merge_and_unload()
+    if hasattr(model, "merge_and_unload"):
+        model = _merge_4bit(model, Path(folder)) if is_4bit(model) else model.merge_and_unload()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
+
 def is_4bit(
     model,  # with or without an adapter
-)->bool:    # its weights are held in 4 bits
+) -> bool:  # its weights are held in 4 bits
     "Whether a model was loaded with `quantize=True`."
-    return bool(getattr(model, "is_loaded_in_4bit", False)) and bool(getattr(model.config, "quantization_config", None))
+    return bool(getattr(model, "is_loaded_in_4bit", False)) and bool(
+        getattr(model.config, "quantization_config", None)
+    )
 
 # %% ../nbs/30_models.ipynb #541b04d1
 def nf4_config(
-    vlm:bool=True,        # a vision-language model
-    dtype:str="float32",  # to compute in
-):                        # a `BitsAndBytesConfig`
+    vlm: bool = True,  # a vision-language model
+    dtype: str = "float32",  # to compute in
+):  # a `BitsAndBytesConfig`
     "NF4 with double quantisation for the language model alone; raises `SpecsError` without bitsandbytes."
     import torch
     from transformers import BitsAndBytesConfig
-    if not _installed("bitsandbytes"): raise SpecsError("qlora needs bitsandbytes: pip install 'specs_nb[qlora]', or set qlora to false")
+
+    if not _installed("bitsandbytes"):
+        raise SpecsError("qlora needs bitsandbytes: pip install 'specs_nb[qlora]', or set qlora to false")
     skip = ["lm_head"] + ([r"(?!.*(language_model|text_model)\.).*"] if vlm else [])
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=getattr(torch, dtype), llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+        llm_int8_skip_modules=skip,
+    )
+
 
 def _exact_on_cpu(model):
     "On CPUs with AVX-512-BF16 bitsandbytes repacks the weights for a kernel that computes in bfloat16; keep to what `dtype` says."
     import torch
-    if torch.cuda.is_available(): return
+
+    if torch.cuda.is_available():
+        return
     for m in model.modules():
-        if hasattr(m, "support_avx512bf16_for_cpu"): m.support_avx512bf16_for_cpu = False
+        if hasattr(m, "support_avx512bf16_for_cpu"):
+            m.support_avx512bf16_for_cpu = False
 
 # %% ../nbs/30_models.ipynb #eff8e1bc
 def float32_adapter(
     model,  # of a trainer, already built
-)->int:     # how many numbers were cast
+) -> int:  # how many numbers were cast
     "Cast what is trained of an adapted model to float32."
-    if not hasattr(model, "peft_config"): return 0
+    if not hasattr(model, "peft_config"):
+        return 0
     cast = [p for p in model.parameters() if p.requires_grad and str(p.dtype) != "torch.float32"]
-    for p in cast: p.data = p.data.float()
+    for p in cast:
+        p.data = p.data.float()
     return sum(p.numel() for p in cast)
 
 # %% ../nbs/30_models.ipynb #4b39a8e8
 def _merge_4bit(model, folder):
     "The adapter merged into the base's rounded weights; the adapter itself goes to `folder/adapter`."
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
     name = next(iter(model.peft_config))
     save_adapter(model, folder / "adapter")
     state, config = get_peft_model_state_dict(model), model.peft_config[name]
@@ -324,132 +525,230 @@ def _merge_4bit(model, folder):
     merged.is_loaded_in_4bit = merged.is_quantized = False
     return merged
 
+
 def save_adapter(
-    model,   # with an adapter
+    model,  # with an adapter
     folder,  # where to
 ):
     "Save an adapter alone, with a checksum of the base it belongs to."
     model.save_pretrained(folder)
-    write_json(Path(folder) / "base.json", {"digest": base_digest(model), "base": next(iter(model.peft_config.values())).base_model_name_or_path})
+    write_json(
+        Path(folder) / "base.json",
+        {
+            "digest": base_digest(model),
+            "base": next(iter(model.peft_config.values())).base_model_name_or_path,
+        },
+    )
+
 
 def base_digest(
     model,  # with or without an adapter, in any precision
-)->str:     # 16 hex digits
+) -> str:  # 16 hex digits
     "A checksum of what an adapter leaves alone and quantisation too: some embeddings, biases and norms."
     import torch
+
     h = hashlib.sha256()
-    for name, p in sorted((n.removeprefix("base_model.model.").replace(".base_layer", ""), p) for n, p in model.named_parameters() if "lora_" not in n):
-        if p.ndim == 1 or name.endswith("embed_tokens.weight"): h.update(p.detach()[:64].to(torch.bfloat16).float().cpu().numpy().tobytes())
+    for name, p in sorted(
+        (n.removeprefix("base_model.model.").replace(".base_layer", ""), p)
+        for n, p in model.named_parameters()
+        if "lora_" not in n
+    ):
+        if p.ndim == 1 or name.endswith("embed_tokens.weight"):
+            h.update(p.detach()[:64].to(torch.bfloat16).float().cpu().numpy().tobytes())
     return h.hexdigest()[:16]
 
 # %% ../nbs/30_models.ipynb #015b0989
 def load_adapter(
-    model,      # the base
-    folder,     # of the adapter
-    train:bool=False,  # it is to be trained further
-):              # a `PeftModel`
+    model,  # the base
+    folder,  # of the adapter
+    train: bool = False,  # it is to be trained further
+):  # a `PeftModel`
     "Put an adapter on its base; raises `SpecsError` if it was made for another."
     from peft import PeftModel
+
     known = read_json(Path(folder) / "base.json") or {}
-    made_for = known.get("base") or (read_json(Path(folder) / "adapter_config.json") or {}).get("base_model_name_or_path")
-    wrong = f"the adapter {folder} was made for another base ({made_for}), not for {model.name_or_path}: set model.path to its base"
-    if known and known["digest"] != base_digest(model): raise SpecsError(wrong)
-    try: adapted = PeftModel.from_pretrained(model, folder, is_trainable=train)
-    except (RuntimeError, ValueError) as e: raise SpecsError(f"{wrong} ({_line(e)})") from None
-    if not [n for n, _ in adapted.named_parameters() if "lora_" in n]: raise SpecsError(wrong)
+    made_for = known.get("base") or (read_json(Path(folder) / "adapter_config.json") or {}).get(
+        "base_model_name_or_path"
+    )
+    wrong = (
+        f"the adapter {folder} was made for another base ({made_for}), not for {model.name_or_path}: set"
+        " model.path to its base"
+    )
+    if known and known["digest"] != base_digest(model):
+        raise SpecsError(wrong)
+    try:
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=train)
+    except (RuntimeError, ValueError) as e:
+        raise SpecsError(f"{wrong} ({_line(e)})") from None
+    if not [n for n, _ in adapted.named_parameters() if "lora_" in n]:
+        raise SpecsError(wrong)
     return adapted
+
 
 def _load_adapted(path, **how):
     "A model given as the folder of its adapter: the base is loaded and the adapter put on it."
     base = (read_json(Path(path) / "adapter_config.json") or {}).get("base_model_name_or_path")
-    if not base: raise SpecsError(f"{path}/adapter_config.json names no base: set base_model_name_or_path in it")
+    if not base:
+        raise SpecsError(f"{path}/adapter_config.json names no base: set base_model_name_or_path in it")
     model, processor = load_model(base, **how)
     return load_adapter(model, path), processor
 
 # %% ../nbs/30_models.ipynb #aed7cfbe
 def load_to_train(
-    start:str,  # `tiny`, a folder or a hub name
-    config,     # a stage's configuration with `lora`, `qlora` and `lora_rank`
-    **load,     # keywords of `load_model`
-):              # (model, processor, LoraConfig or None)
+    start: str,  # `tiny`, a folder or a hub name
+    config,  # a stage's configuration with `lora`, `qlora` and `lora_rank`
+    **load,  # keywords of `load_model`
+):  # (model, processor, LoraConfig or None)
     "A model as a stage wants to train it: whole, with LoRA, or with LoRA on 4 bits."
     adapter = Path(resolve(start)) / "adapter"
     if config.qlora and (adapter / "adapter_config.json").exists():
-        base, processor = load_model(read_json(adapter / "adapter_config.json")["base_model_name_or_path"], quantize=True, **load)
+        base, processor = load_model(
+            read_json(adapter / "adapter_config.json")["base_model_name_or_path"], quantize=True, **load
+        )
         return load_adapter(base, adapter, train=True), processor, None
     model, processor = load_model(start, quantize=config.qlora, **load)
     return model, processor, lora_config(config.lora_rank) if config.lora or config.qlora else None
+
 
 def rest_eyes(
     model,  # that a trainer has wrapped
 ):
     "Let gradients end before a vision tower that isn't trained: for checkpointing, the trainer made its input ask for them, so that all of it would be computed backward for nothing."
     from transformers import PreTrainedModel
+
     for part in model.modules():
-        if not isinstance(part, PreTrainedModel) or any(p.requires_grad for p in part.parameters()): continue
-        try: first = part.get_input_embeddings()
-        except NotImplementedError: continue
+        if not isinstance(part, PreTrainedModel) or any(p.requires_grad for p in part.parameters()):
+            continue
+        try:
+            first = part.get_input_embeddings()
+        except NotImplementedError:
+            continue
         for key, hook in list(getattr(first, "_forward_hooks", {}).items()):
-            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"): del first._forward_hooks[key]
+            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+                del first._forward_hooks[key]
 
 # %% ../nbs/30_models.ipynb #c23210d2
 def check_eyes(
-    model,      # of transformers
-    rows:list,  # of the schema
-    where:str,  # the model's path, for messages
+    model,  # of transformers
+    rows: list,  # of the schema
+    where: str,  # the model's path, for messages
 ):
     "Raise `SpecsError` if a text model is given images."
-    if is_vlm(model.config): return
-    if (r := next((r for r in rows if r["images"]), None)): raise SpecsError(f"{where} is a text model, but row {r['id']} has images: set data.images to without, or choose a vision-language model")
+    if is_vlm(model.config):
+        return
+    if r := next((r for r in rows if r["images"]), None):
+        raise SpecsError(
+            f"{where} is a text model, but row {r['id']} has images: set data.images to without, or choose a"
+            " vision-language model"
+        )
 
 # %% ../nbs/30_models.ipynb #51c87097
 def _table(head, rows):
-    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(map(str, r)) + " |" for r in rows)])
+    return "\n".join([
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(map(str, r)) + " |" for r in rows),
+    ])
+
 
 def _results(metrics):
-    rows = [(m, s, k, f"{v['mean']:.3f}", f"{v['lo']:.3f} … {v['hi']:.3f}", v["n"]) for m, splits in metrics.items() for s, ms in splits.items()
-            for k, v in ms.items() if k in ("format", "accuracy") and v.get("mean") is not None]
+    rows = [
+        (m, s, k, f"{v['mean']:.3f}", f"{v['lo']:.3f} … {v['hi']:.3f}", v["n"])
+        for m, splits in metrics.items()
+        for s, ms in splits.items()
+        for k, v in ms.items()
+        if k in ("format", "accuracy") and v.get("mean") is not None
+    ]
     return _table(("model", "test", "metric", "mean", "95 % interval", "n"), rows)
 
+
 def model_card(
-    run,                 # a run folder
-    model:str="final",   # which of its models
-)->str:                  # Markdown with a YAML head
+    run,  # a run folder
+    model: str = "final",  # which of its models
+) -> str:  # Markdown with a YAML head
     "The card of a run's model: recipe, data, seed, results, cost; raises `SpecsError` if that model isn't finished."
     import yaml
+
     run = Path(run)
-    stage, config = read_json(run / model / "stage.json") or {}, yaml.safe_load((run / "config.yaml").read_text()) if (run / "config.yaml").exists() else None
-    if config is None or stage.get("state") != "done": raise SpecsError(f"{run} has no finished {model}: specs {model} --run-dir {run}")
+    stage, config = read_json(run / model / "stage.json") or {}, (
+        yaml.safe_load((run / "config.yaml").read_text()) if (run / "config.yaml").exists() else None
+    )
+    if config is None or stage.get("state") != "done":
+        raise SpecsError(f"{run} has no finished {model}: specs {model} --run-dir {run}")
     base, data = config["model"]["path"], config["data"]
-    head = {"library_name": "transformers", "tags": ["specs", "grpo", "dpo", "trl"], "pipeline_tag": "image-text-to-text" if "vision_config" in (read_json(run / model / "model/config.json") or {"vision_config": 0}) else "text-generation"}
-    if "/" in base and not Path(base).exists(): head["base_model"] = base
-    costs = [(s, f"{d['seconds']:.0f}", d.get("peak_memory_gb", ""), d.get("peak_gpu_gb", "")) for s in ("zero", "pairs", "coldstart", "final", "eval") if (d := read_json(run / s / "stage.json")) and d.get("state") == "done"]
+    head = {
+        "library_name": "transformers",
+        "tags": ["specs", "grpo", "dpo", "trl"],
+        "pipeline_tag": (
+            "image-text-to-text"
+            if "vision_config" in (read_json(run / model / "model/config.json") or {"vision_config": 0})
+            else "text-generation"
+        ),
+    }
+    if "/" in base and not Path(base).exists():
+        head["base_model"] = base
+    costs = [
+        (s, f"{d['seconds']:.0f}", d.get("peak_memory_gb", ""), d.get("peak_gpu_gb", ""))
+        for s in ("zero", "pairs", "coldstart", "final", "eval")
+        if (d := read_json(run / s / "stage.json")) and d.get("state") == "done"
+    ]
     metrics = read_json(run / "eval/metrics.json")
-    parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {Path(base).name}, {model} model of SPECS",
-             "Trained with `specs_nb`, an open implementation of [SPECS](https://arxiv.org/abs/2510.25801): GRPO-zero, self-distilled preference pairs, a cold start with DPO + λ·SFT, final GRPO.",
-             f"- base: `{Path(base).name if Path(base).exists() else base}`\n- data: `{Path(data['source']).name}`, {data['n_train']} rows, format `{data['format']}`\n- seed: {config['seed']}\n- finished: {stage.get('finished', 'unknown')}"]
-    if metrics: parts += ["## Results", _results(metrics)]
-    parts += ["## Cost", _table(("stage", "seconds", "peak memory, GiB", "of the GPU, GiB"), costs), "## Recipe", "```yaml\n" + yaml.safe_dump({k: config[k] for k in ("model", "zero", "distill", "coldstart", "final") if k in config}, sort_keys=False).replace(str(Path(base).parent) + "/", "" if Path(base).exists() else "\0") + "```",
-              "Versions: " + ", ".join(f"{k} {v}" for k, v in stage.get("versions", {}).items())]
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {Path(base).name}, {model} model of SPECS",
+        (
+            "Trained with `specs_nb`, an open implementation of [SPECS](https://arxiv.org/abs/2510.25801):"
+            " GRPO-zero, self-distilled preference pairs, a cold start with DPO + λ·SFT, final GRPO."
+        ),
+        (
+            f"- base: `{Path(base).name if Path(base).exists() else base}`\n- data:"
+            f" `{Path(data['source']).name}`, {data['n_train']} rows, format `{data['format']}`\n- seed:"
+            f" {config['seed']}\n- finished: {stage.get('finished', 'unknown')}"
+        ),
+    ]
+    if metrics:
+        parts += ["## Results", _results(metrics)]
+    parts += [
+        "## Cost",
+        _table(("stage", "seconds", "peak memory, GiB", "of the GPU, GiB"), costs),
+        "## Recipe",
+        "```yaml\n"
+        + yaml.safe_dump(
+            {k: config[k] for k in ("model", "zero", "distill", "coldstart", "final") if k in config},
+            sort_keys=False,
+        ).replace(str(Path(base).parent) + "/", "" if Path(base).exists() else "\0")
+        + "```",
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in stage.get("versions", {}).items()),
+    ]
     return "\n\n".join(parts) + "\n"
 
 # %% ../nbs/30_models.ipynb #015b35ba
 def push(
-    run,                # a run folder
-    repo:str,           # `owner/name` on the hub
-    model:str="final",  # which of its models
-    api=None,           # a `huggingface_hub.HfApi`; None: the user's own
-    private:bool=True,  # who may see it
-)->str:                 # the repository
+    run,  # a run folder
+    repo: str,  # `owner/name` on the hub
+    model: str = "final",  # which of its models
+    api=None,  # a `huggingface_hub.HfApi`; None: the user's own
+    private: bool = True,  # who may see it
+) -> str:  # the repository
     "Upload a run's model with its card; raises `SpecsError` if it isn't finished or the hub refuses."
     folder, card = Path(run) / model / "model", model_card(run, model)
-    if not (folder / "config.json").exists(): raise SpecsError(f"{folder} holds no model: specs {model} --run-dir {run}")
+    if not (folder / "config.json").exists():
+        raise SpecsError(f"{folder} holds no model: specs {model} --run-dir {run}")
     (folder / "README.md").write_text(card, encoding="utf-8")
     if api is None:
         from huggingface_hub import HfApi
+
         api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=str(folder), ignore_patterns=["adapter/base.json", "*.part"], commit_message=f"{model} model of a SPECS run")
-    except Exception as e: raise SpecsError(f"the hub refused {repo} ({type(e).__name__}: {_line(e)}): check the name and your token (hf auth login)") from None
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=str(folder),
+            ignore_patterns=["adapter/base.json", "*.part"],
+            commit_message=f"{model} model of a SPECS run",
+        )
+    except Exception as e:
+        raise SpecsError(
+            f"the hub refused {repo} ({type(e).__name__}: {_line(e)}): check the name and your token (hf auth"
+            " login)"
+        ) from None
     return repo

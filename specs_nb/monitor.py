@@ -16,74 +16,124 @@ from .core import SpecsError, read_json, write_json
 @dataclass(frozen=True)
 class Limits:
     "From where on a number is a bad sign"
-    patience: int = 10      # logged steps that a sign must last
-    no_spread: float = .95  # share of groups without variance in their rewards: nothing to learn from
-    truncated: float = .9   # share of completions that are cut off at the length limit
-    entropy: float = .002   # mean entropy of the next token in nats: the policy has stopped exploring
-    kl: float = 1.          # KL from the reference in nats a token (only with beta > 0)
-    explodes: float = 20.   # loss or gradient norm over its median so far
-    reward: float = 1e-3    # least change of the mean reward over `stuck` steps
-    stuck: int = 40         # logged steps without any change of the reward
+
+    patience: int = 10  # logged steps that a sign must last
+    no_spread: float = 0.95  # share of groups without variance in their rewards: nothing to learn from
+    truncated: float = 0.9  # share of completions that are cut off at the length limit
+    entropy: float = 0.002  # mean entropy of the next token in nats: the policy has stopped exploring
+    kl: float = 1.0  # KL from the reference in nats a token (only with beta > 0)
+    explodes: float = 20.0  # loss or gradient norm over its median so far
+    reward: float = 1e-3  # least change of the mean reward over `stuck` steps
+    stuck: int = 40  # logged steps without any change of the reward
 
 # %% ../nbs/35_monitor.ipynb #a8ca2014
 def signs(
-    history:list,          # logged steps in order: dicts with TRL's names
-    limits:Limits=Limits() # what is too much
-)->dict:                   # name of the sign → what to say
+    history: list,  # logged steps in order: dicts with TRL's names
+    limits: Limits = Limits(),  # what is too much
+) -> dict:  # name of the sign → what to say
     "Bad signs at the end of a history; a number that isn't logged gives none."
+
     def last(key, n=limits.patience):
         values = [float(h[key]) for h in history[-n:] if h.get(key) is not None]
         return values if len(values) == n else []
+
     said = {}
     if (v := last("frac_reward_zero_std")) and min(v) >= limits.no_spread:
-        said["no spread"] = f"{mean(v):.0%} of the groups have equal rewards for {len(v)} steps: nothing is learned from them; take harder or easier questions (a pass rate between 0 and 1), or more generations"
+        said["no spread"] = (
+            f"{mean(v):.0%} of the groups have equal rewards for {len(v)} steps: nothing is learned from"
+            " them; take harder or easier questions (a pass rate between 0 and 1), or more generations"
+        )
     if (v := last("completions/clipped_ratio")) and min(v) >= limits.truncated:
-        said["truncated"] = f"{mean(v):.0%} of the completions hit max_completion_length for {len(v)} steps: raise it, or pay for shorter answers (overlong)"
+        said["truncated"] = (
+            f"{mean(v):.0%} of the completions hit max_completion_length for {len(v)} steps: raise it, or pay"
+            " for shorter answers (overlong)"
+        )
     if (v := last("entropy")) and max(v) <= limits.entropy:
-        said["entropy"] = f"the policy's entropy is {mean(v):.4f} nats for {len(v)} steps: it no longer explores; lower learning_rate, or raise epsilon_high or temperature"
+        said["entropy"] = (
+            f"the policy's entropy is {mean(v):.4f} nats for {len(v)} steps: it no longer explores; lower"
+            " learning_rate, or raise epsilon_high or temperature"
+        )
     if (v := last("kl")) and min(v) >= limits.kl:
-        said["kl"] = f"the KL from the reference is {mean(v):.1f} nats for {len(v)} steps: the policy runs away; lower learning_rate, or raise beta"
+        said["kl"] = (
+            f"the KL from the reference is {mean(v):.1f} nats for {len(v)} steps: the policy runs away; lower"
+            " learning_rate, or raise beta"
+        )
     if (v := last("reward", limits.stuck)) and max(v) - min(v) < limits.reward:
-        said["stuck"] = f"the mean reward stays at {mean(v):.3f} for {len(v)} steps: is every answer graded alike? Look at a few completions and at the share of None in the rewards"
-    for key in (k for k in history[-1] if k.startswith("rewards/") and k.endswith("/mean")) if history else ():
-        if len(history) >= limits.patience and all(h.get(key, 0) is None for h in history[-limits.patience:]):
-            said[f"no opinion: {key.split('/')[1]}"] = f"the reward {key.split('/')[1]} has had no opinion on any completion for {limits.patience} steps, so it teaches nothing: can it read the answers and the questions' columns? Grade a few completions by hand"
+        said["stuck"] = (
+            f"the mean reward stays at {mean(v):.3f} for {len(v)} steps: is every answer graded alike? Look"
+            " at a few completions and at the share of None in the rewards"
+        )
+    for key in (
+        (k for k in history[-1] if k.startswith("rewards/") and k.endswith("/mean")) if history else ()
+    ):
+        if len(history) >= limits.patience and all(
+            h.get(key, 0) is None for h in history[-limits.patience :]
+        ):
+            said[f"no opinion: {key.split('/')[1]}"] = (
+                f"the reward {key.split('/')[1]} has had no opinion on any completion for {limits.patience}"
+                " steps, so it teaches nothing: can it read the answers and the questions' columns? Grade a"
+                " few completions by hand"
+            )
     for key in ("loss", "grad_norm"):
         past = [abs(float(h[key])) for h in history[:-1] if h.get(key) is not None]
         now = abs(float(history[-1].get(key) or 0)) if history else 0
         if len(past) >= limits.patience and now > limits.explodes * max(median(past), 1e-3):
-            said[f"{key} explodes"] = f"{key} is {now:.3g}, {now / max(median(past), 1e-3):.0f} times its median so far: lower learning_rate, or lower max_grad_norm"
+            said[f"{key} explodes"] = (
+                f"{key} is {now:.3g}, {now / max(median(past), 1e-3):.0f} times its median so far: lower"
+                " learning_rate, or lower max_grad_norm"
+            )
     return said
 
 # %% ../nbs/35_monitor.ipynb #ad9969a0
 def monitor(
-    stage:str,              # name for messages
-    out:Path,               # the stage's folder: gets `warnings.json` if there is something to warn of
-    limits:Limits=Limits(), # what is too much
-    say=None,               # how to say it; None prints
-):                          # a `TrainerCallback`
+    stage: str,  # name for messages
+    out: Path,  # the stage's folder: gets `warnings.json` if there is something to warn of
+    limits: Limits = Limits(),  # what is too much
+    say=None,  # how to say it; None prints
+):  # a `TrainerCallback`
     "Watch a training of transformers or TRL; raises `SpecsError` before a step with gradients that are not finite."
     from transformers import TrainerCallback
+
     class Monitor(TrainerCallback):
-        def __init__(self): self.history, self.warnings = [], read_json(Path(out) / "warnings.json") or {}
+        def __init__(self):
+            self.history, self.warnings = [], read_json(Path(out) / "warnings.json") or {}
 
         def on_pre_optimizer_step(self, args, state, control, model=None, **kw):
-            bad = [n for n, p in model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
-            if not bad: return
+            bad = [
+                n
+                for n, p in model.named_parameters()
+                if p.grad is not None and not bool(p.grad.isfinite().all())
+            ]
+            if not bad:
+                return
             kept = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-            raise SpecsError(f"{stage}: the gradients of {len(bad)} weights ({bad[0]} …) are NaN or infinite at step {state.global_step + 1}, learning rate {args.learning_rate:g}. The step was not taken; "
-                             f"the last good checkpoint is {kept[-1].name if kept else 'the start'}. Lower {stage}.trainer.learning_rate, or use dtype float32 or bfloat16 rather than float16")
+            raise SpecsError(
+                f"{stage}: the gradients of {len(bad)} weights ({bad[0]} …) are NaN or infinite at step"
+                f" {state.global_step + 1}, learning rate {args.learning_rate:g}. The step was not taken; the"
+                f" last good checkpoint is {kept[-1].name if kept else 'the start'}. Lower"
+                f" {stage}.trainer.learning_rate, or use dtype float32 or bfloat16 rather than float16"
+            )
 
         def on_log(self, args, state, control, logs=None, **kw):
-            if not logs or "loss" not in logs: return
-            numbers = {k: float(v) for k, v in logs.items() if isinstance(v, (int, float, str)) and str(v).strip()}  # transformers 5 logs strings
+            if not logs or "loss" not in logs:
+                return
+            # transformers 5 logs strings
+            numbers = {
+                k: float(v) for k, v in logs.items() if isinstance(v, (int, float, str)) and str(v).strip()
+            }
             finite = {k: v for k, v in numbers.items() if isfinite(v)}
-            silent = {k: None for k in logs if k.startswith("rewards/") and k.endswith("/mean") and k not in finite}  # no completion got a number
+            # no completion got a number
+            silent = {
+                k: None for k in logs if k.startswith("rewards/") and k.endswith("/mean") and k not in finite
+            }
             self.history.append({"step": state.global_step, **finite, **silent})
             for name, text in signs(self.history, limits).items():
-                if name in self.warnings: continue
+                if name in self.warnings:
+                    continue
                 self.warnings[name] = {"step": state.global_step, "text": text}
-                if not state.is_world_process_zero: continue  # one voice is enough
+                if not state.is_world_process_zero:
+                    continue  # one voice is enough
                 write_json(Path(out) / "warnings.json", self.warnings)
                 (say or print)(f"{stage}: step {state.global_step}: {text}")
+
     return Monitor()

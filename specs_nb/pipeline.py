@@ -10,8 +10,22 @@ __all__ = ['STAGES', 'DO', 'EXAMPLES', 'HELP', 'keys', 'do_grpo', 'do_pairs', 'd
 import argparse, errno, os, shutil, sys
 from dataclasses import replace
 from pathlib import Path
-from .core import (Config, Interrupted, Run, SpecsError, Stage, builtin_configs, derive_seed, file_digest, fingerprint, load_config, read_json, signals_ask,
-                           stop_asked, write_json)
+from specs_nb.core import (
+    Config,
+    Interrupted,
+    Run,
+    SpecsError,
+    Stage,
+    builtin_configs,
+    derive_seed,
+    file_digest,
+    fingerprint,
+    load_config,
+    read_json,
+    signals_ask,
+    stop_asked,
+    write_json,
+)
 from .doctor import add_options, doctor, out_of_memory
 from .models import push
 from .ablate import OUTPUTS, ablate, add_grid_options
@@ -20,141 +34,270 @@ from .ranks import launcher_words, start_ranks
 
 # %% ../nbs/80_pipeline.ipynb #fe02eba4
 STAGES = ("zero", "pairs", "coldstart", "final", "eval", "report")
-def _asks_judge(grpo): return any(name.startswith("specs_nb.judge:") for name in grpo.rewards)
+
+
+def _asks_judge(grpo):
+    return any(name.startswith("specs_nb.judge:") for name in grpo.rewards)
+
 
 def keys(
-    config:Config,  # of the run
-)->dict:            # stage → fingerprint
+    config: Config,  # of the run
+) -> dict:  # stage → fingerprint
     "The fingerprint of each stage's inputs."
     from dataclasses import asdict
     from specs_nb import __version__
     from specs_nb.models import resolve
     from specs_nb.sources import digest
+
     c, base = asdict(config), Path(resolve(config.model.path))
-    root = [__version__, c["seed"], c["threads"], c["data"], c["model"], file_digest(base) if base.is_dir() else str(base)]
+    root = [
+        __version__,
+        c["seed"],
+        c["threads"],
+        c["data"],
+        c["model"],
+        file_digest(base) if base.is_dir() else str(base),
+    ]
     root.append(digest(config.data))
-    judge = {k: v for k, v in c["judge"].items() if k not in ("concurrency", "timeout", "retries", "backoff", "cache", "calibrate")}  # what its verdicts follow from
+    # what its verdicts follow from
+    judge = {
+        k: v
+        for k, v in c["judge"].items()
+        if k not in ("concurrency", "timeout", "retries", "backoff", "cache", "calibrate")
+    }
     asks = {s: [judge] if _asks_judge(getattr(config, s)) else [] for s in ("zero", "final")}
     zero = fingerprint(root, c["zero"], *asks["zero"])
     engine = [c["engine"]] if c["engine"] != "auto" else []
-    others = [file_digest(Path(m)) for m in {config.distill.teacher, config.distill.rejected} - {"zero", "base"} if Path(m).is_dir()]
+    others = [
+        file_digest(Path(m))
+        for m in {config.distill.teacher, config.distill.rejected} - {"zero", "base"}
+        if Path(m).is_dir()
+    ]
     pairs = fingerprint(zero, c["distill"], *others, *([judge] if config.judge.models else []), *engine)
-    cold = fingerprint(root, "no cold start") if config.coldstart.loss == "none" else fingerprint(pairs, c["coldstart"])
+    cold = (
+        fingerprint(root, "no cold start")
+        if config.coldstart.loss == "none"
+        else fingerprint(pairs, c["coldstart"])
+    )
     final = fingerprint(cold, c["final"], *asks["final"])
     ev = fingerprint(final, c["eval"], *([judge] if config.judge.models else []), *engine)
     return dict(zero=zero, pairs=pairs, coldstart=cold, final=final, eval=ev, report=fingerprint(ev))
 
 # %% ../nbs/80_pipeline.ipynb #58bc5ca4
-def _load(c): return dict(dtype=c.model.dtype, attn=c.model.attn, liger=c.model.liger)
+def _load(c):
+    return dict(dtype=c.model.dtype, attn=c.model.attn, liger=c.model.liger)
+
+
 def _engine(c):
     from dataclasses import asdict
+
     return dict(engine=c.engine, options=asdict(c.vllm))
+
+
 def _train_rows(run):
     "The rows to train from; those whose pass rate the base model decides are asked once."
     from specs_nb.sources import keep_within, load_rows
+
     c, d = run.config, run.config.data
     rows = load_rows(d, "train", run.dir / "data")
-    if not (d.pass_rate and d.pass_rate_samples): return rows
+    if not (d.pass_rate and d.pass_rate_samples):
+        return rows
     key = fingerprint(keys(c)["zero"], d.pass_rate_samples, c.distill.temperature, c.distill.max_new_tokens)
     if (known := read_json(run.dir / "data/rates.json") or {}).get("key") != key:
         facts = keep_within(rows, _base_answers(run, rows, key), *d.pass_rate)[1]
         write_json(run.dir / "data/rates.json", known := {"key": key, **facts})
-        print(f"{'rates':10} {', '.join(f'{k} {v}' for k, v in known.items() if k not in ('key', 'keep'))}", flush=True)
+        print(
+            f"{'rates':10} {', '.join(f'{k} {v}' for k, v in known.items() if k not in ('key', 'keep'))}",
+            flush=True,
+        )
     return rows.pick(known["keep"]) if hasattr(rows, "pick") else [rows[i] for i in known["keep"]]
+
+
 def _base_answers(run, rows, key):
     from specs_nb.generate import Job, Sampling, answer_all
+
     c = run.config
-    how = Sampling(c.data.pass_rate_samples, c.distill.temperature, c.distill.max_new_tokens, c.distill.batch_size)
+    how = Sampling(
+        c.data.pass_rate_samples, c.distill.temperature, c.distill.max_new_tokens, c.distill.batch_size
+    )
     jobs = [Job("base", c.model.path, rows, [_format(c).instruction] * len(rows))]
-    return answer_all(jobs, how, derive_seed(c.seed, "rates"), run.dir / "data" / f"rates-{key}", c.workers, _load(c), c.threads, "rates", **_engine(c))["base"]
+    return answer_all(
+        jobs,
+        how,
+        derive_seed(c.seed, "rates"),
+        run.dir / "data" / f"rates-{key}",
+        c.workers,
+        _load(c),
+        c.threads,
+        "rates",
+        **_engine(c),
+    )["base"]
+
+
 def _format(c, name=None):
     from specs_nb.core import nearest
     from specs_nb.formats import FORMATS
+
     name = name or c.data.format
-    if name not in FORMATS: raise SpecsError(f"no format {name!r}: {nearest(name, FORMATS)}")
+    if name not in FORMATS:
+        raise SpecsError(f"no format {name!r}: {nearest(name, FORMATS)}")
     return FORMATS[name]
+
+
 def _judge(run):
     "The run's judge, which can be reached; None without one."
     from specs_nb.judge import open_judge, use_judge
+
     use_judge(run.config.judge, run.dir)
     judge = open_judge(run.config.judge, run.dir)
-    if judge: judge.check()
+    if judge:
+        judge.check()
     return judge
 
 # %% ../nbs/80_pipeline.ipynb #5d2b6007
 def do_grpo(
-    run:Run,      # the run
-    stage:Stage,  # `zero` or `final`
-)->dict:          # facts
+    run: Run,  # the run
+    stage: Stage,  # `zero` or `final`
+) -> dict:  # facts
     "GRPO from the base (`zero`) or from the cold start (`final`)."
     from specs_nb.grpo import train_grpo
     from specs_nb.track import tracked
+
     c, name = run.config, stage.dir.name
     start = c.model.path if name == "zero" else str(run.dir / "coldstart/model")
     judge = _judge(run) if _asks_judge(getattr(c, name)) else None
-    facts = train_grpo(start, _train_rows(run), stage.dir, tracked(getattr(c, name), name, run.dir, c.report_to), _format(c), derive_seed(c.seed, name), name,
-                       tick=stage.tick, look_every=c.samples, vllm=c.vllm, **_load(c))
+    facts = train_grpo(
+        start,
+        _train_rows(run),
+        stage.dir,
+        tracked(getattr(c, name), name, run.dir, c.report_to),
+        _format(c),
+        derive_seed(c.seed, name),
+        name,
+        tick=stage.tick,
+        look_every=c.samples,
+        vllm=c.vllm,
+        **_load(c),
+    )
     return dict(facts, judge=judge.summary) if judge else facts
 
+
 def do_pairs(
-    run:Run,      # the run
-    stage:Stage,  # `pairs`
-    pool=None,    # who answers, see `answer_all`
-)->dict:          # facts
+    run: Run,  # the run
+    stage: Stage,  # `pairs`
+    pool=None,  # who answers, see `answer_all`
+) -> dict:  # facts
     "Self-distillation from GRPO-zero and the base."
     from specs_nb.distill import distill
+
     c = run.config
-    rows = _train_rows(run)[:c.distill.n_prompts]
-    inside = {k: str(run.dir / m) for k in ("teacher", "rejected") if (run.dir / (m := getattr(c.distill, k)) / "config.json").exists()}  # a folder of the run
-    facts = distill(c.model.path, str(run.dir / "zero/model"), rows, stage.dir, replace(c.distill, **inside), _format(c), derive_seed(c.seed, "pairs"), _judge(run), c.judge.calibrate,
-                    workers=c.workers, load=_load(c), threads=c.threads, pool=pool, **_engine(c))
+    rows = _train_rows(run)[: c.distill.n_prompts]
+    # a folder of the run
+    inside = {
+        k: str(run.dir / m)
+        for k in ("teacher", "rejected")
+        if (run.dir / (m := getattr(c.distill, k)) / "config.json").exists()
+    }
+    facts = distill(
+        c.model.path,
+        str(run.dir / "zero/model"),
+        rows,
+        stage.dir,
+        replace(c.distill, **inside),
+        _format(c),
+        derive_seed(c.seed, "pairs"),
+        _judge(run),
+        c.judge.calibrate,
+        workers=c.workers,
+        load=_load(c),
+        threads=c.threads,
+        pool=pool,
+        **_engine(c),
+    )
     return dict(facts, workers=c.workers if c.workers > 1 else 0)
 
 # %% ../nbs/80_pipeline.ipynb #f71c2692
 def do_coldstart(
-    run:Run,      # the run
-    stage:Stage,  # `coldstart`
-)->dict:          # facts
+    run: Run,  # the run
+    stage: Stage,  # `coldstart`
+) -> dict:  # facts
     "DPO + λ·SFT on the pairs."
     from specs_nb.coldstart import train_coldstart
     from specs_nb.track import tracked
+
     c = run.config
-    if c.coldstart.loss == "none": return _no_coldstart(c.model.path, stage.dir / "model")
-    return train_coldstart(c.model.path, run.dir / "pairs/pairs.parquet", stage.dir, tracked(c.coldstart, "coldstart", run.dir, c.report_to), derive_seed(c.seed, "coldstart"), stage.tick, **_load(c))
+    if c.coldstart.loss == "none":
+        return _no_coldstart(c.model.path, stage.dir / "model")
+    return train_coldstart(
+        c.model.path,
+        run.dir / "pairs/pairs.parquet",
+        stage.dir,
+        tracked(c.coldstart, "coldstart", run.dir, c.report_to),
+        derive_seed(c.seed, "coldstart"),
+        stage.tick,
+        **_load(c),
+    )
+
 
 def _no_coldstart(base, out):
     "The final stage starts from the base: the ablation without a cold start"
     from specs_nb.models import resolve
-    if not Path(resolve(base)).is_dir(): raise SpecsError(f"coldstart.loss none needs the base on disk: download {base} and set model.path to its folder")
+
+    if not Path(resolve(base)).is_dir():
+        raise SpecsError(
+            f"coldstart.loss none needs the base on disk: download {base} and set model.path to its folder"
+        )
     out.unlink(missing_ok=True)
     out.symlink_to(Path(resolve(base)).resolve())
     return dict(loss="none")
 
 # %% ../nbs/80_pipeline.ipynb #1f8bb3f6
 def do_eval(
-    run:Run,      # the run
-    stage:Stage,  # `eval`
-    pool=None,    # who answers, see `answer_all`
-    names=("base", "zero", "coldstart", "final"),  # the models; `coldstart@20` is the checkpoint after 20 steps
-    only=(),      # names of splits; none: all
-)->dict:          # facts
+    run: Run,  # the run
+    stage: Stage,  # `eval`
+    pool=None,  # who answers, see `answer_all`
+    # the models; `coldstart@20` is the checkpoint after 20 steps
+    names=("base", "zero", "coldstart", "final"),
+    only=(),  # names of splits; none: all
+) -> dict:  # facts
     "The models on all splits."
     from specs_nb.data import without
     from specs_nb.sources import load_rows
     from specs_nb.evaluate import evaluate, splits
+
     c = run.config
     train = _train_rows(run)
     tests = [load_rows(c.data, s, run.dir / "data") for s in ("test", "ood_visual")]
     clean = [without(t, train) for t in tests]
-    if tests[0] and not clean[0]: raise SpecsError(f"all {len(tests[0])} rows of the ID test are among the {len(train)} training rows: take other questions for the test")
+    if tests[0] and not clean[0]:
+        raise SpecsError(
+            f"all {len(tests[0])} rows of the ID test are among the {len(train)} training rows: take other"
+            " questions for the test"
+        )
     models = {m: c.model.path if m == "base" else _model_of(run, m) for m in names}
-    for f in c.data.ood_formats: _format(c, f)
+    for f in c.data.ood_formats:
+        _format(c, f)
     second = _judge(run)
     asked = splits(*clean, c.data.format, c.data.ood_formats)
-    evaluate(models, {s: asked[s] for s in only or asked}, stage.dir, c.eval, derive_seed(c.seed, "eval"), second,
-             workers=c.workers, load=_load(c), threads=c.threads, pool=pool, **_engine(c))
-    facts = dict(workers=c.workers if c.workers > 1 else 0, dropped_from_tests=sum(len(t) - len(k) for t, k in zip(tests, clean)))
+    evaluate(
+        models,
+        {s: asked[s] for s in only or asked},
+        stage.dir,
+        c.eval,
+        derive_seed(c.seed, "eval"),
+        second,
+        workers=c.workers,
+        load=_load(c),
+        threads=c.threads,
+        pool=pool,
+        **_engine(c),
+    )
+    facts = dict(
+        workers=c.workers if c.workers > 1 else 0,
+        dropped_from_tests=sum(len(t) - len(k) for t, k in zip(tests, clean)),
+    )
     return dict(facts, judge=second.summary) if second else facts
+
 
 def _model_of(run, name):
     stage, _, step = name.partition("@")
@@ -162,11 +305,12 @@ def _model_of(run, name):
 
 # %% ../nbs/80_pipeline.ipynb #9e477518
 def do_report(
-    run:Run,      # the run
-    stage:Stage,  # `report`
-)->dict:          # facts
+    run: Run,  # the run
+    stage: Stage,  # `report`
+) -> dict:  # facts
     "The report of the run."
     from specs_nb.report import write_report
+
     return dict(report=str(write_report(run.dir).name))
 
 # %% ../nbs/80_pipeline.ipynb #6e2acd7c
@@ -174,55 +318,71 @@ DO = dict(zero=do_grpo, pairs=do_pairs, coldstart=do_coldstart, final=do_grpo, e
 
 # %% ../nbs/80_pipeline.ipynb #1238a33a
 def check_names(
-    config:Config,  # of the run
+    config: Config,  # of the run
 ):
     "Raise `SpecsError` for names that TRL or this package doesn't know."
     from specs_nb.generate import need_vllm
-    if config.engine == "vllm" or any(getattr(config, s).trainer.get("use_vllm") for s in ("zero", "final")): need_vllm()
+
+    if config.engine == "vllm" or any(getattr(config, s).trainer.get("use_vllm") for s in ("zero", "final")):
+        need_vllm()
     from trl import DPOConfig, GRPOConfig
     from specs_nb.core import nearest
     from specs_nb.formats import CORRUPTIONS
     from specs_nb.grpo import check_trainer_keys, resolve_rewards
     from specs_nb.judge import members
     from specs_nb.track import trackers
+
     members(config.judge)
     trackers(config.report_to)
     for name in ("zero", "final"):
         check_trainer_keys(GRPOConfig, getattr(config, name).trainer, f"{name}.trainer")
         resolve_rewards(getattr(config, name).rewards)
-        if _asks_judge(getattr(config, name)) and not config.judge.models: raise SpecsError(f"{name}.rewards asks a judge, and judge.models names none")
+        if _asks_judge(getattr(config, name)) and not config.judge.models:
+            raise SpecsError(f"{name}.rewards asks a judge, and judge.models names none")
     check_trainer_keys(DPOConfig, config.coldstart.trainer, "coldstart.trainer")
-    for f in (config.data.format, *config.data.ood_formats): _format(config, f)
-    if not config.distill.corruptions: raise SpecsError(f"distill.corruptions is empty: name at least one of {', '.join(CORRUPTIONS)}")
+    for f in (config.data.format, *config.data.ood_formats):
+        _format(config, f)
+    if not config.distill.corruptions:
+        raise SpecsError(f"distill.corruptions is empty: name at least one of {', '.join(CORRUPTIONS)}")
     for c in config.distill.corruptions:
-        if c not in CORRUPTIONS: raise SpecsError(f"no corruption {c!r}: {nearest(c, CORRUPTIONS)}")
-    for f in config.distill.formats: _format(config, f)
-    if config.distill.differ not in ("form", "answer", "both"): raise SpecsError(f"distill.differ: {config.distill.differ!r} is none of form, answer, both")
+        if c not in CORRUPTIONS:
+            raise SpecsError(f"no corruption {c!r}: {nearest(c, CORRUPTIONS)}")
+    for f in config.distill.formats:
+        _format(config, f)
+    if config.distill.differ not in ("form", "answer", "both"):
+        raise SpecsError(f"distill.differ: {config.distill.differ!r} is none of form, answer, both")
 
 # %% ../nbs/80_pipeline.ipynb #52a9b6ac
 def run_stages(
-    run:Run,      # the run
-    last:str,     # the last stage to run
-    launcher:str="", # starts several processes for each stage, see `ranks.launcher_words`
-    fleet:str="",    # Ray cluster that answers for `pairs` and `eval`, see `fleet.connect`
-)->dict:          # stage → what was done: `skipped` or the reason it ran
+    run: Run,  # the run
+    last: str,  # the last stage to run
+    launcher: str = "",  # starts several processes for each stage, see `ranks.launcher_words`
+    fleet: str = "",  # Ray cluster that answers for `pairs` and `eval`, see `fleet.connect`
+) -> dict:  # stage → what was done: `skipped` or the reason it ran
     "Bring a run up to stage `last`."
     what, all_keys, ready = {}, keys(run.config), False
-    for name in STAGES[:STAGES.index(last) + 1]:
-        if stop_asked(): raise Interrupted(f"{name} has not begun")
+    for name in STAGES[: STAGES.index(last) + 1]:
+        if stop_asked():
+            raise Interrupted(f"{name} has not begun")
         stage = Stage(run.dir / name, all_keys[name], OUTPUTS[name])
         what[name] = stage.why()
         if what[name] == "done":
             print(f"{name:10} done before ({stage.info.get('seconds', 0):.0f} s)")
             continue
         print(f"{name:10} {what[name]}", flush=True)
-        if not ready: _prepare(run.config)
-        if not ready and launcher: _train_rows(run)  # written once, before several processes read them
+        if not ready:
+            _prepare(run.config)
+        if not ready and launcher:
+            _train_rows(run)  # written once, before several processes read them
         ready = True
         answers, trains = name in ("pairs", "eval"), name in ("zero", "coldstart", "final")
         run.save_config()
         stage.begin()
-        ranks = start_ranks(launcher, stage.dir, "specs_nb.launch", run.dir, name, keep=[run._file]) if launcher and (trains or answers and not fleet) else {}
+        ranks = (
+            start_ranks(launcher, stage.dir, "specs_nb.launch", run.dir, name, keep=[run._file])
+            if launcher and (trains or answers and not fleet)
+            else {}
+        )
         pool = dict(pool=Fleet(fleet, run.config.workers)) if fleet and answers else {}
         facts = ranks if trains and ranks else _do(name, run, stage, **pool)
         _release()
@@ -231,14 +391,15 @@ def run_stages(
 
 # %% ../nbs/80_pipeline.ipynb #6346f880
 def run_stage(
-    run:Run,      # with what the stage needs in its folder
-    name:str,     # of `STAGES`
-    key:str,      # fingerprint of its inputs
-    **kw,         # keywords of the stage's function
+    run: Run,  # with what the stage needs in its folder
+    name: str,  # of `STAGES`
+    key: str,  # fingerprint of its inputs
+    **kw,  # keywords of the stage's function
 ):
     "One stage alone, if it has not been done: how a grid runs them."
     stage = Stage(run.dir / name, key, OUTPUTS[name])
-    if stage.done: return
+    if stage.done:
+        return
     _prepare(run.config)
     run.save_config()
     stage.begin()
@@ -249,29 +410,49 @@ def run_stage(
 # %% ../nbs/80_pipeline.ipynb #8b2dc9b9
 def _do(name, run, stage, **kw):
     "A stage's function; when memory runs out, `doctor` says what to lower, and a full disk is told as one."
-    try: return DO[name](run, stage, **kw)
+    try:
+        return DO[name](run, stage, **kw)
     except (RuntimeError, MemoryError, OSError) as e:
-        free = shutil.disk_usage(run.dir).free  # torch says "unexpected pos", safetensors something else: the disk itself is the better witness
+        # torch says "unexpected pos", safetensors something else: the disk itself is the better witness
+        free = shutil.disk_usage(run.dir).free
         if getattr(e, "errno", None) == errno.ENOSPC or free < 2**20:
-            raise SpecsError(f"{name}: the disk that holds {run.dir} is full ({free // 1024} KiB free): make room, then the same command goes on from the last whole checkpoint") from None
-        if isinstance(e, OSError): raise
-        if not (isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(e)): raise
+            raise SpecsError(
+                f"{name}: the disk that holds {run.dir} is full ({free // 1024} KiB free): make room, then"
+                " the same command goes on from the last whole checkpoint"
+            ) from None
+        if isinstance(e, OSError):
+            raise
+        if not (
+            isinstance(e, MemoryError)
+            or type(e).__name__ == "OutOfMemoryError"
+            or "can't allocate memory" in str(e)
+        ):
+            raise
         raise SpecsError(out_of_memory(run.config, name)) from None
+
 
 def _release():
     "Give back what a stage's models took, before the next stage starts processes of its own."
     import ctypes, gc
-    if asks := sys.modules.get("specs_nb.generate"): asks._loaded.clear()  # the model that answered last
+
+    if asks := sys.modules.get("specs_nb.generate"):
+        asks._loaded.clear()  # the model that answered last
     gc.collect()  # a trainer holds itself by its callbacks, and with it the model
-    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized(): torch.cuda.empty_cache()  # vLLM takes a share of what is free
-    if sys.platform == "linux": ctypes.CDLL(None).malloc_trim(0)
+    # vLLM takes a share of what is free
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
 
 def _prepare(config):
     import torch
     from specs_nb.models import quiet_libraries
+
     quiet_libraries()
     check_names(config)
-    if config.threads: torch.set_num_threads(config.threads)
+    if config.threads:
+        torch.set_num_threads(config.threads)
 
 # %% ../nbs/80_pipeline.ipynb #84cfa183
 EXAMPLES = """examples:
@@ -286,46 +467,118 @@ EXAMPLES = """examples:
   specs doctor -c paper_7b --gpus 8 --memory 80 --launcher fsdp2    does it fit? told before anything is loaded
   specs push --run-dir runs/default --repo me/my-model              the final model with its card, to the hub
 """
-HELP = dict(run="every stage, then the report", zero="GRPO-zero from the base", pairs="self-distillation: preference pairs", coldstart="DPO + λ·SFT on the pairs",
-            final="GRPO from the cold start", eval="base, zero, cold start and final on three tests", report="report.html",
-            ablate="a grid of runs: arms × seeds, in parallel, what is common done once", doctor="memory, disk, tokens and time of a configuration, and what is missing", push="a run's model with its card, to the hub")
+HELP = dict(
+    run="every stage, then the report",
+    zero="GRPO-zero from the base",
+    pairs="self-distillation: preference pairs",
+    coldstart="DPO + λ·SFT on the pairs",
+    final="GRPO from the cold start",
+    eval="base, zero, cold start and final on three tests",
+    report="report.html",
+    ablate="a grid of runs: arms × seeds, in parallel, what is common done once",
+    doctor="memory, disk, tokens and time of a configuration, and what is missing",
+    push="a run's model with its card, to the hub",
+)
 
-def parser()->argparse.ArgumentParser:  # of the `specs` command
+
+def parser() -> argparse.ArgumentParser:  # of the `specs` command
     "The command line."
     from specs_nb import __version__
-    p = argparse.ArgumentParser("specs", description="SPECS: train a vision-language model to reason, from a self-distilled, preference-based cold start.",
-                                epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    p = argparse.ArgumentParser(
+        "specs",
+        description=(
+            "SPECS: train a vision-language model to reason, from a self-distilled, preference-based cold"
+            " start."
+        ),
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("--version", action="version", version=__version__)
     sub = p.add_subparsers(dest="command", required=True, metavar="command")
     for name, text in HELP.items():
-        s = sub.add_parser(name, help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-                           aliases=["distill"] if name == "pairs" else [])
-        s.add_argument("-c", "--config", metavar="FILE", help=f"a YAML file, or one of {', '.join(builtin_configs())}; without it, the run folder's own or the defaults")
+        s = sub.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            aliases=["distill"] if name == "pairs" else [],
+        )
+        s.add_argument(
+            "-c",
+            "--config",
+            metavar="FILE",
+            help=(
+                f"a YAML file, or one of {', '.join(builtin_configs())}; without it, the run folder's own or"
+                " the defaults"
+            ),
+        )
         home = "runs/ablate" if name == "ablate" else "runs/default"
         s.add_argument("--run-dir", default=home, metavar="DIR", help=f"the run folder ({home})")
-        s.add_argument("--launcher", default="", metavar="COMMAND", help="start each stage by it: 'torchrun --nproc_per_node 8', ddp, fsdp2, zero2, zero3, 'srun torchrun …'")
-        s.add_argument("--fleet", default="", metavar="ADDRESS", help="answer questions by a Ray cluster: local, auto, or ray://host:10001")
+        s.add_argument(
+            "--launcher",
+            default="",
+            metavar="COMMAND",
+            help=(
+                "start each stage by it: 'torchrun --nproc_per_node 8', ddp, fsdp2, zero2, zero3, 'srun"
+                " torchrun …'"
+            ),
+        )
+        s.add_argument(
+            "--fleet",
+            default="",
+            metavar="ADDRESS",
+            help="answer questions by a Ray cluster: local, auto, or ray://host:10001",
+        )
         s.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the file")
-        if name == "doctor": add_options(s)
-        if name == "ablate": add_grid_options(s)
+        if name == "doctor":
+            add_options(s)
+        if name == "ablate":
+            add_grid_options(s)
         if name == "push":
             s.add_argument("--repo", required=True, metavar="OWNER/NAME", help="where to")
-            s.add_argument("--model", default="final", choices=["zero", "coldstart", "final"], help="which model (final)")
+            s.add_argument(
+                "--model", default="final", choices=["zero", "coldstart", "final"], help="which model (final)"
+            )
             s.add_argument("--public", action="store_true", help="for everyone to see; private otherwise")
         s.set_defaults(stage="report" if name == "run" else name)
-    for s in _add_others(sub): s.set_defaults(overrides=[], config=None)
+    for s in _add_others(sub):
+        s.set_defaults(overrides=[], config=None)
     return p
+
 
 def _add_others(sub):
     "Commands that look at what is there, and need no configuration"
-    s = c = sub.add_parser("compare", help="one page for several runs", description="One page for several runs; the first is what the others are compared with.")
+    s = c = sub.add_parser(
+        "compare",
+        help="one page for several runs",
+        description="One page for several runs; the first is what the others are compared with.",
+    )
     s.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    s.add_argument("--out", default="runs/compare", metavar="DIR", help="where the page and its tables go (runs/compare)")
-    s = sub.add_parser("bench", help="benchmarks through lmms-eval, of a served model", description="Benchmarks through lmms-eval, of a model that a server answers for: see docs/benchmarks.md.")
-    s.add_argument("--url", default="http://localhost:8000/v1", help="of the server (http://localhost:8000/v1)")
+    s.add_argument(
+        "--out", default="runs/compare", metavar="DIR", help="where the page and its tables go (runs/compare)"
+    )
+    s = sub.add_parser(
+        "bench",
+        help="benchmarks through lmms-eval, of a served model",
+        description=(
+            "Benchmarks through lmms-eval, of a model that a server answers for: see docs/benchmarks.md."
+        ),
+    )
+    s.add_argument(
+        "--url", default="http://localhost:8000/v1", help="of the server (http://localhost:8000/v1)"
+    )
     s.add_argument("--model", required=True, help="as the server knows it")
-    s.add_argument("--tasks", required=True, metavar="A,B", help="such as mathvista,mmmu; a word that isn't one shows all")
-    s.add_argument("--out", default="runs/bench", metavar="DIR", help="a new folder for the results (runs/bench)")
+    s.add_argument(
+        "--tasks",
+        required=True,
+        metavar="A,B",
+        help="such as mathvista,mmmu; a word that isn't one shows all",
+    )
+    s.add_argument(
+        "--out", default="runs/bench", metavar="DIR", help="a new folder for the results (runs/bench)"
+    )
     s.add_argument("--own", metavar="DIR", help="folder of tasks written by benchmarks.write_task")
     s.add_argument("--python", metavar="FILE", help="the Python of lmms-eval's environment")
     s.add_argument("--limit", type=int, metavar="N", help="questions of each task")
@@ -333,63 +586,95 @@ def _add_others(sub):
 
 # %% ../nbs/80_pipeline.ipynb #e9bc8331
 def config_of(
-    args,      # from `parser`
-)->Config:     # checked
+    args,  # from `parser`
+) -> Config:  # checked
     "The configuration that a command line asks for: a file, else the run folder's own, else the defaults; then overrides."
     stored = Path(args.run_dir) / "config.yaml"
     return load_config(args.config or (str(stored) if stored.exists() else None), args.overrides)
 
+
 def parse(
     argv=None,  # words; None: those of the process
-):              # what `parser` gives
+):  # what `parser` gives
     "Parse a command line; values may stand before and behind options, which argparse alone doesn't allow."
     p = parser()
     args, rest = p.parse_known_args(argv)
-    if (odd := [w for w in rest if w.startswith("-") or "=" not in w]): p.error(f"unrecognized arguments: {' '.join(odd)}")
+    if odd := [w for w in rest if w.startswith("-") or "=" not in w]:
+        p.error(f"unrecognized arguments: {' '.join(odd)}")
     args.overrides += rest
     return args
 
 # %% ../nbs/80_pipeline.ipynb #33a87aaa
 def _stopped(e):
     "Say how to go on; the exit code that the signal asks for"
-    print(f"\nspecs: stopped{f': {e}' if str(e) else ''}. The same command goes on from there.", file=sys.stderr)
+    print(
+        f"\nspecs: stopped{f': {e}' if str(e) else ''}. The same command goes on from there.", file=sys.stderr
+    )
     return 143 if stop_asked() == "SIGTERM" else 130
+
 
 def _bench(args):
     from specs_nb.benchmarks import run_lmms
-    metrics = run_lmms(args.model, args.url, args.tasks.split(","), Path(args.out), args.own, args.python, **({"limit": args.limit} if args.limit else {}))
+
+    metrics = run_lmms(
+        args.model,
+        args.url,
+        args.tasks.split(","),
+        Path(args.out),
+        args.own,
+        args.python,
+        **({"limit": args.limit} if args.limit else {}),
+    )
     for task, of in metrics.items():
         for m, v in of.items():
-            if v.get("mean") is not None: print(f"{task:24} {m:20} {v['mean']:.3f} [{v['lo']:.3f}, {v['hi']:.3f}], n = {v['n']}")
+            if v.get("mean") is not None:
+                print(f"{task:24} {m:20} {v['mean']:.3f} [{v['lo']:.3f}, {v['hi']:.3f}], n = {v['n']}")
     return 0
+
 
 def main(
     argv=None,  # words of the command line; None: those of the process
-)->int:         # exit code
+) -> int:  # exit code
     "The `specs` command."
     args = parse(argv)
-    for k, v in dict(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false").items(): os.environ.setdefault(k, v)
+    for k, v in dict(
+        TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false"
+    ).items():
+        os.environ.setdefault(k, v)
     try:
         if args.command == "compare":
             from specs_nb.report import compare
+
             print(f"report: {compare(args.runs, args.out)}")
             return 0
-        if args.command == "bench": return _bench(args)
-        if args.command == "ablate": return ablate(args, keys, run_stage)
+        if args.command == "bench":
+            return _bench(args)
+        if args.command == "ablate":
+            return ablate(args, keys, run_stage)
         config = config_of(args)
-        if getattr(args, "launcher", ""): launcher_words(args.launcher)  # a typo is told at once
-        if args.command == "doctor": return doctor(config, args)
+        if getattr(args, "launcher", ""):
+            launcher_words(args.launcher)  # a typo is told at once
+        if args.command == "doctor":
+            return doctor(config, args)
         if args.command == "push":
-            print(f"https://huggingface.co/{push(args.run_dir, args.repo, args.model, private=not args.public)}")
+            print(
+                f"https://huggingface.co/{push(args.run_dir, args.repo, args.model, private=not args.public)}"
+            )
             return 0
-        if config.threads: os.environ.setdefault("OMP_NUM_THREADS", str(config.threads))  # before torch is imported, here and in workers
+        # before torch is imported, here and in workers
+        if config.threads:
+            os.environ.setdefault("OMP_NUM_THREADS", str(config.threads))
         run = Run(args.run_dir, config)
         with signals_ask():
-            try: run_stages(run, args.stage, args.launcher, args.fleet)
-            except (Interrupted, KeyboardInterrupt) as e: return _stopped(e)
-            finally: run.close()
+            try:
+                run_stages(run, args.stage, args.launcher, args.fleet)
+            except (Interrupted, KeyboardInterrupt) as e:
+                return _stopped(e)
+            finally:
+                run.close()
     except SpecsError as e:
         print(f"specs: {e}", file=sys.stderr)
         return 2
-    if args.stage == "report": print(f"\nreport: {run.dir / 'report.html'}")
+    if args.stage == "report":
+        print(f"\nreport: {run.dir / 'report.html'}")
     return 0

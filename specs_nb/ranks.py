@@ -12,149 +12,225 @@ from pathlib import Path
 from .core import Interrupted, SpecsError, nearest, read_json, stop_asked
 
 # %% ../nbs/38_ranks.ipynb #b9fe882a
-def rank()->tuple:  # (rank of this process, number of processes)
+def rank() -> tuple:  # (rank of this process, number of processes)
     "Rank and number of processes, from the environment that a launcher sets; (0, 1) without one."
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-def is_main()->bool:  # writes files and shows progress
+
+def is_main() -> bool:  # writes files and shows progress
     "Whether this process is the one that writes."
     return rank()[0] == 0
 
 # %% ../nbs/38_ranks.ipynb #d4f63393
-def stop_agreed()->bool:  # the same in all ranks
+def stop_agreed() -> bool:  # the same in all ranks
     "Whether any rank has been asked to stop; every rank has to call it."
-    if rank()[1] == 1: return bool(stop_asked())
+    if rank()[1] == 1:
+        return bool(stop_asked())
     import torch, torch.distributed as dist
-    if not dist.is_initialized(): return bool(stop_asked())
+
+    if not dist.is_initialized():
+        return bool(stop_asked())
     asked = torch.tensor(float(bool(stop_asked())), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(asked, dist.ReduceOp.MAX)
-    if asked and not stop_asked(): ask_stop("another rank")
+    if asked and not stop_asked():
+        ask_stop("another rank")
     return bool(asked)
 
+
 def ask_stop(
-    who:str,  # asks
+    who: str,  # asks
 ):
     "Ask this process to stop, as a signal would."
     from specs_nb import core
-    if not core._asked: core._asked.append(who)
+
+    if not core._asked:
+        core._asked.append(who)
 
 # %% ../nbs/38_ranks.ipynb #797ddb91
 def save_trained(
     trainer,  # of transformers or TRL, after training
-    folder,   # where to
+    folder,  # where to
 ):
     "Save a trained model whole, with its processor, from any number of processes; returns in each when it is there."
     from specs_nb.models import load_model, save_model
+
     folder, pieces = Path(folder), trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if pieces: trainer.save_model(str(folder.with_name(".gathered")))
+    if pieces:
+        trainer.save_model(str(folder.with_name(".gathered")))
     if is_main():
         import shutil
+
         model = trainer.model
-        if pieces: model, _ = load_model(str(folder.with_name(".gathered")), dtype=str(model.dtype).removeprefix("torch."))
+        if pieces:
+            model, _ = load_model(
+                str(folder.with_name(".gathered")), dtype=str(model.dtype).removeprefix("torch.")
+            )
         save_model(model, trainer.processing_class, folder)
-        if pieces: shutil.rmtree(folder.with_name(".gathered"))
+        if pieces:
+            shutil.rmtree(folder.with_name(".gathered"))
     trainer.accelerator.wait_for_everyone()
 
 # %% ../nbs/38_ranks.ipynb #2a5f8583
-def accelerate_configs()->dict:  # name → path
+def accelerate_configs() -> dict:  # name → path
     "The accelerate configurations that ship with the package."
     here = Path(__file__).parent if "__file__" in globals() else Path("../specs_nb")
     return {p.stem: p for p in sorted((here / "configs/accelerate").glob("*.yaml"))}
 
-def processes()->int:  # GPUs of this machine; without one, its CPU cores
+
+def processes() -> int:  # GPUs of this machine; without one, its CPU cores
     "How many processes a machine is good for."
     import torch
+
     return torch.cuda.device_count() or os.cpu_count() or 1
 
+
 def launcher_words(
-    launcher:str,  # as given: a command, or the name of one of `accelerate_configs`
-)->list:           # words of a command, to be followed by `-m module …`
+    launcher: str,  # as given: a command, or the name of one of `accelerate_configs`
+) -> list:  # words of a command, to be followed by `-m module …`
     "A launcher's command; raises `SpecsError` for what is none."
-    try: words = shlex.split(launcher)
-    except ValueError as e: raise SpecsError(f"--launcher {launcher!r} can't be read ({e})") from None
-    if not words: raise SpecsError("--launcher is empty: give a command such as 'torchrun --nproc_per_node 2'")
+    try:
+        words = shlex.split(launcher)
+    except ValueError as e:
+        raise SpecsError(f"--launcher {launcher!r} can't be read ({e})") from None
+    if not words:
+        raise SpecsError("--launcher is empty: give a command such as 'torchrun --nproc_per_node 2'")
     named = accelerate_configs()
-    if words[0] in named: words = ["accelerate", "launch", "--config_file", str(named[words[0]].resolve()), *words[1:]]
-    if words == ["accelerate"]: words = ["accelerate", "launch", "--config_file", str(named["ddp"].resolve())]
-    if words == ["torchrun"]: words += ["--nproc_per_node", str(processes())]
-    if words[:2] == ["accelerate", "launch"]: words = _accelerate(words)
-    if words[0] == "torchrun" and not any(w.lstrip("-").replace("-", "_").split("=")[0] in _PLACED for w in words): words.insert(1, "--standalone")  # a free port
+    if words[0] in named:
+        words = ["accelerate", "launch", "--config_file", str(named[words[0]].resolve()), *words[1:]]
+    if words == ["accelerate"]:
+        words = ["accelerate", "launch", "--config_file", str(named["ddp"].resolve())]
+    if words == ["torchrun"]:
+        words += ["--nproc_per_node", str(processes())]
+    if words[:2] == ["accelerate", "launch"]:
+        words = _accelerate(words)
+    # a free port
+    if words[0] == "torchrun" and not any(
+        w.lstrip("-").replace("-", "_").split("=")[0] in _PLACED for w in words
+    ):
+        words.insert(1, "--standalone")
     if "python" not in words[0] and not _on_path(words[0]):
-        raise SpecsError(f"--launcher: no command {words[0]!r} on this machine: {nearest(words[0], ['torchrun', 'accelerate', *named])}")
+        raise SpecsError(
+            f"--launcher: no command {words[0]!r} on this machine:"
+            f" {nearest(words[0], ['torchrun', 'accelerate', *named])}"
+        )
     return [w for word in words for w in _OURS.get(word, [word])]
 
+
 _PLACED = ("standalone", "nnodes", "master_addr", "master_port", "rdzv_endpoint", "rdzv_backend")
-_OURS = {"torchrun": [sys.executable, "-m", "torch.distributed.run"], "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"]}  # of this environment
+# of this environment
+_OURS = {
+    "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
+}
+
 
 def _on_path(word):
     import shutil
+
     return word in _OURS or shutil.which(word)
+
 
 def _accelerate(words):
     "`--num_processes` where a configuration leaves it open; `--cpu` starts a single process (see `82_launch`), `--multi_gpu` as many as asked for."
     words = ["--multi_gpu" if w == "--cpu" else w for w in words]
-    if "--config_file" in words and not any(w.startswith(("--num_processes", "--num-processes")) for w in words):
+    if "--config_file" in words and not any(
+        w.startswith(("--num_processes", "--num-processes")) for w in words
+    ):
         import yaml
+
         path = (words + [""])[words.index("--config_file") + 1]
-        try: named = yaml.safe_load(Path(path).read_text())
-        except (OSError, yaml.YAMLError) as e: raise SpecsError(f"--launcher: the configuration {path or '(none named)'} can't be read: {' '.join(str(e).split())}") from None
-        if "num_processes" not in (named or {}): words += ["--num_processes", str(processes())]
+        try:
+            named = yaml.safe_load(Path(path).read_text())
+        except (OSError, yaml.YAMLError) as e:
+            raise SpecsError(
+                f"--launcher: the configuration {path or '(none named)'} can't be read:"
+                f" {' '.join(str(e).split())}"
+            ) from None
+        if "num_processes" not in (named or {}):
+            words += ["--num_processes", str(processes())]
     return words
 
 # %% ../nbs/38_ranks.ipynb #bb71189f
 def die_with_parent(
-    signal:int=9,  # that the kernel sends when the parent is gone
+    signal: int = 9,  # that the kernel sends when the parent is gone
 ):
     "Have the kernel end this process when the one that started it ends (Linux)."
     if sys.platform == "linux":
         import ctypes
+
         ctypes.CDLL(None).prctl(1, signal)  # PR_SET_PDEATHSIG
+
 
 class RankFailed(RuntimeError):
     "A rank fell for a reason that is no `SpecsError`: a bug, or the machine"
 
+
 def fallen(
-    folder:Path,  # the stage's folder
-)->dict:          # rank, error, trace and whether it can be mended; None if no rank left a note
+    folder: Path,  # the stage's folder
+) -> dict:  # rank, error, trace and whether it can be mended; None if no rank left a note
     "The note of the rank that fell first."
     notes = [read_json(p) for p in Path(folder).glob("fallen-*.json")]
     return min(notes, key=lambda n: (not n["mend"], n["time"])) if notes else None
 
 # %% ../nbs/38_ranks.ipynb #4dad15f8
 def start_ranks(
-    launcher:str,  # see `launcher_words`
-    folder:Path,   # the stage's folder
-    module:str,    # to be run by each rank: leaves `facts.json` or `fallen-RANK.json` in the folder
-    *words,        # its arguments
-    keep=(),       # files that the launcher holds open with us
-)->dict:           # what rank 0 left in facts.json
+    launcher: str,  # see `launcher_words`
+    folder: Path,  # the stage's folder
+    module: str,  # to be run by each rank: leaves `facts.json` or `fallen-RANK.json` in the folder
+    *words,  # its arguments
+    keep=(),  # files that the launcher holds open with us
+) -> dict:  # what rank 0 left in facts.json
     "Run a module under a launcher to its end; raises `SpecsError` for what can be mended, else `RankFailed`."
     folder, log = Path(folder), Path(folder) / "ranks.log"
-    for p in (*folder.glob("fallen-*.json"), folder / "facts.json", folder / "stop"): p.unlink(missing_ok=True)
+    for p in (*folder.glob("fallen-*.json"), folder / "facts.json", folder / "stop"):
+        p.unlink(missing_ok=True)
     command = [*launcher_words(launcher), "-m", module, *map(str, words)]
     sys.stdout.flush()
     with open(log, "a") as err:
-        proc = subprocess.Popen(command, stderr=err, pass_fds=[f.fileno() for f in keep], start_new_session=True,  # Ctrl-C is for us
-                                preexec_fn=lambda: die_with_parent(15))
+        # Ctrl-C is for us
+        proc = subprocess.Popen(
+            command,
+            stderr=err,
+            pass_fds=[f.fileno() for f in keep],
+            start_new_session=True,
+            preexec_fn=lambda: die_with_parent(15),
+        )
         try:
             while (code := proc.poll()) is None:
-                if stop_asked(): (folder / "stop").touch()
-                time.sleep(.1)
+                if stop_asked():
+                    (folder / "stop").touch()
+                time.sleep(0.1)
         finally:
-            if proc.poll() is None: _end(proc)  # a second Ctrl-C
+            if proc.poll() is None:
+                _end(proc)  # a second Ctrl-C
             (folder / "stop").unlink(missing_ok=True)
     note, facts = fallen(folder), read_json(folder / "facts.json")
-    if note and note["mend"]: raise SpecsError(note["error"])
-    if note: raise RankFailed(f"{folder.name}: rank {note['rank']} of {note['of']} fell: {note['error']}\n{note['trace']}\nWhat was reached is kept; the whole log: {log}")
+    if note and note["mend"]:
+        raise SpecsError(note["error"])
+    if note:
+        raise RankFailed(
+            f"{folder.name}: rank {note['rank']} of {note['of']} fell: {note['error']}\n{note['trace']}\nWhat"
+            f" was reached is kept; the whole log: {log}"
+        )
     if code or facts is None:
         last = [l for l in log.read_text(errors="replace").splitlines() if l.strip()][-12:]
-        raise RankFailed(f"{folder.name}: {command[0] if code else 'rank 0'} ended {f'with code {code}' if code else 'without a result'} and no rank could say why (killed? out of memory?). "
-                         f"What was reached is kept: the same command goes on from there. The end of {log}:\n" + "\n".join(last))
+        raise RankFailed(
+            f"{folder.name}: {command[0] if code else 'rank 0'} ended"
+            f" {f'with code {code}' if code else 'without a result'} and no rank could say why (killed? out"
+            " of memory?). What was reached is kept: the same command goes on from there. The end of"
+            f" {log}:\n"
+            + "\n".join(last)
+        )
     (folder / "facts.json").unlink()
-    if "stopped" in facts: raise Interrupted(facts["stopped"])
+    if "stopped" in facts:
+        raise Interrupted(facts["stopped"])
     return facts
+
 
 def _end(proc):
     proc.terminate()
-    try: proc.wait(30)
-    except subprocess.TimeoutExpired: proc.kill(); proc.wait()
+    try:
+        proc.wait(30)
+    except subprocess.TimeoutExpired:
+        proc.kill()
+        proc.wait()

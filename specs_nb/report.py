@@ -16,234 +16,464 @@ import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from .core import SpecsError, atomic, read_json
-from .analysis import (METRICS, MODELS, SPLITS, STAGES, comparisons, findings, generalization_factor, gf_table, interval, paired_difference,
-                               percent, question_means, read_run, title, value_at)
+from specs_nb.analysis import (
+    METRICS,
+    MODELS,
+    SPLITS,
+    STAGES,
+    comparisons,
+    findings,
+    generalization_factor,
+    gf_table,
+    interval,
+    paired_difference,
+    percent,
+    question_means,
+    read_run,
+    title,
+    value_at,
+)
 from .stats import gf_interval
 
 # %% ../nbs/75_report.ipynb #c615ab5c
 LOOKS = dict(  # on white, on black, matplotlib's mark, Plot's symbol, dash
-    base=("#757575", "#a6a6a6", "o", "circle", (1, 2)), zero=("#c95900", "#ff9b54", "s", "square", (6, 3)),
-    coldstart=("#008f68", "#3fd0a4", "^", "triangle", (7, 2, 2, 2)), final=("#0072b2", "#62bbff", "D", "diamond", ()),
-    c0=("#0072b2", "#62bbff", "D", "diamond", ()), c1=("#c95900", "#ff9b54", "s", "square", (6, 3)), c2=("#008f68", "#3fd0a4", "^", "triangle", (7, 2, 2, 2)),
-    c3=("#a63d87", "#f090d0", "o", "circle", (1, 2)), c4=("#7d6a00", "#e0c84a", "X", "times", (4, 2)), c5=("#5b5fc7", "#aab0ff", "*", "star", (9, 3)),
-    c6=("#757575", "#a6a6a6", "P", "cross", (2, 4)), c7=("#a04040", "#ff9a9a", "v", "triangle", (3, 1)))
+    base=("#757575", "#a6a6a6", "o", "circle", (1, 2)),
+    zero=("#c95900", "#ff9b54", "s", "square", (6, 3)),
+    coldstart=("#008f68", "#3fd0a4", "^", "triangle", (7, 2, 2, 2)),
+    final=("#0072b2", "#62bbff", "D", "diamond", ()),
+    c0=("#0072b2", "#62bbff", "D", "diamond", ()),
+    c1=("#c95900", "#ff9b54", "s", "square", (6, 3)),
+    c2=("#008f68", "#3fd0a4", "^", "triangle", (7, 2, 2, 2)),
+    c3=("#a63d87", "#f090d0", "o", "circle", (1, 2)),
+    c4=("#7d6a00", "#e0c84a", "X", "times", (4, 2)),
+    c5=("#5b5fc7", "#aab0ff", "*", "star", (9, 3)),
+    c6=("#757575", "#a6a6a6", "P", "cross", (2, 4)),
+    c7=("#a04040", "#ff9a9a", "v", "triangle", (3, 1)),
+)
 INK = "#20242a"
+
 
 @dataclass
 class Chart:
     "A figure as data"
-    id: str        # name of its files
+
+    id: str  # name of its files
     title: str
-    kind: str      # `lines`, `dots` or `plane`
-    points: list   # dicts with name, x, y; where there are such: raw, lo, hi, xlo, xhi, group, n, label
-    inks: dict     # name → its look in `LOOKS`
-    x: str = ""    # what the axes show
+    kind: str  # `lines`, `dots` or `plane`
+    points: list  # dicts with name, x, y; where there are such: raw, lo, hi, xlo, xhi, group, n, label
+    inks: dict  # name → its look in `LOOKS`
+    x: str = ""  # what the axes show
     y: str = ""
-    log: bool = False   # x doubles from tick to tick
+    log: bool = False  # x doubles from tick to tick
     zero: bool = False  # y begins at 0, or lower where values do
     guides: list = field(default_factory=list)  # (label, points) of thin grey lines
 
 # %% ../nbs/75_report.ipynb #545d6109
 def smooth(
-    values:list,  # numbers
-    width:int,    # how many neighbours, itself included; odd
-)->list:          # as many numbers
+    values: list,  # numbers
+    width: int,  # how many neighbours, itself included; odd
+) -> list:  # as many numbers
     "Running mean, centred; at the ends over fewer values."
     h = width // 2
-    return [sum(w) / len(w) for i in range(len(values)) for w in [values[max(0, i - h):i + h + 1]]]
+    return [sum(w) / len(w) for i in range(len(values)) for w in [values[max(0, i - h) : i + h + 1]]]
+
 
 def lines(
-    id:str,       # name of the chart's files
-    title:str,    # what it shows
-    series:dict,  # name → (look, list of (step, value))
-    **more,       # other fields of the chart
-)->Chart:
+    id: str,  # name of the chart's files
+    title: str,  # what it shows
+    series: dict,  # name → (look, list of (step, value))
+    **more,  # other fields of the chart
+) -> Chart:
     "One line for each name, long ones smoothed; values that are missing are left out."
     out = []
     for name, (_, points) in series.items():
         points = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
         means = smooth([y for _, y in points], len(points) // 12 * 2 + 1 if len(points) > 15 else 1)
-        out += [dict(name=name, x=x, y=m, **({"raw": y} if len(points) > 15 else {})) for (x, y), m in zip(points, means)]
+        out += [
+            dict(name=name, x=x, y=m, **({"raw": y} if len(points) > 15 else {}))
+            for (x, y), m in zip(points, means)
+        ]
     return Chart(id, title, "lines", out, {n: ink for n, (ink, _) in series.items()}, **{"x": "step", **more})
 
 # %% ../nbs/75_report.ipynb #8393b8b9
-CURVES = {"reward": "Reward", "rewards/format_reward/mean": "Format reward (0.5 if kept)", "rewards/accuracy_reward/mean": "Accuracy reward (1 if right)",
-          "entropy": "Entropy of the next token, nats", "completions/mean_length": "Length of an answer, tokens"}
+CURVES = {
+    "reward": "Reward",
+    "rewards/format_reward/mean": "Format reward (0.5 if kept)",
+    "rewards/accuracy_reward/mean": "Accuracy reward (1 if right)",
+    "entropy": "Entropy of the next token, nats",
+    "completions/mean_length": "Length of an answer, tokens",
+}
+
 
 def learning_curves(
-    history:dict,  # stage → list of logged steps
-)->list:           # of charts
+    history: dict,  # stage → list of logged steps
+) -> list:  # of charts
     "What the trainers logged, step by step."
-    def line(stage, key): return [(h["step"], h.get(key)) for h in history.get(stage) or []]
-    def logged(stage, key): return any(y is not None for _, y in line(stage, key))
-    out = [lines(_file(key), words, {MODELS[s]: (s, line(s, key)) for s in ("zero", "final") if logged(s, key)}, zero=True)
-           for key, words in CURVES.items() if logged("zero", key) or logged("final", key)]
+
+    def line(stage, key):
+        return [(h["step"], h.get(key)) for h in history.get(stage) or []]
+
+    def logged(stage, key):
+        return any(y is not None for _, y in line(stage, key))
+
+    out = [
+        lines(
+            _file(key),
+            words,
+            {MODELS[s]: (s, line(s, key)) for s in ("zero", "final") if logged(s, key)},
+            zero=True,
+        )
+        for key, words in CURVES.items()
+        if logged("zero", key) or logged("final", key)
+    ]
     if logged("coldstart", "rewards/chosen"):
-        return out + [lines("coldstart-rewards", "Cold start: implied rewards", {s: (ink, line("coldstart", f"rewards/{s}")) for s, ink in dict(chosen="coldstart", rejected="base").items()})]
-    return out + ([lines("coldstart-loss", "Cold start: loss", {"loss": ("coldstart", line("coldstart", "loss"))})] if logged("coldstart", "loss") else [])
+        return out + [
+            lines(
+                "coldstart-rewards",
+                "Cold start: implied rewards",
+                {
+                    s: (ink, line("coldstart", f"rewards/{s}"))
+                    for s, ink in dict(chosen="coldstart", rejected="base").items()
+                },
+            )
+        ]
+    return out + (
+        [lines("coldstart-loss", "Cold start: loss", {"loss": ("coldstart", line("coldstart", "loss"))})]
+        if logged("coldstart", "loss")
+        else []
+    )
+
 
 def _file(text):
     import re
+
     return re.sub(r"\W+", "-", text.removesuffix("/mean").removeprefix("rewards/").lower()).strip("-")
 
 # %% ../nbs/75_report.ipynb #b85f1eec
 def dots(
-    id:str,       # name of the chart's files
-    title:str,    # what it shows
-    values:list,  # (group, name, look, value with mean, lo, hi, n); those without a mean are left out
-    scale=100,    # what values are multiplied by
-    **more,       # other fields of the chart
-)->Chart:
+    id: str,  # name of the chart's files
+    title: str,  # what it shows
+    values: list,  # (group, name, look, value with mean, lo, hi, n); those without a mean are left out
+    scale=100,  # what values are multiplied by
+    **more,  # other fields of the chart
+) -> Chart:
     "A dot with its interval for each name, in groups."
-    points = [dict(group=g, name=name, n=v.get("n"), **{k: scale * (v["mean"] if v[of] is None else v[of]) for k, of in dict(x="mean", xlo="lo", xhi="hi").items()}) for g, name, _, v in values if v.get("mean") is not None]
+    points = [
+        dict(
+            group=g,
+            name=name,
+            n=v.get("n"),
+            **{
+                k: scale * (v["mean"] if v[of] is None else v[of])
+                for k, of in dict(x="mean", xlo="lo", xhi="hi").items()
+            },
+        )
+        for g, name, _, v in values
+        if v.get("mean") is not None
+    ]
     return Chart(id, title, "dots", points, {name: ink for _, name, ink, _ in values}, **{"x": "%", **more})
 
+
 def score_charts(
-    metrics:dict,  # from `evaluate`
-)->list:           # of charts
+    metrics: dict,  # from `evaluate`
+) -> list:  # of charts
     "A chart for each metric that was measured."
-    return [c for m, words in METRICS.items()
-            if (c := dots(f"score-{m}", words, [(split, name, k, value_at(metrics, k, s, m)) for s, split in SPLITS.items() for k, name in MODELS.items()])).points]
+    return [
+        c
+        for m, words in METRICS.items()
+        if (
+            c := dots(
+                f"score-{m}",
+                words,
+                [
+                    (split, name, k, value_at(metrics, k, s, m))
+                    for s, split in SPLITS.items()
+                    for k, name in MODELS.items()
+                ],
+            )
+        ).points
+    ]
 
 # %% ../nbs/75_report.ipynb #f461ce52
 def tries(
-    metrics:dict,  # of one model on one split
-)->dict:           # k → value
+    metrics: dict,  # of one model on one split
+) -> dict:  # k → value
     "The values of pass@k, in order."
-    return dict(sorted((int(k.split("@")[1]), v) for k, v in (metrics or {}).items() if k.startswith("pass@") and v.get("mean") is not None))
+    return dict(
+        sorted(
+            (int(k.split("@")[1]), v)
+            for k, v in (metrics or {}).items()
+            if k.startswith("pass@") and v.get("mean") is not None
+        )
+    )
+
 
 def passk_charts(
-    metrics:dict,  # from `evaluate`
-)->list:           # of charts, one a test
+    metrics: dict,  # from `evaluate`
+) -> list:  # of charts, one a test
     "pass@k over k with intervals; none where it was not measured for several k."
     out = []
     for s, split in SPLITS.items():
         of = {name: (m, tries(value_at(metrics, m, s))) for m, name in MODELS.items()}
         points = [_kth(name, k, v) for name, (_, ks) in of.items() for k, v in ks.items()]
-        if len({p["x"] for p in points}) > 1: out.append(Chart(f"passk-{s}", f"pass@k, {split}", "lines", points, {n: m for n, (m, ks) in of.items() if ks}, "k", "%", log=True))
+        if len({p["x"] for p in points}) > 1:
+            out.append(
+                Chart(
+                    f"passk-{s}",
+                    f"pass@k, {split}",
+                    "lines",
+                    points,
+                    {n: m for n, (m, ks) in of.items() if ks},
+                    "k",
+                    "%",
+                    log=True,
+                )
+            )
     return out
 
-def _kth(name, k, v): return dict(name=name, x=k, y=100 * v["mean"], lo=100 * v["lo"], hi=100 * v["hi"], n=v["n"])
+
+def _kth(name, k, v):
+    return dict(name=name, x=k, y=100 * v["mean"], lo=100 * v["lo"], hi=100 * v["hi"], n=v["n"])
 
 # %% ../nbs/75_report.ipynb #b8a2c26a
 def plane(
-    id:str,       # name of the chart's files
-    title:str,    # what it shows
-    values:list,  # (name, look, label, value in distribution, value out of it)
-)->Chart:
+    id: str,  # name of the chart's files
+    title: str,  # what it shows
+    values: list,  # (name, look, label, value in distribution, value out of it)
+) -> Chart:
     "Models by performance in and out of distribution, with lines of equal raw GF."
-    points = [dict(name=name, label=label, x=100 * a["mean"], xlo=100 * a["lo"], xhi=100 * a["hi"], y=100 * b["mean"], lo=100 * b["lo"], hi=100 * b["hi"])
-              for name, _, label, a, b in values if None not in (a.get("mean"), b.get("mean"))]
-    guides = [(f"GF {gf}", [(x, 4 * gf * x / (5 * x - gf)) for x in [gf / 5 + (100 - gf / 5) * (i / 60)**3 for i in range(1, 61)] if 4 * gf * x / (5 * x - gf) <= 100]) for gf in (20, 40, 60, 80)]
-    return Chart(id, title, "plane", points, {name: ink for name, ink, *_ in values}, SPLITS["id"] + " (ID), %", SPLITS["ood_format"] + " (OOD), %", guides=guides)
+    points = [
+        dict(
+            name=name,
+            label=label,
+            x=100 * a["mean"],
+            xlo=100 * a["lo"],
+            xhi=100 * a["hi"],
+            y=100 * b["mean"],
+            lo=100 * b["lo"],
+            hi=100 * b["hi"],
+        )
+        for name, _, label, a, b in values
+        if None not in (a.get("mean"), b.get("mean"))
+    ]
+    guides = [
+        (
+            f"GF {gf}",
+            [
+                (x, 4 * gf * x / (5 * x - gf))
+                for x in [gf / 5 + (100 - gf / 5) * (i / 60) ** 3 for i in range(1, 61)]
+                if 4 * gf * x / (5 * x - gf) <= 100
+            ],
+        )
+        for gf in (20, 40, 60, 80)
+    ]
+    return Chart(
+        id,
+        title,
+        "plane",
+        points,
+        {name: ink for name, ink, *_ in values},
+        SPLITS["id"] + " (ID), %",
+        SPLITS["ood_format"] + " (OOD), %",
+        guides=guides,
+    )
+
 
 def gf_charts(
-    metrics:dict,  # from `evaluate`
-)->list:           # of charts
+    metrics: dict,  # from `evaluate`
+) -> list:  # of charts
     "The plane of a run's models, for two metrics."
-    return [plane(f"gf-{m}", METRICS[m], [(name, k, "", value_at(metrics, k, "id", m), value_at(metrics, k, "ood_format", m)) for k, name in MODELS.items()]) for m in ("strict", "format")]
+    return [
+        plane(
+            f"gf-{m}",
+            METRICS[m],
+            [
+                (name, k, "", value_at(metrics, k, "id", m), value_at(metrics, k, "ood_format", m))
+                for k, name in MODELS.items()
+            ],
+        )
+        for m in ("strict", "format")
+    ]
 
 # %% ../nbs/75_report.ipynb #af5757d9
 def draw(
-    chart:Chart,  # what to draw
-):                # a matplotlib figure
+    chart: Chart,  # what to draw
+):  # a matplotlib figure
     "A chart as a figure for print."
     from matplotlib.figure import Figure
+
     groups = len({p.get("group") for p in chart.points}) if chart.kind == "dots" else 0
-    ax = Figure(figsize=(4.4, max(2.2, .9 + .22 * groups * (len(chart.inks) + 1)) if groups else 3.8 if chart.kind == "plane" else 3.1), layout="constrained").add_subplot()
+    ax = Figure(
+        figsize=(
+            4.4,
+            (
+                max(2.2, 0.9 + 0.22 * groups * (len(chart.inks) + 1))
+                if groups
+                else 3.8 if chart.kind == "plane" else 3.1
+            ),
+        ),
+        layout="constrained",
+    ).add_subplot()
     ax.set_title(chart.title, loc="left", fontsize=11, color=INK)
     ax.set_xlabel(chart.x, color=INK), ax.set_ylabel(chart.y, color=INK)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(INK)
     ax.tick_params(colors=INK, labelsize=9)
-    ax.grid(color=INK, alpha=.12, linewidth=.7)
+    ax.grid(color=INK, alpha=0.12, linewidth=0.7)
     dict(lines=_draw_lines, dots=_draw_dots, plane=_draw_plane)[chart.kind](ax, chart)
-    if ax.get_legend_handles_labels()[0]: ax.figure.legend(loc="outside lower center", ncols=min(4, len(chart.inks)), frameon=False, labelcolor=INK, fontsize=9, handlelength=2.4, columnspacing=1.2)
+    if ax.get_legend_handles_labels()[0]:
+        ax.figure.legend(
+            loc="outside lower center",
+            ncols=min(4, len(chart.inks)),
+            frameon=False,
+            labelcolor=INK,
+            fontsize=9,
+            handlelength=2.4,
+            columnspacing=1.2,
+        )
     return ax.figure
+
 
 def _looks(chart):
     "Of each name: its points, and matplotlib's colour, mark and dash"
     for name, ink in chart.inks.items():
         colour, _, mark, _, dash = LOOKS[ink]
-        if (points := [p for p in chart.points if p["name"] == name]): yield name, points, colour, mark, (0, dash) if dash else "-"
+        if points := [p for p in chart.points if p["name"] == name]:
+            yield name, points, colour, mark, (0, dash) if dash else "-"
 
 # %% ../nbs/75_report.ipynb #9fc80004
 def _draw_lines(ax, chart):
     for name, points, colour, mark, dash in _looks(chart):
         x, y = [p["x"] for p in points], [p["y"] for p in points]
-        if "raw" in points[0]: ax.plot(x, [p["raw"] for p in points], color=colour, alpha=.3, linewidth=.8)
-        if "lo" in points[0]: ax.fill_between(x, [p["lo"] for p in points], [p["hi"] for p in points], color=colour, alpha=.14, linewidth=0)
-        ax.plot(x, y, linestyle=dash, marker=mark if len(x) <= 15 else "", markersize=5, color=colour, linewidth=2, label=name)
-    if chart.zero: ax.set_ylim(min([0, *(y for line in ax.lines for y in line.get_ydata())]), ax.dataLim.y1 * 1.06 if ax.dataLim.y1 > 0 else None)
+        if "raw" in points[0]:
+            ax.plot(x, [p["raw"] for p in points], color=colour, alpha=0.3, linewidth=0.8)
+        if "lo" in points[0]:
+            ax.fill_between(
+                x, [p["lo"] for p in points], [p["hi"] for p in points], color=colour, alpha=0.14, linewidth=0
+            )
+        ax.plot(
+            x,
+            y,
+            linestyle=dash,
+            marker=mark if len(x) <= 15 else "",
+            markersize=5,
+            color=colour,
+            linewidth=2,
+            label=name,
+        )
+    if chart.zero:
+        ax.set_ylim(
+            min([0, *(y for line in ax.lines for y in line.get_ydata())]),
+            ax.dataLim.y1 * 1.06 if ax.dataLim.y1 > 0 else None,
+        )
     if chart.log:
         ax.set_xscale("log", base=2)
         ax.set_xticks(ks := sorted({p["x"] for p in chart.points}), map(str, ks)), ax.minorticks_off()
-    else: ax.xaxis.get_major_locator().set_params(integer=True)
+    else:
+        ax.xaxis.get_major_locator().set_params(integer=True)
+
 
 def _draw_dots(ax, chart):
     groups, names = list(dict.fromkeys(p["group"] for p in chart.points)), list(chart.inks)
-    at = lambda p: groups.index(p["group"]) * (len(names) + 1) + names.index(p["name"]) + .5
+    at = lambda p: groups.index(p["group"]) * (len(names) + 1) + names.index(p["name"]) + 0.5
     for name, points, colour, mark, _ in _looks(chart):
         x = [p["x"] for p in points]
-        ax.errorbar(x, [at(p) for p in points], xerr=_whiskers(points, "x"), fmt=mark, color=colour, label=name, linewidth=1.6, markersize=5)
+        ax.errorbar(
+            x,
+            [at(p) for p in points],
+            xerr=_whiskers(points, "x"),
+            fmt=mark,
+            color=colour,
+            label=name,
+            linewidth=1.6,
+            markersize=5,
+        )
     ax.set_yticks([i * (len(names) + 1) + len(names) / 2 for i in range(len(groups))], groups)
     ax.invert_yaxis(), ax.grid(False, axis="y")
 
+
 def _draw_plane(ax, chart):
     for label, points in chart.guides:
-        ax.plot(*zip(*points), color=INK, alpha=.3, linewidth=.8)
-        ax.text(102, points[-1][1], label, va="center", color=INK, alpha=.8, fontsize=8)
+        ax.plot(*zip(*points), color=INK, alpha=0.3, linewidth=0.8)
+        ax.text(102, points[-1][1], label, va="center", color=INK, alpha=0.8, fontsize=8)
     for name, points, colour, mark, _ in _looks(chart):
-        ax.errorbar([p["x"] for p in points], [p["y"] for p in points], xerr=_whiskers(points, "x"), yerr=_whiskers(points, ""), fmt=mark, color=colour, label=name, linewidth=1.2)
-        for p in points: ax.annotate(p["label"], (p["x"], p["y"]), (4, 4), textcoords="offset points", color=colour, fontsize=8)
+        ax.errorbar(
+            [p["x"] for p in points],
+            [p["y"] for p in points],
+            xerr=_whiskers(points, "x"),
+            yerr=_whiskers(points, ""),
+            fmt=mark,
+            color=colour,
+            label=name,
+            linewidth=1.2,
+        )
+        for p in points:
+            ax.annotate(
+                p["label"], (p["x"], p["y"]), (4, 4), textcoords="offset points", color=colour, fontsize=8
+            )
     ax.set(xlim=(0, 101), ylim=(0, 101))
 
-def _whiskers(points, axis): return [[abs(p[axis or "y"] - p[axis + "lo"]) for p in points], [abs(p[axis + "hi"] - p[axis or "y"]) for p in points]]
+
+def _whiskers(points, axis):
+    return [
+        [abs(p[axis or "y"] - p[axis + "lo"]) for p in points],
+        [abs(p[axis + "hi"] - p[axis or "y"]) for p in points],
+    ]
 
 # %% ../nbs/75_report.ipynb #88e68db9
 def svg(
-    fig,        # a matplotlib figure
-    label:str,  # makes its ids its own
-)->str:         # an SVG file
+    fig,  # a matplotlib figure
+    label: str,  # makes its ids its own
+) -> str:  # an SVG file
     "A figure as SVG, the same for the same figure."
     import io, matplotlib
+
     out = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": label, "svg.fonttype": "none"}):
-        fig.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        fig.savefig(
+            out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     return out.getvalue()
 
+
 def inline(
-    drawn:str,     # from `svg`
-    chart:Chart,   # what it shows
-)->str:            # an `<svg>` element
+    drawn: str,  # from `svg`
+    chart: Chart,  # what it shows
+) -> str:  # an `<svg>` element
     "A figure as part of a page."
     import html, re
-    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"|\sid="\w+_\d+"', "", drawn[drawn.index("<svg"):])
-    for name, colour in {"ink": INK, **{ink: LOOKS[ink][0] for ink in chart.inks.values()}}.items(): text = text.replace(colour, f"var(--{name})")
+
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"|\sid="\w+_\d+"', "", drawn[drawn.index("<svg") :])
+    for name, colour in {"ink": INK, **{ink: LOOKS[ink][0] for ink in chart.inks.values()}}.items():
+        text = text.replace(colour, f"var(--{name})")
     return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(chart.title)}"', 1)
 
+
 def write_charts(
-    charts:list,  # to draw
-    out:Path,     # folder that gets SVG and PNG files
-)->dict:          # chart's id → `<svg>` element
+    charts: list,  # to draw
+    out: Path,  # folder that gets SVG and PNG files
+) -> dict:  # chart's id → `<svg>` element
     "Draw all charts."
     page = {}
     Path(out).mkdir(parents=True, exist_ok=True)
     for c in charts:
         fig = draw(c)
         page[c.id] = inline(text := svg(fig, c.id), c)
-        with atomic(Path(out) / f"{c.id}.svg") as part: part.write_text(text, encoding="utf-8")
-        with atomic(Path(out) / f"{c.id}.png") as part: fig.savefig(part, format="png", dpi=160, facecolor="white")
+        with atomic(Path(out) / f"{c.id}.svg") as part:
+            part.write_text(text, encoding="utf-8")
+        with atomic(Path(out) / f"{c.id}.png") as part:
+            fig.savefig(part, format="png", dpi=160, facecolor="white")
     return page
 
 # %% ../nbs/75_report.ipynb #ab44d00b
 @dataclass
 class Table:
     "Numbers with their intervals"
-    id: str        # name of its files
+
+    id: str  # name of its files
     title: str
-    rows: list     # dicts: the keys of `by`, mean, lo, hi, n; where needed `plain`: no percentage
-    by: tuple      # keys of blocks, rows, columns
+    rows: list  # dicts: the keys of `by`, mean, lo, hi, n; where needed `plain`: no percentage
+    by: tuple  # keys of blocks, rows, columns
     sign: bool = False  # differences: show signs
 
     def fold(self):
@@ -251,78 +481,174 @@ class Table:
         b, r, c = self.by
         order = lambda key, rows: list(dict.fromkeys(x[key] for x in rows))
         blocks = {name: [x for x in self.rows if x[b] == name] for name in order(b, self.rows)}
-        return [(name, order(c, rows), [(k, [next((x for x in rows if x[r] == k and x[c] == col), {}) for col in order(c, rows)]) for k in order(r, rows)])
-                for name, rows in blocks.items()]
+        return [
+            (
+                name,
+                order(c, rows),
+                [
+                    (k, [next((x for x in rows if x[r] == k and x[c] == col), {}) for col in order(c, rows)])
+                    for k in order(r, rows)
+                ],
+            )
+            for name, rows in blocks.items()
+        ]
 
     def texts(self, v):
         "A value and its interval as texts, for instance `62.5` and `[55.0, 69.9]`."
-        if v.get("mean") is None: return "–", ""
-        say = (lambda x: f"{x:{'+' if self.sign else ''}.2f}".replace("-", "−")) if v.get("plain") else lambda x: percent(x, self.sign)
+        if v.get("mean") is None:
+            return "–", ""
+        say = (
+            (lambda x: f"{x:{'+' if self.sign else ''}.2f}".replace("-", "−"))
+            if v.get("plain")
+            else lambda x: percent(x, self.sign)
+        )
         return say(v["mean"]), f"[{say(v['lo'])}, {say(v['hi'])}]" if v.get("lo") is not None else ""
 
 # %% ../nbs/75_report.ipynb #70ba84ef
 def csv(
-    table:Table,  # to write
-)->str:           # text of a CSV file
+    table: Table,  # to write
+) -> str:  # text of a CSV file
     "A row for each number, shares as shares, all digits; a text that a spreadsheet would compute is quoted as text."
     import csv as writer, io
+
     out, keys = io.StringIO(), [*table.by, "mean", "lo", "hi", "n"]
     w = writer.writer(out, lineterminator="\n")
     w.writerow(keys)
     safe = lambda x: "'" + x if isinstance(x, str) and x[:1] in ("=", "+", "-", "@", "\t", "\r") else x
-    for row in table.rows: w.writerow(["" if row.get(k) is None else safe(row[k]) for k in keys])
+    for row in table.rows:
+        w.writerow(["" if row.get(k) is None else safe(row[k]) for k in keys])
     return out.getvalue()
 
+
 def latex(
-    table:Table,  # to write
-)->str:           # for `\input`, needs the package booktabs
+    table: Table,  # to write
+) -> str:  # for `\input`, needs the package booktabs
     "A table for a paper: each number with its interval."
     columns = max((len(cols) for _, cols, _ in table.fold()), default=0)
-    out = ["% needs \\usepackage{booktabs}", "\\begin{table}[t]", "\\centering\\small", f"\\caption{{{tex(table.title)}. Brackets: 95\\,\\% intervals.}}", f"\\label{{tab:{table.id}}}",
-           f"\\begin{{tabular}}{{l{'r' * columns}}}", "\\toprule"]
+    out = [
+        "% needs \\usepackage{booktabs}",
+        "\\begin{table}[t]",
+        "\\centering\\small",
+        f"\\caption{{{tex(table.title)}. Brackets: 95\\,\\% intervals.}}",
+        f"\\label{{tab:{table.id}}}",
+        f"\\begin{{tabular}}{{l{'r' * columns}}}",
+        "\\toprule",
+    ]
     for i, (name, cols, rows) in enumerate(table.fold()):
-        out += ["\\midrule"] * bool(i) + [" & ".join([f"\\emph{{{tex(name)}}}", *map(tex, cols)]) + " \\\\", "\\midrule"]
-        out += [" & ".join([tex(k), *(f"{tex(a)} {{\\scriptsize {tex(b)}}}" if b else tex(a) for a, b in map(table.texts, values))]) + " \\\\" for k, values in rows]
+        out += ["\\midrule"] * bool(i) + [
+            " & ".join([f"\\emph{{{tex(name)}}}", *map(tex, cols)]) + " \\\\",
+            "\\midrule",
+        ]
+        out += [
+            " & ".join([
+                tex(k),
+                *(
+                    f"{tex(a)} {{\\scriptsize {tex(b)}}}" if b else tex(a)
+                    for a, b in map(table.texts, values)
+                ),
+            ])
+            + " \\\\"
+            for k, values in rows
+        ]
     return "\n".join([*out, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
 
+
 def tex(
-    text,   # anything
-)->str:     # LaTeX
+    text,  # anything
+) -> str:  # LaTeX
     "Text that LaTeX takes as text."
-    special = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "−": "$-$", "–": "--", "λ": "$\\lambda$", "β": "$\\beta$", **{c: "\\" + c for c in "&%$#_{}"}}
+    special = {
+        "\\": "\\textbackslash{}",
+        "~": "\\textasciitilde{}",
+        "^": "\\textasciicircum{}",
+        "−": "$-$",
+        "–": "--",
+        "λ": "$\\lambda$",
+        "β": "$\\beta$",
+        **{c: "\\" + c for c in "&%$#_{}"},
+    }
     return "".join(special.get(c, c) for c in str(text))
 
 # %% ../nbs/75_report.ipynb #ecd98721
-EXTRA = dict(greedy_accuracy="Greedy: right answer, %", greedy_format="Greedy: right format, %", greedy_strict="Greedy: both, %", no_opinion="Without opinion, %", truncated="Cut at the limit, %",
-             tokens="Length, tokens", words="Length, words", distinct="Different answers to a question", distinct_right="Different right completions", entropy="Entropy of the answers, bits",
-             surprise="Surprise a token, nats")
+EXTRA = dict(
+    greedy_accuracy="Greedy: right answer, %",
+    greedy_format="Greedy: right format, %",
+    greedy_strict="Greedy: both, %",
+    no_opinion="Without opinion, %",
+    truncated="Cut at the limit, %",
+    tokens="Length, tokens",
+    words="Length, words",
+    distinct="Different answers to a question",
+    distinct_right="Different right completions",
+    entropy="Entropy of the answers, bits",
+    surprise="Surprise a token, nats",
+)
+
 
 def _measured(metrics, names):
     "Tidy rows of what is there; shares are percentages, the rest is plain"
-    return [dict(metric=words, model=name, split=split, plain=m in EXTRA and "%" not in words, **v) for m, words in names.items() for k, name in MODELS.items() for s, split in SPLITS.items()
-            if (v := value_at(metrics, k, s, m)) and any(value_at(metrics, o, s, m).get("mean") is not None for o in MODELS)]
+    return [
+        dict(metric=words, model=name, split=split, plain=m in EXTRA and "%" not in words, **v)
+        for m, words in names.items()
+        for k, name in MODELS.items()
+        for s, split in SPLITS.items()
+        if (v := value_at(metrics, k, s, m))
+        and any(value_at(metrics, o, s, m).get("mean") is not None for o in MODELS)
+    ]
+
 
 def score_tables(
-    metrics:dict,  # from `evaluate`
-)->dict:           # name → table
+    metrics: dict,  # from `evaluate`
+) -> dict:  # name → table
     "What was measured, by metric, model and test."
-    every = [dict(metric=words, model=name, split=split, **(value_at(metrics, k, s, m) or dict(mean=None))) for m, words in METRICS.items() for k, name in MODELS.items() for s, split in SPLITS.items()]
+    every = [
+        dict(metric=words, model=name, split=split, **(value_at(metrics, k, s, m) or dict(mean=None)))
+        for m, words in METRICS.items()
+        for k, name in MODELS.items()
+        for s, split in SPLITS.items()
+    ]
     ks = sorted({k for m in MODELS for s in SPLITS for k in tries(value_at(metrics, m, s))})
-    pass_at = [dict(split=split, model=name, k=f"k = {k}", **v) for s, split in SPLITS.items() for m, name in MODELS.items() for k in ks if (v := tries(value_at(metrics, m, s)).get(k))]
+    pass_at = [
+        dict(split=split, model=name, k=f"k = {k}", **v)
+        for s, split in SPLITS.items()
+        for m, name in MODELS.items()
+        for k in ks
+        if (v := tries(value_at(metrics, m, s)).get(k))
+    ]
     by = ("metric", "model", "split")
-    return dict(scores=Table("scores", "Scores, %", every, by), more=Table("more", "Further measurements", _measured(metrics, EXTRA), by),
-                passk=Table("passk", "Right at least once in k tries, %", pass_at if len(ks) > 1 else [], ("split", "model", "k")))
+    return dict(
+        scores=Table("scores", "Scores, %", every, by),
+        more=Table("more", "Further measurements", _measured(metrics, EXTRA), by),
+        passk=Table(
+            "passk",
+            "Right at least once in k tries, %",
+            pass_at if len(ks) > 1 else [],
+            ("split", "model", "k"),
+        ),
+    )
+
 
 def paired_table(
-    versus:dict,  # from `comparisons`
-)->Table:
+    versus: dict,  # from `comparisons`
+) -> Table:
     "Differences between models on the same questions."
     words = dict(accuracy="right answer", format="right format", strict="both")
-    return Table("paired", "Differences on the same questions, points", [dict(models=f"{MODELS[a]} − {MODELS[b]}", split=SPLITS[s], metric=words[m], **d)
-                 for (a, b), of in versus.items() for s, ms in of.items() for m, d in ms.items()], ("models", "split", "metric"), sign=True)
+    return Table(
+        "paired",
+        "Differences on the same questions, points",
+        [
+            dict(models=f"{MODELS[a]} − {MODELS[b]}", split=SPLITS[s], metric=words[m], **d)
+            for (a, b), of in versus.items()
+            for s, ms in of.items()
+            for m, d in ms.items()
+        ],
+        ("models", "split", "metric"),
+        sign=True,
+    )
 
 # %% ../nbs/75_report.ipynb #85a61f84
 GF_WORDS = dict(gain_id="gain ID", gain_ood="gain OOD", gf_raw="gf_raw", gf_gain="gf_gain")
+
 
 def _spans(answers, metric, model):
     "Quantity → value with its interval, of both readings; empty without answers"
@@ -330,50 +656,70 @@ def _spans(answers, metric, model):
     its, base = ({s: of.get((m, s), {}) for s in ("id", "ood_format")} for m in (model, "base"))
     return {k: v for k, v in gf_interval(its, base).items() if v}
 
+
 def gf_rows(
-    run:dict,   # from `read_run`
-)->list:        # tidy rows: metric, model, quantity, mean, lo, hi, n
+    run: dict,  # from `read_run`
+) -> list:  # tidy rows: metric, model, quantity, mean, lo, hi, n
     "Both readings of the Generalization Factor and the gains, with intervals where the answers are there."
     out = []
     for metric in ("strict", "format"):
         for m, row in gf_table(run["metrics"], metric).items():
             span = _spans(run["answers"], metric, m)
-            out += [dict(metric=METRICS[metric], model=MODELS.get(m, m), quantity=words, **{**span.get(k, {}), "mean": row[k]}) for k, words in GF_WORDS.items()]
+            out += [
+                dict(
+                    metric=METRICS[metric],
+                    model=MODELS.get(m, m),
+                    quantity=words,
+                    **{**span.get(k, {}), "mean": row[k]},
+                )
+                for k, words in GF_WORDS.items()
+            ]
     return out
 
 # %% ../nbs/75_report.ipynb #95b898f3
 def data_uri(
-    image,         # a PIL image
-    side:int=480,  # larger ones are made smaller
-)->str:            # for the `src` of an `<img>`
+    image,  # a PIL image
+    side: int = 480,  # larger ones are made smaller
+) -> str:  # for the `src` of an `<img>`
     "An image as text: PNG if it is small, else JPEG."
     import base64, io
+
     image, out, kind = image.convert("RGB"), io.BytesIO(), "png" if max(image.size) < 200 else "jpeg"
     image.thumbnail((side, side))
     image.save(out, kind, **({"quality": 80} if kind == "jpeg" else {}))
     return f"data:image/{kind};base64," + base64.b64encode(out.getvalue()).decode()
 
+
 def scenes(
-    path:Path,  # pairs.parquet
-    n:int=6,    # how many at most
-)->list:        # of dicts with question, answer, corruption, chosen, rejected, images
+    path: Path,  # pairs.parquet
+    n: int = 6,  # how many at most
+) -> list:  # of dicts with question, answer, corruption, chosen, rejected, images
     "Pairs of different questions, the corruptions in turn."
     from specs_nb.distill import read_pairs
+
     ds, seen, out = read_pairs(path), set(), []
     kinds = list(ds["corruption"])
     for i in sorted(range(len(kinds)), key=lambda i: kinds[:i].count(kinds[i])):
-        if len(out) == n: break
+        if len(out) == n:
+            break
         p = ds[i]
-        if p["id"] not in seen: out.append({k: p[k] for k in ("question", "answer", "corruption")} | dict(
-            chosen=p["chosen"][-1]["content"], rejected=p["rejected"][-1]["content"], images=[(data_uri(im), max(im.size) < 200) for im in p["images"]]))
+        if p["id"] not in seen:
+            out.append(
+                {k: p[k] for k in ("question", "answer", "corruption")}
+                | dict(
+                    chosen=p["chosen"][-1]["content"],
+                    rejected=p["rejected"][-1]["content"],
+                    images=[(data_uri(im), max(im.size) < 200) for im in p["images"]],
+                )
+            )
         seen.add(p["id"])
     return out
 
 # %% ../nbs/75_report.ipynb #b908f5ef
 def spread(
-    questions:dict,  # id → model → its first answer: accuracy, format
-    n:int,           # how many to take
-)->list:             # ids
+    questions: dict,  # id → model → its first answer: accuracy, format
+    n: int,  # how many to take
+) -> list:  # ids
     "Questions of all outcomes in turn."
     kinds = {}
     for i, of in questions.items():
@@ -384,214 +730,416 @@ def spread(
 
 # %% ../nbs/75_report.ipynb #d054595d
 def first_answers(
-    path:Path,  # answers.parquet of the evaluation
-)->dict:        # split → question's id → model → text, asked, accuracy, format
+    path: Path,  # answers.parquet of the evaluation
+) -> dict:  # split → question's id → model → text, asked, accuracy, format
     "The first sampled answer of each model to each question."
     import pyarrow.parquet as pq
+
     have = set(pq.read_schema(path).names)
     out = {}
-    if not {"text", "accuracy", "format"} <= have: return out
-    for a in pq.read_table(path, columns=[c for c in ("model", "split", "id", "asked", "greedy", "text", "accuracy", "format") if c in have]).to_pylist():
-        if not a.get("greedy"): out.setdefault(a["split"], {}).setdefault(a["id"], {}).setdefault(a["model"], a)
+    if not {"text", "accuracy", "format"} <= have:
+        return out
+    for a in pq.read_table(
+        path,
+        columns=[
+            c for c in ("model", "split", "id", "asked", "greedy", "text", "accuracy", "format") if c in have
+        ],
+    ).to_pylist():
+        if not a.get("greedy"):
+            out.setdefault(a["split"], {}).setdefault(a["id"], {}).setdefault(a["model"], a)
     return out
 
 # %% ../nbs/75_report.ipynb #6abb76da
 def question_rows(
-    run_dir:Path,  # a run folder
-)->dict:           # split → (rows, id → place)
+    run_dir: Path,  # a run folder
+) -> dict:  # split → (rows, id → place)
     "The questions of the tests, as far as they can be had without fetching anything."
     from specs_nb.core import load_config
     from specs_nb.data import Rows
     from specs_nb.sources import load_rows
+
     run = Path(run_dir)
-    try: d = load_config(str(run / "config.yaml")).data if (run / "config.yaml").exists() else None
-    except SpecsError: d = None
+    try:
+        d = load_config(str(run / "config.yaml")).data if (run / "config.yaml").exists() else None
+    except SpecsError:
+        d = None
     out = {}
     for split, name in dict(id="test", ood_format="test", ood_visual="ood_visual").items():
         file = run / "data" / f"{name}.arrow"
-        rows = load_rows(d, name, run / "data") if d and d.source == "world" else Rows(file) if file.exists() else []
-        out[split] = rows, {i: place for place, i in enumerate(rows.column("id") if isinstance(rows, Rows) else [r["id"] for r in rows])}
+        rows = (
+            load_rows(d, name, run / "data")
+            if d and d.source == "world"
+            else Rows(file) if file.exists() else []
+        )
+        out[split] = rows, {
+            i: place
+            for place, i in enumerate(
+                rows.column("id") if isinstance(rows, Rows) else [r["id"] for r in rows]
+            )
+        }
     return out
 
 # %% ../nbs/75_report.ipynb #bc1052e9
 def examples(
-    run_dir:Path,  # a run folder
-    n:int=40,      # questions of each test
-)->list:           # of dicts: split, id, question, answer, asked, images, said
+    run_dir: Path,  # a run folder
+    n: int = 40,  # questions of each test
+) -> list:  # of dicts: split, id, question, answer, asked, images, said
     "Questions with what each model said; empty if the evaluation has left no texts."
     path = Path(run_dir) / "eval/answers.parquet"
-    if not path.exists() or not (said := first_answers(path)): return []
+    if not path.exists() or not (said := first_answers(path)):
+        return []
     rows, seen = question_rows(run_dir), {}
+
     def card(split, i):
         (some, place), of = rows.get(split, ((), {})), said[split][i]
         row = some[place[i]] if i in place else {}
         key = (split == "ood_visual", i)
-        if key not in seen: seen[key] = [(data_uri(im, 320), max(im.size) < 200) for im in row.get("images", [])[:2]]
-        return dict(split=split, id=i, question=row.get("question") or f"(question {i} can't be read any more)", answer=row.get("answer"), asked=next(iter(of.values())).get("asked"),
-                    images=seen[key], said=[dict(model=m, text=of[m]["text"], right=_says(of[m]["accuracy"]), form=_says(of[m]["format"])) for m in MODELS if m in of])
+        if key not in seen:
+            seen[key] = [(data_uri(im, 320), max(im.size) < 200) for im in row.get("images", [])[:2]]
+        return dict(
+            split=split,
+            id=i,
+            question=row.get("question") or f"(question {i} can't be read any more)",
+            answer=row.get("answer"),
+            asked=next(iter(of.values())).get("asked"),
+            images=seen[key],
+            said=[
+                dict(model=m, text=of[m]["text"], right=_says(of[m]["accuracy"]), form=_says(of[m]["format"]))
+                for m in MODELS
+                if m in of
+            ],
+        )
+
     return [card(split, i) for split in SPLITS if split in said for i in spread(said[split], n)]
 
-def _says(x): return {True: "yes", False: "no", None: "none"}[x]
+
+def _says(x):
+    return {True: "yes", False: "no", None: "none"}[x]
 
 # %% ../nbs/75_report.ipynb #5743b54a
 def pieces(
-    text:str,      # a completion, or None
-    most:int=1500, # characters that are shown
-)->list:           # text, tag, text, tag, …, text
+    text: str,  # a completion, or None
+    most: int = 1500,  # characters that are shown
+) -> list:  # text, tag, text, tag, …, text
     "A completion cut at its tags."
     import re
-    if text is None: return ["(the question could not be asked)"]
-    if len(text) > most: text = f"{text[:most]} … ({len(text) - most} characters more)"
+
+    if text is None:
+        return ["(the question could not be asked)"]
+    if len(text) > most:
+        text = f"{text[:most]} … ({len(text) - most} characters more)"
     return re.split(r"(</?\w+>|\\boxed\{)", text)
 
 # %% ../nbs/75_report.ipynb #95caa7cc
 def duration(
-    seconds:float,  # how long
-)->str:             # such as 12 s, 3 min 05 s, 1 h 02 min
+    seconds: float,  # how long
+) -> str:  # such as 12 s, 3 min 05 s, 1 h 02 min
     "Time in words."
     s = round(seconds)
-    return f"{s} s" if s < 60 else f"{s // 60} min {s % 60:02} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02} min"
+    return (
+        f"{s} s"
+        if s < 60
+        else f"{s // 60} min {s % 60:02} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02} min"
+    )
 
 # %% ../nbs/75_report.ipynb #ac466648
 def machines(
-    stages:dict,  # stage → its stage.json
-)->str:           # such as `2 CPU cores`
+    stages: dict,  # stage → its stage.json
+) -> str:  # such as `2 CPU cores`
     "Where the stages were run."
-    return " and ".join(dict.fromkeys(s["machine"] for s in stages.values() if s.get("machine"))) or "not recorded"
+    return (
+        " and ".join(dict.fromkeys(s["machine"] for s in stages.values() if s.get("machine")))
+        or "not recorded"
+    )
+
 
 def facts(
-    run:dict,  # from `read_run`
-)->dict:       # name → value
+    run: dict,  # from `read_run`
+) -> dict:  # name → value
     "What was run, for the last table."
-    c = {k: v if isinstance(v, dict) else {} for k, v in {**dict.fromkeys(("model", "data", "zero", "coldstart", "final", "eval")), **run["config"]}.items()}
+    c = {
+        k: v if isinstance(v, dict) else {}
+        for k, v in {
+            **dict.fromkeys(("model", "data", "zero", "coldstart", "final", "eval")),
+            **run["config"],
+        }.items()
+    }
     d, cold, ev = c["data"], c["coldstart"], run["stages"]["eval"]
-    return {"Model": f"{c['model'].get('path')}, {c['model'].get('dtype')}", "Questions": f"{d.get('source')}: {d.get('n_train')} to train from, {d.get('n_test')} in each test, stream {d.get('seed')}",
-            "Trained format": d.get("format"), "Other formats": ", ".join(d.get("ood_formats", [])),
-            "Training": f"GRPO-zero {c['zero'].get('steps')} steps; cold start {cold.get('loss')} with λ = {cold.get('lam')}; final GRPO {c['final'].get('steps')} steps",
-            "Evaluation": f"{c['eval'].get('n_samples')} sampled answers to each question, temperature {c['eval'].get('temperature')}", "Seed": run["config"].get("seed"), "Evaluated": ev.get("finished"),
-            "Machine": machines(run["stages"]), "Versions": ", ".join(f"{k} {v}" for k, v in ev.get("versions", {}).items())}
+    return {
+        "Model": f"{c['model'].get('path')}, {c['model'].get('dtype')}",
+        "Questions": (
+            f"{d.get('source')}: {d.get('n_train')} to train from, {d.get('n_test')} in each test, stream"
+            f" {d.get('seed')}"
+        ),
+        "Trained format": d.get("format"),
+        "Other formats": ", ".join(d.get("ood_formats", [])),
+        "Training": (
+            f"GRPO-zero {c['zero'].get('steps')} steps; cold start {cold.get('loss')} with λ ="
+            f" {cold.get('lam')}; final GRPO {c['final'].get('steps')} steps"
+        ),
+        "Evaluation": (
+            f"{c['eval'].get('n_samples')} sampled answers to each question, temperature"
+            f" {c['eval'].get('temperature')}"
+        ),
+        "Seed": run["config"].get("seed"),
+        "Evaluated": ev.get("finished"),
+        "Machine": machines(run["stages"]),
+        "Versions": ", ".join(f"{k} {v}" for k, v in ev.get("versions", {}).items()),
+    }
+
 
 def costs(
-    stages:dict,  # stage → its stage.json
-)->tuple:         # (rows: stage, what, state, time, memory; total time; largest memory)
+    stages: dict,  # stage → its stage.json
+) -> tuple:  # (rows: stage, what, state, time, memory; total time; largest memory)
     "What each stage cost."
+
     def row(name, s):
         state = {"done": "done", "running": "cut off"}.get(s.get("state"), "not run")
         memory = f"{s['peak_memory_gb']:.2f}" if s.get("peak_memory_gb") else "–"
-        return name, STAGES[name], state, duration(s["seconds"]) if "seconds" in s else "–", memory + (f", GPU {s['peak_gpu_gb']:.2f}" if s.get("peak_gpu_gb") else "")
+        return (
+            name,
+            STAGES[name],
+            state,
+            duration(s["seconds"]) if "seconds" in s else "–",
+            memory + (f", GPU {s['peak_gpu_gb']:.2f}" if s.get("peak_gpu_gb") else ""),
+        )
+
     memory = [s["peak_memory_gb"] for s in stages.values() if s.get("peak_memory_gb")]
-    return [row(*kv) for kv in stages.items()], duration(sum(s.get("seconds", 0) for s in stages.values())), f"{max(memory):.2f}" if memory else "–"
+    return (
+        [row(*kv) for kv in stages.items()],
+        duration(sum(s.get("seconds", 0) for s in stages.values())),
+        f"{max(memory):.2f}" if memory else "–",
+    )
 
 # %% ../nbs/75_report.ipynb #45791944
 def judged(
-    stages:dict,  # stage → its stage.json
-)->dict:          # counts: rows of stage, judge, what, how often; spent: stage → text; compared: rows of `judge.calibrate`
+    stages: dict,  # stage → its stage.json
+) -> (
+    dict
+):  # counts: rows of stage, judge, what, how often; spent: stage → text; compared: rows of `judge.calibrate`
     "What judges did in a run."
     found = {s: info["judge"] for s, info in stages.items() if isinstance(info.get("judge"), dict)}
-    return dict(counts=[(s, who, what, n) for s, of in found.items() for who, counts in of.items() if who != "spent" for what, n in counts.items()],
-                spent={s: f"{of['spent'].get('calls')} requests, {of['spent'].get('tokens')} tokens" for s, of in found.items() if of.get("spent")},
-                compared=[row for info in stages.values() for row in info.get("calibration") or []])
+    return dict(
+        counts=[
+            (s, who, what, n)
+            for s, of in found.items()
+            for who, counts in of.items()
+            if who != "spent"
+            for what, n in counts.items()
+        ],
+        spent={
+            s: f"{of['spent'].get('calls')} requests, {of['spent'].get('tokens')} tokens"
+            for s, of in found.items()
+            if of.get("spent")
+        },
+        compared=[row for info in stages.values() for row in info.get("calibration") or []],
+    )
 
 # %% ../nbs/75_report.ipynb #6d9d712e
 def at(
-    config:dict,  # nested
-    path:str,     # such as `zero.trainer.beta`
-    other="?",    # where there is nothing
-):                # the value
+    config: dict,  # nested
+    path: str,  # such as `zero.trainer.beta`
+    other="?",  # where there is nothing
+):  # the value
     "A value of a configuration by its path."
-    for key in path.split("."): config = config.get(key) if isinstance(config, dict) else None
-    return other if config is None else ", ".join(map(str, config)) or "none" if isinstance(config, list) else config
+    for key in path.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
+    return (
+        other
+        if config is None
+        else ", ".join(map(str, config)) or "none" if isinstance(config, list) else config
+    )
 
-_KNOBS = dict(per_device_train_batch_size="batch {} per device", gradient_accumulation_steps="{} accumulation steps", num_generations="{} completions a question", learning_rate="learning rate {}",
-              lr_scheduler_type="schedule {}", warmup_steps="{} warm-up steps", num_train_epochs="{} epochs", max_completion_length="at most {} new tokens", beta="β = {}")
-_SILENT = ("gradient_checkpointing", "save_steps", "save_total_limit", "logging_steps")  # these don't change what is learned
+
+_KNOBS = dict(
+    per_device_train_batch_size="batch {} per device",
+    gradient_accumulation_steps="{} accumulation steps",
+    num_generations="{} completions a question",
+    learning_rate="learning rate {}",
+    lr_scheduler_type="schedule {}",
+    warmup_steps="{} warm-up steps",
+    num_train_epochs="{} epochs",
+    max_completion_length="at most {} new tokens",
+    beta="β = {}",
+)
+# these don't change what is learned
+_SILENT = ("gradient_checkpointing", "save_steps", "save_total_limit", "logging_steps")
+
 
 def _trainer(config, stage):
     "A trainer's values in words; those without words by name"
     t = at(config, f"{stage}.trainer", {})
     t = t if isinstance(t, dict) else {}
-    return ", ".join([words.format(t[k]) for k, words in _KNOBS.items() if k in t] + [f"{k} = {v}" for k, v in t.items() if k not in _KNOBS and k not in _SILENT])
+    return ", ".join(
+        [words.format(t[k]) for k, words in _KNOBS.items() if k in t]
+        + [f"{k} = {v}" for k, v in t.items() if k not in _KNOBS and k not in _SILENT]
+    )
+
 
 def _weights(c, stage):
     "Which weights a stage trains"
     q = at(c, f"{stage}.qlora") is True
-    return f"{'Q' * q}LoRA of rank {at(c, f'{stage}.lora_rank')}, merged at the end" if q or at(c, f"{stage}.lora") is True else "all weights"
+    return (
+        f"{'Q' * q}LoRA of rank {at(c, f'{stage}.lora_rank')}, merged at the end"
+        if q or at(c, f"{stage}.lora") is True
+        else "all weights"
+    )
+
 
 def _grpo(c, stage, start):
     rewards = at(c, f"{stage}.rewards", {})
     paid = " + ".join(f"{w:g} × {name}" for name, w in rewards.items()) if isinstance(rewards, dict) else "?"
-    return f"{at(c, f'{stage}.steps')} steps of GRPO from the {start} ({_trainer(c, stage)}; {_weights(c, stage)}; reward: {paid}, where format pays 0.5 and accuracy 1)"
+    return (
+        f"{at(c, f'{stage}.steps')} steps of GRPO from the {start} ({_trainer(c, stage)};"
+        f" {_weights(c, stage)}; reward: {paid}, where format pays 0.5 and accuracy 1)"
+    )
 
 # %% ../nbs/75_report.ipynb #22ea676f
-_LOSSES = {"dpo+sft": "DPO + λ·SFT", "dpo": "DPO", "sft": "SFT on the chosen answers", "dpo+kl": "DPO + λ·KL to the base", "dpo_norm+sft": "length-normalised DPO + λ·SFT"}
-_DIFFER = dict(form="right answers as well, their form spoilt ({})", answer="wrong answers in form", both="wrong answers, their form spoilt ({})")
+_LOSSES = {
+    "dpo+sft": "DPO + λ·SFT",
+    "dpo": "DPO",
+    "sft": "SFT on the chosen answers",
+    "dpo+kl": "DPO + λ·KL to the base",
+    "dpo_norm+sft": "length-normalised DPO + λ·SFT",
+}
+_DIFFER = dict(
+    form="right answers as well, their form spoilt ({})",
+    answer="wrong answers in form",
+    both="wrong answers, their form spoilt ({})",
+)
+
 
 def _pairs_words(c, p):
     "How the pairs were made"
     who = lambda key: MODELS.get(at(c, f"distill.{key}"), at(c, f"distill.{key}"))
     made = f"{p.get('pairs', '?')} preference pairs over {p.get('questions', '?')} questions"
     also = at(c, "distill.formats", "none")
-    how = ["a right answer whose format can be mended was mended"] * (at(c, "distill.mend") is True) + ["answers whose reasoning ends elsewhere were dropped"] * (at(c, "distill.check_consistency") is True)
-    return (f"To each of {at(c, 'distill.n_prompts')} training questions, {who('teacher')} and {who('rejected')} gave {at(c, 'distill.n_samples')} answers (temperature {at(c, 'distill.temperature')}, "
-            f"at most {at(c, 'distill.max_new_tokens')} new tokens), which made {made}. Chosen: right answers of {who('teacher')}{''.join('; ' + h for h in how)}. Rejected: "
-            f"from {who('rejected')}, {_DIFFER.get(at(c, 'distill.differ', 'form'), '?').format(at(c, 'distill.corruptions'))}"
-            f"{'' if also == 'none' else f'; pairs also ask for {also}, and then the rejected answer keeps the trained format'}.")
+    how = ["a right answer whose format can be mended was mended"] * (at(c, "distill.mend") is True) + [
+        "answers whose reasoning ends elsewhere were dropped"
+    ] * (at(c, "distill.check_consistency") is True)
+    return (
+        f"To each of {at(c, 'distill.n_prompts')} training questions, {who('teacher')} and {who('rejected')}"
+        f" gave {at(c, 'distill.n_samples')} answers (temperature {at(c, 'distill.temperature')}, "
+        f"at most {at(c, 'distill.max_new_tokens')} new tokens), which made {made}. Chosen: right answers of"
+        f" {who('teacher')}{''.join('; ' + h for h in how)}. Rejected: "
+        f"from {who('rejected')},"
+        f" {_DIFFER.get(at(c, 'distill.differ', 'form'), '?').format(at(c, 'distill.corruptions'))}"
+        f"{'' if also == 'none' else f'; pairs also ask for {also}, and then the rejected answer keeps the trained format'}."
+    )
 
 # %% ../nbs/75_report.ipynb #76bc14a1
 def _cold_words(c, s):
-    if at(c, "coldstart.loss") == "none": return "There was no cold start."
+    if at(c, "coldstart.loss") == "none":
+        return "There was no cold start."
     lam = f", λ = {at(c, 'coldstart.lam')}" if "+" in str(at(c, "coldstart.loss")) else ""
-    return f"Cold start: {_LOSSES.get(at(c, 'coldstart.loss'), at(c, 'coldstart.loss'))}{lam} on these pairs, {s.get('steps', '?')} steps ({_trainer(c, 'coldstart')}; {_weights(c, 'coldstart')})."
+    return (
+        f"Cold start: {_LOSSES.get(at(c, 'coldstart.loss'), at(c, 'coldstart.loss'))}{lam} on these pairs,"
+        f" {s.get('steps', '?')} steps ({_trainer(c, 'coldstart')}; {_weights(c, 'coldstart')})."
+    )
 
 # %% ../nbs/75_report.ipynb #96bdd69b
 def methods(
-    run:dict,  # from `read_run`
-)->str:        # a paragraph; empty without a configuration
+    run: dict,  # from `read_run`
+) -> str:  # a paragraph; empty without a configuration
     "How the run was made, evaluated and counted, in words for a paper."
     c, s = run["config"], run["stages"]
-    if not c: return ""
+    if not c:
+        return ""
     done = {k: v for k, v in s.items() if v.get("state") == "done"}
-    source = "drawn scenes of the package's embedded world" if at(c, "data.source") == "world" else f"{at(c, 'data.source')} {at(c, 'data.path', '')}".strip()
-    visual = ", and about pictures of another look (other pictures)" if any((of or {}).get("ood_visual") for of in run["metrics"].values()) else ""
-    dropped, times = s["eval"].get("dropped_from_tests"), ", ".join(f"{k} {duration(v.get('seconds', 0))}" for k, v in done.items())
-    text = [f"We trained {at(c, 'model.path')} ({at(c, 'model.dtype')}) by SPECS (arXiv:2510.25801) as implemented in specs_nb {at(s['eval'], 'versions.specs_nb')}.",
-            f"Questions: {source}; {at(c, 'data.n_train')} to train from and {at(c, 'data.n_test')} in each test, stream {at(c, 'data.seed')}" + (f"; {dropped} test questions that were also training questions were left out" if dropped else "") + ".",
-            f"The trained response format was {at(c, 'data.format')}; the tests asked in this format, in others ({at(c, 'data.ood_formats')}){visual}.",
-            f"GRPO-zero: {_grpo(c, 'zero', 'base')}.", _pairs_words(c, s["pairs"]) if at(c, "coldstart.loss") != "none" else "", _cold_words(c, s["coldstart"]),
-            f"Final: {_grpo(c, 'final', 'cold start' if at(c, 'coldstart.loss') != 'none' else 'base')}.",
-            f"Evaluation: {at(c, 'eval.n_samples')} sampled answers to each question (temperature {at(c, 'eval.temperature')}, at most {at(c, 'eval.max_new_tokens')} new tokens){' and a greedy one' if at(c, 'eval.greedy') is True else ''}; "
-            "answers are graded by rules in whatever form they stand, and those without a verdict are left out and counted; pass@k by the unbiased estimator.",
-            "Intervals are 95 % percentile intervals of a bootstrap over questions (2000 resamples); differences between models are taken question by question before resampling.", _judge_words(c, s),
-            f"One training run, seed {at(c, 'seed')}: the intervals cover the choice of questions, not the variation between trainings.",
+    source = (
+        "drawn scenes of the package's embedded world"
+        if at(c, "data.source") == "world"
+        else f"{at(c, 'data.source')} {at(c, 'data.path', '')}".strip()
+    )
+    visual = (
+        ", and about pictures of another look (other pictures)"
+        if any((of or {}).get("ood_visual") for of in run["metrics"].values())
+        else ""
+    )
+    dropped, times = s["eval"].get("dropped_from_tests"), ", ".join(
+        f"{k} {duration(v.get('seconds', 0))}" for k, v in done.items()
+    )
+    text = [
+        (
+            f"We trained {at(c, 'model.path')} ({at(c, 'model.dtype')}) by SPECS (arXiv:2510.25801) as"
+            f" implemented in specs_nb {at(s['eval'], 'versions.specs_nb')}."
+        ),
+        f"Questions: {source}; {at(c, 'data.n_train')} to train from and {at(c, 'data.n_test')} in each test,"
+        f" stream {at(c, 'data.seed')}"
+        + (f"; {dropped} test questions that were also training questions were left out" if dropped else "")
+        + ".",
+        (
+            f"The trained response format was {at(c, 'data.format')}; the tests asked in this format, in"
+            f" others ({at(c, 'data.ood_formats')}){visual}."
+        ),
+        f"GRPO-zero: {_grpo(c, 'zero', 'base')}.",
+        _pairs_words(c, s["pairs"]) if at(c, "coldstart.loss") != "none" else "",
+        _cold_words(c, s["coldstart"]),
+        f"Final: {_grpo(c, 'final', 'cold start' if at(c, 'coldstart.loss') != 'none' else 'base')}.",
+        (
+            f"Evaluation: {at(c, 'eval.n_samples')} sampled answers to each question (temperature"
+            f" {at(c, 'eval.temperature')}, at most {at(c, 'eval.max_new_tokens')} new"
+            f" tokens){' and a greedy one' if at(c, 'eval.greedy') is True else ''}; answers are graded by"
+            " rules in whatever form they stand, and those without a verdict are left out and counted;"
+            " pass@k by the unbiased estimator."
+        ),
+        (
+            "Intervals are 95 % percentile intervals of a bootstrap over questions (2000 resamples);"
+            " differences between models are taken question by question before resampling."
+        ),
+        _judge_words(c, s),
+        (
+            f"One training run, seed {at(c, 'seed')}: the intervals cover the choice of questions, not the"
+            " variation between trainings."
+        ),
+        (
             f"Hardware: {machines(done)}; "
-            f"wall-clock {times}, {costs(s)[1]} in all; peak memory {costs(s)[2]} GiB.",
-            f"Versions: {', '.join(f'{k} {v}' for k, v in at(s['eval'], 'versions', {}).items())}."]
+            f"wall-clock {times}, {costs(s)[1]} in all; peak memory {costs(s)[2]} GiB."
+        ),
+        f"Versions: {', '.join(f'{k} {v}' for k, v in at(s['eval'], 'versions', {}).items())}.",
+    ]
     return " ".join(filter(None, text))
+
 
 def _judge_words(c, s):
     asked = sorted({who for _, who, *_ in judged(s)["counts"]} - {"vote"})
-    return f"What the rules could not decide was put to {', '.join(asked)}, with {', '.join(judged(s)['spent'].values())}." if asked else ""
+    return (
+        f"What the rules could not decide was put to {', '.join(asked)}, with"
+        f" {', '.join(judged(s)['spent'].values())}."
+        if asked
+        else ""
+    )
 
 # %% ../nbs/75_report.ipynb #03a76f61
 WEB = Path(__file__).parent / "web" if "__file__" in globals() else Path("../specs_nb/web")
 
-def libraries()->list:  # texts
+
+def libraries() -> list:  # texts
     "The scripts that a page with charts carries."
     return [(WEB / name).read_text(encoding="utf-8") for name in ("d3.min.js", "plot.umd.min.js")]
 
+
 def hashed(
-    script:str,  # its text, exactly as in the page
-)->str:          # for `script-src`
+    script: str,  # its text, exactly as in the page
+) -> str:  # for `script-src`
     "How a content security policy names a script."
     import base64, hashlib
+
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
+
 def embed(
-    data,   # what JSON can hold
-)->str:     # for a `<script type="application/json">`
+    data,  # what JSON can hold
+) -> str:  # for a `<script type="application/json">`
     "Data inside a page: nothing in it can end the script element."
     import json
-    return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+    return (
+        json.dumps(data, allow_nan=False, separators=(",", ":"))
+        .replace("<", "\\u003c")
+        .replace(">", "\\u003e")
+        .replace("&", "\\u0026")
+    )
 
 # %% ../nbs/75_report.ipynb #1ee4529b
 CHARTS_JS = r"""
@@ -732,15 +1280,22 @@ form label { font-size: .8rem; color: var(--mute); display: grid } output { font
 @media print { section { break-inside: avoid } form, .legend, button { display: none !important } }
 """
 
-def style()->str:  # CSS
+
+def style() -> str:  # CSS
     "The style sheet with the colours of `LOOKS`."
-    colours = dict(LIGHT=" ".join(f"--{k}: {v[0]};" for k, v in LOOKS.items()), DARK=" ".join(f"--{k}: {v[1]};" for k, v in LOOKS.items()))
+    colours = dict(
+        LIGHT=" ".join(f"--{k}: {v[0]};" for k, v in LOOKS.items()),
+        DARK=" ".join(f"--{k}: {v[1]};" for k, v in LOOKS.items()),
+    )
     out = CSS
-    for word, of in colours.items(): out = out.replace(word, of)
+    for word, of in colours.items():
+        out = out.replace(word, of)
     return out
 
 # %% ../nbs/75_report.ipynb #361fd7e3
-TEMPLATES = {"page": """<!doctype html>
+TEMPLATES = {
+    "page": (
+        """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {{ hashes|safe }}; base-uri 'none'; form-action 'none'">
 <title>SPECS: {{ name }}</title><style>{{ css|safe }}</style></head><body><main>
@@ -755,8 +1310,12 @@ TEMPLATES = {"page": """<!doctype html>
 <script type="application/json" id="charts">{{ embedded|safe }}</script>
 {% for s in scripts %}<script>{{ s|safe }}</script>
 {% endfor %}</body></html>
-"""}
-TEMPLATES["macros"] = """{% macro files(id, kinds) %}<p class="files">{% for k in kinds %}<a href="report/{{ id }}.{{ k }}">{{ {"tex": "LaTeX"}[k] or k|upper }}</a>{{ " · " if not loop.last }}{% endfor %}</p>{% endmacro %}
+"""
+    )
+}
+TEMPLATES[
+    "macros"
+] = """{% macro files(id, kinds) %}<p class="files">{% for k in kinds %}<a href="report/{{ id }}.{{ k }}">{{ {"tex": "LaTeX"}[k] or k|upper }}</a>{{ " · " if not loop.last }}{% endfor %}</p>{% endmacro %}
 {% macro figure(c) %}<figure data-chart="{{ c.id }}"><h3>{{ c.title }}</h3><div class="plot">{{ drawn[c.id]|safe }}</div>{{ files(c.id, ("svg", "png")) }}</figure>{% endmacro %}
 {% macro block(t, title, cols, rows) %}<div><h3>{{ title }}</h3><div class="scroll"><table><thead><tr><th></th>{% for c in cols %}<th>{{ c }}</th>{% endfor %}</tr></thead>
 {% for name, values in rows %}<tr><th>{{ name }}</th>{% for v in values %}{% set text = t.texts(v) %}
@@ -799,9 +1358,17 @@ A gain of zero, or a loss, on either side gives 0: nothing generalized. How larg
 <p class="mute">Crosses and brackets are 95 % intervals over questions. Grey lines join points of the same gf_raw.</p>
 {% if tables.gf.rows %}{{ m.folded(tables.gf) }}{% else %}<p>No model has both values.</p>{% endif %}
 """
-VERDICTS = dict(kept="right and in form", mended="right, its form was mended", wrong="wrong answer", unreadable="no answer with a reasoning to be found",
-                ungradable="the grader had no opinion", malformed="right, but out of form, and mending is off", unmendable="its own text breaks the format",
-                inconsistent="the reasoning ends on another answer", unanswered="the question could not be asked")
+VERDICTS = dict(
+    kept="right and in form",
+    mended="right, its form was mended",
+    wrong="wrong answer",
+    unreadable="no answer with a reasoning to be found",
+    ungradable="the grader had no opinion",
+    malformed="right, but out of form, and mending is off",
+    unmendable="its own text breaks the format",
+    inconsistent="the reasoning ends on another answer",
+    unanswered="the question could not be asked",
+)
 TEMPLATES["distilled"] = """<h2>Distillation: what was kept, what was dropped</h2>
 {% set p = run.stages.pairs %}{% if p.verdicts %}<p>{{ p.pairs }} pairs of {{ p.questions }} questions.</p>
 <table><thead><tr><th>verdict</th><th>why</th>{% for m in p.verdicts %}<th class="n">{{ models[m] or m }}</th>{% endfor %}</tr></thead>
@@ -812,7 +1379,9 @@ TEMPLATES["distilled"] = """<h2>Distillation: what was kept, what was dropped</h
 """
 
 # %% ../nbs/75_report.ipynb #b242b2cd
-TEMPLATES["marked"] = """{% macro marked(text) %}{% for t in pieces(text) %}{% if loop.index is even %}<mark>{{ t }}</mark>{% else %}{{ t }}{% endif %}{% endfor %}{% endmacro %}
+TEMPLATES[
+    "marked"
+] = """{% macro marked(text) %}{% for t in pieces(text) %}{% if loop.index is even %}<mark>{{ t }}</mark>{% else %}{{ t }}{% endif %}{% endfor %}{% endmacro %}
 {% macro pictures(images) %}<div>{% for src, small in images %}<img src="{{ src }}" loading="lazy" alt="the picture that was asked about"{% if small %} class="small"{% endif %}>{% endfor %}</div>{% endmacro %}
 {% macro choice(label, name, of) %}<label>{{ label }}<select name="{{ name }}"><option value="">all</option>{% for k, v in of.items() %}<option value="{{ k }}">{{ v }}</option>{% endfor %}</select></label>{% endmacro %}
 """
@@ -857,138 +1426,333 @@ TEMPLATES["run"] = """<h2>What was run</h2>
 
 # %% ../nbs/75_report.ipynb #65b68832
 def fill(
-    charts:dict,    # section → list of charts
-    tables:dict,    # name → `Table`
-    sections:list,  # names of templates, in order
-    out:Path,       # the page; files go into `report/` beside it
-    **values,       # for the templates
-)->Path:            # the page
+    charts: dict,  # section → list of charts
+    tables: dict,  # name → `Table`
+    sections: list,  # names of templates, in order
+    out: Path,  # the page; files go into `report/` beside it
+    **values,  # for the templates
+) -> Path:  # the page
     "Write charts, tables and a page that shows them."
     from jinja2 import DictLoader, Environment
+
     every, folder = [c for of in charts.values() for c in of], Path(out).parent / "report"
     drawn = write_charts(every, folder)
     for t in tables.values():
         for kind, text in dict(csv=csv(t), tex=latex(t)).items():
-            with atomic(folder / f"{t.id}.{kind}") as part: part.write_text(text, encoding="utf-8")
+            with atomic(folder / f"{t.id}.{kind}") as part:
+                part.write_text(text, encoding="utf-8")
     scripts = [*libraries(), f'"use strict";{{{CHARTS_JS}{PAGE_JS}}}']
     looks = {k: dict(symbol=v[3], dash=" ".join(map(str, v[4])) or "none") for k, v in LOOKS.items()}
-    page = Environment(autoescape=True, loader=DictLoader(TEMPLATES)).get_template("page").render(
-        charts=charts, tables=tables, sections=sections, drawn=drawn, css=style(), scripts=scripts, hashes=" ".join(map(hashed, scripts)), licences=(WEB / "LICENSES.txt").read_text(encoding="utf-8"),
-        embedded=embed(dict(charts={c.id: _short(asdict(c)) for c in every}, looks=looks)), models=MODELS, splits=SPLITS, percent=percent, pieces=pieces, **values)
-    with atomic(Path(out)) as part: part.write_text(page, encoding="utf-8")
+    page = (
+        Environment(autoescape=True, loader=DictLoader(TEMPLATES))
+        .get_template("page")
+        .render(
+            charts=charts,
+            tables=tables,
+            sections=sections,
+            drawn=drawn,
+            css=style(),
+            scripts=scripts,
+            hashes=" ".join(map(hashed, scripts)),
+            licences=(WEB / "LICENSES.txt").read_text(encoding="utf-8"),
+            embedded=embed(dict(charts={c.id: _short(asdict(c)) for c in every}, looks=looks)),
+            models=MODELS,
+            splits=SPLITS,
+            percent=percent,
+            pieces=pieces,
+            **values,
+        )
+    )
+    with atomic(Path(out)) as part:
+        part.write_text(page, encoding="utf-8")
     return Path(out)
+
 
 def _short(x):
     "Numbers with five digits, which is more than a chart shows"
-    if isinstance(x, float): return float(f"{x:.5g}")
-    return {k: _short(v) for k, v in x.items()} if isinstance(x, dict) else [_short(v) for v in x] if isinstance(x, (list, tuple)) else x
+    if isinstance(x, float):
+        return float(f"{x:.5g}")
+    return (
+        {k: _short(v) for k, v in x.items()}
+        if isinstance(x, dict)
+        else [_short(v) for v in x] if isinstance(x, (list, tuple)) else x
+    )
+
 
 def _share(k, n):
     from specs_nb.judge import wilson
+
     return interval(dict(zip(("mean", "lo", "hi"), (k / n, *wilson(k, n))))) if n else ""
 
 # %% ../nbs/75_report.ipynb #a6e9d635
-CAUTION = "One run with one seed: the intervals say how sure we can be of these models on such questions, not of the recipe. For that, repeat the run with other seeds."
+CAUTION = (
+    "One run with one seed: the intervals say how sure we can be of these models on such questions, not of"
+    " the recipe. For that, repeat the run with other seeds."
+)
+
 
 def write_report(
-    run_dir:Path,  # a run folder with eval/metrics.json
-)->Path:           # report.html in it; figures and tables are in report/
+    run_dir: Path,  # a run folder with eval/metrics.json
+) -> Path:  # report.html in it; figures and tables are in report/
     "Write the report of a run; raises `SpecsError` if there are no metrics yet."
     run, pairs = read_run(run_dir), Path(run_dir) / "pairs/pairs.parquet"
     metrics, versus = run["metrics"], comparisons(run["answers"])
-    charts = dict(scores=score_charts(metrics), curves=learning_curves(run["history"]), passk=passk_charts(metrics), gf=gf_charts(metrics))
-    tables = dict(score_tables(metrics), paired=paired_table(versus), gf=Table("gf", "Generalization Factor", gf_rows(run), ("metric", "model", "quantity")))
-    return fill(charts, tables, ["scores", "paired", "curves", "passk", "gf", "explore", "distilled", "scenes", "judge", "methods", "run"], Path(run_dir) / "report.html",
-                name=run["name"], kind="run", date=run["stages"]["eval"].get("finished"), title=title(metrics), findings=findings(metrics, versus), caution=CAUTION, run=run,
-                n_samples=at(run["config"], "eval.n_samples", "k"), missing=[s for s, steps in run["history"].items() if not steps], examples=examples(run_dir),
-                scenes=scenes(pairs) if pairs.exists() else [], judged=judged(run["stages"]), methods=methods(run), facts=facts(run), costs=costs(run["stages"]), verdicts=VERDICTS, share=_share)
+    charts = dict(
+        scores=score_charts(metrics),
+        curves=learning_curves(run["history"]),
+        passk=passk_charts(metrics),
+        gf=gf_charts(metrics),
+    )
+    tables = dict(
+        score_tables(metrics),
+        paired=paired_table(versus),
+        gf=Table("gf", "Generalization Factor", gf_rows(run), ("metric", "model", "quantity")),
+    )
+    return fill(
+        charts,
+        tables,
+        [
+            "scores",
+            "paired",
+            "curves",
+            "passk",
+            "gf",
+            "explore",
+            "distilled",
+            "scenes",
+            "judge",
+            "methods",
+            "run",
+        ],
+        Path(run_dir) / "report.html",
+        name=run["name"],
+        kind="run",
+        date=run["stages"]["eval"].get("finished"),
+        title=title(metrics),
+        findings=findings(metrics, versus),
+        caution=CAUTION,
+        run=run,
+        n_samples=at(run["config"], "eval.n_samples", "k"),
+        missing=[s for s, steps in run["history"].items() if not steps],
+        examples=examples(run_dir),
+        scenes=scenes(pairs) if pairs.exists() else [],
+        judged=judged(run["stages"]),
+        methods=methods(run),
+        facts=facts(run),
+        costs=costs(run["stages"]),
+        verdicts=VERDICTS,
+        share=_share,
+    )
 
 # %% ../nbs/75_report.ipynb #ac771d62
 def unpaired_difference(
-    a,          # a number a question
-    b,          # the same for other questions
-    n:int=2000, # resamples
-)->dict:        # mean, lo, hi, n of a - b
+    a,  # a number a question
+    b,  # the same for other questions
+    n: int = 2000,  # resamples
+) -> dict:  # mean, lo, hi, n of a - b
     "How far the mean of `a` is above that of `b`, with a 95 % interval from drawing both anew."
     import numpy as np
+
     a, b, rng = np.array(list(a), dtype=float), np.array(list(b), dtype=float), np.random.default_rng(0)
-    if not len(a) or not len(b): return dict(mean=None, lo=None, hi=None, n=0)
-    draw = lambda v: np.concatenate([v[rng.integers(0, len(v), (100, len(v)))].mean(1) for _ in range(n // 100)])
-    lo, hi = np.quantile(draw(a) - draw(b), [.025, .975])
+    if not len(a) or not len(b):
+        return dict(mean=None, lo=None, hi=None, n=0)
+    draw = lambda v: np.concatenate(
+        [v[rng.integers(0, len(v), (100, len(v)))].mean(1) for _ in range(n // 100)]
+    )
+    lo, hi = np.quantile(draw(a) - draw(b), [0.025, 0.975])
     return dict(mean=float(a.mean() - b.mean()), lo=float(lo), hi=float(hi), n=min(len(a), len(b)))
 
 # %% ../nbs/75_report.ipynb #5468d623
 def read_runs(
-    runs:list,  # run folders
-)->dict:        # name → `read_run`
+    runs: list,  # run folders
+) -> dict:  # name → `read_run`
     "Runs to compare; raises `SpecsError` for one that is missing, unfinished, or named twice."
     folders = [Path(r) for r in runs]
-    if len(folders) < 2: raise SpecsError("specs compare needs two runs or more")
-    if len({f.resolve() for f in folders}) < len(folders): raise SpecsError("specs compare: a run is named twice")
+    if len(folders) < 2:
+        raise SpecsError("specs compare needs two runs or more")
+    if len({f.resolve() for f in folders}) < len(folders):
+        raise SpecsError("specs compare: a run is named twice")
     out = {}
     for f in folders:
-        if not f.is_dir(): raise SpecsError(f"there is no run {f}")
+        if not f.is_dir():
+            raise SpecsError(f"there is no run {f}")
         if (state := (read_json(f / "eval/stage.json") or {}).get("state")) != "done":
-            raise SpecsError(f"{f} is not finished ({'its evaluation was cut off' if state else 'it was not evaluated'}): specs eval --run-dir {f}")
+            raise SpecsError(
+                f"{f} is not finished ({'its evaluation was cut off' if state else 'it was not evaluated'}):"
+                f" specs eval --run-dir {f}"
+            )
         name = f.resolve().name
-        if [g.resolve().name for g in folders].count(name) > 1: name = f"{f.resolve().parent.name}/{name}"
-        while name in out: name += "′"
+        if [g.resolve().name for g in folders].count(name) > 1:
+            name = f"{f.resolve().parent.name}/{name}"
+        while name in out:
+            name += "′"
         out[name] = read_run(f)
     return out
 
+
 def same_questions(
-    a:dict,  # from `read_run`
-    b:dict,  # of another run
-)->set:      # of splits
+    a: dict,  # from `read_run`
+    b: dict,  # of another run
+) -> set:  # of splits
     "The tests in which two runs were asked the same: questions of the same source, in the same formats."
-    def source(run): return [at(run["config"], f"data.{k}") for k in ("source", "path", "subset", "split", "test")]
-    def asked(run, split): return {x["id"]: x.get("asked") for x in run["answers"] if x["split"] == split}
-    def alike(x, y): return bool(x) and any(i in y for i in x) and all(x[i] == y[i] for i in x if i in y)
+
+    def source(run):
+        return [at(run["config"], f"data.{k}") for k in ("source", "path", "subset", "split", "test")]
+
+    def asked(run, split):
+        return {x["id"]: x.get("asked") for x in run["answers"] if x["split"] == split}
+
+    def alike(x, y):
+        return bool(x) and any(i in y for i in x) and all(x[i] == y[i] for i in x if i in y)
+
     return {s for s in SPLITS if source(a) == source(b) and alike(asked(a, s), asked(b, s))}
 
 # %% ../nbs/75_report.ipynb #7030cfe1
 def run_differences(
-    runs:dict,  # from `read_runs`
-)->tuple:       # (`Table`, remarks)
+    runs: dict,  # from `read_runs`
+) -> tuple:  # (`Table`, remarks)
     "Each run against the first, model by model and test by test."
     (first, base), *others = runs.items()
     rows, remarks = [], []
     for name, run in others:
         same = same_questions(run, base)
-        if (apart := [SPLITS[s] for s in SPLITS if s not in same]): remarks.append(f"{name} and {first} were not asked the same questions in the same formats, as far as their files tell ({', '.join(apart)}): there they are compared unpaired.")
+        if apart := [SPLITS[s] for s in SPLITS if s not in same]:
+            remarks.append(
+                f"{name} and {first} were not asked the same questions in the same formats, as far as their"
+                f" files tell ({', '.join(apart)}): there they are compared unpaired."
+            )
         for metric in ("accuracy", "format", "strict"):
             a, b = question_means(run["answers"], metric), question_means(base["answers"], metric)
-            rows += [dict(what=f"{name} − {first}: {METRICS[metric].lower()}", model=words, split=SPLITS[s], **_differ(a.get((m, s), {}), b.get((m, s), {}), s in same)) for m, words in MODELS.items() for s in SPLITS]
-    return Table("differences", f"Differences to {first}, points", [r for r in rows if r["mean"] is not None], ("what", "model", "split"), sign=True), remarks
+            rows += [
+                dict(
+                    what=f"{name} − {first}: {METRICS[metric].lower()}",
+                    model=words,
+                    split=SPLITS[s],
+                    **_differ(a.get((m, s), {}), b.get((m, s), {}), s in same),
+                )
+                for m, words in MODELS.items()
+                for s in SPLITS
+            ]
+    return (
+        Table(
+            "differences",
+            f"Differences to {first}, points",
+            [r for r in rows if r["mean"] is not None],
+            ("what", "model", "split"),
+            sign=True,
+        ),
+        remarks,
+    )
 
-def _differ(a, b, same): return paired_difference(a, b) if same else unpaired_difference(a.values(), b.values())
+
+def _differ(a, b, same):
+    return paired_difference(a, b) if same else unpaired_difference(a.values(), b.values())
+
 
 def config_differences(
-    runs:dict,  # from `read_runs`
-)->list:        # (key, [value of each run])
+    runs: dict,  # from `read_runs`
+) -> list:  # (key, [value of each run])
     "The settings in which runs differ, and only these."
-    def flat(c, path=""): return {k: v for key, of in c.items() for k, v in (flat(of, f"{path}{key}.") if isinstance(of, dict) and of else {path + str(key): of}).items()}
+
+    def flat(c, path=""):
+        return {
+            k: v
+            for key, of in c.items()
+            for k, v in (
+                flat(of, f"{path}{key}.") if isinstance(of, dict) and of else {path + str(key): of}
+            ).items()
+        }
+
     every = [flat(run["config"]) for run in runs.values()]
     rows = [(k, [str(c.get(k, "–")) for c in every]) for k in dict.fromkeys(k for c in every for k in c)]
     return [(k, values) for k, values in rows if len(set(values)) > 1]
 
 # %% ../nbs/75_report.ipynb #a03720ef
 def compared_charts(
-    runs:dict,  # from `read_runs`
-)->dict:        # section → charts
+    runs: dict,  # from `read_runs`
+) -> dict:  # section → charts
     "Scores side by side, curves overlaid, all models of all runs on the plane."
     look = {name: f"c{i % 8}" for i, name in enumerate(runs)}
-    scores = [dots(f"{m}-{s}", f"{METRICS[m]}, {split}", [(words, name, look[name], value_at(run["metrics"], k, s, m)) for k, words in MODELS.items() for name, run in runs.items()])
-              for m in ("accuracy", "format", "strict") for s, split in SPLITS.items()]
-    curves = [lines(f"{s}-{_file(key)}", f"{MODELS[s]}: {words[0].lower() + words[1:]}", {name: (look[name], [(h["step"], h.get(key)) for h in run["history"][s]]) for name, run in runs.items()}, zero=True)
-              for s in ("zero", "final") for key, words in CURVES.items()]
-    curves += [lines(f"coldstart-{_file(key)}", f"Cold start: {words}", {name: (look[name], [(h["step"], h.get(key)) for h in run["history"]["coldstart"]]) for name, run in runs.items()})
-               for key, words in {"rewards/chosen": "implied reward of chosen", "rewards/rejected": "implied reward of rejected", "loss": "loss"}.items()]
-    many = [Chart(f"passk-{m}", f"pass@k of {words}, {SPLITS['id']}", "lines", [_kth(name, k, v) for name, run in runs.items() for k, v in tries(value_at(run["metrics"], m, "id")).items()], look, "k", "%", log=True)
-            for m, words in MODELS.items()]
-    gf = [plane(f"gf-{m}", METRICS[m], [(name, look[name], words, value_at(run["metrics"], k, "id", m), value_at(run["metrics"], k, "ood_format", m)) for name, run in runs.items() for k, words in MODELS.items()])
-          for m in ("strict", "format")]
-    return {k: [c for c in of if c.points and (k != "passk" or len({p["x"] for p in c.points}) > 1)] for k, of in dict(scores=scores, curves=curves, passk=many, gf=gf).items()}
+    scores = [
+        dots(
+            f"{m}-{s}",
+            f"{METRICS[m]}, {split}",
+            [
+                (words, name, look[name], value_at(run["metrics"], k, s, m))
+                for k, words in MODELS.items()
+                for name, run in runs.items()
+            ],
+        )
+        for m in ("accuracy", "format", "strict")
+        for s, split in SPLITS.items()
+    ]
+    curves = [
+        lines(
+            f"{s}-{_file(key)}",
+            f"{MODELS[s]}: {words[0].lower() + words[1:]}",
+            {
+                name: (look[name], [(h["step"], h.get(key)) for h in run["history"][s]])
+                for name, run in runs.items()
+            },
+            zero=True,
+        )
+        for s in ("zero", "final")
+        for key, words in CURVES.items()
+    ]
+    curves += [
+        lines(
+            f"coldstart-{_file(key)}",
+            f"Cold start: {words}",
+            {
+                name: (look[name], [(h["step"], h.get(key)) for h in run["history"]["coldstart"]])
+                for name, run in runs.items()
+            },
+        )
+        for key, words in {
+            "rewards/chosen": "implied reward of chosen",
+            "rewards/rejected": "implied reward of rejected",
+            "loss": "loss",
+        }.items()
+    ]
+    many = [
+        Chart(
+            f"passk-{m}",
+            f"pass@k of {words}, {SPLITS['id']}",
+            "lines",
+            [
+                _kth(name, k, v)
+                for name, run in runs.items()
+                for k, v in tries(value_at(run["metrics"], m, "id")).items()
+            ],
+            look,
+            "k",
+            "%",
+            log=True,
+        )
+        for m, words in MODELS.items()
+    ]
+    gf = [
+        plane(
+            f"gf-{m}",
+            METRICS[m],
+            [
+                (
+                    name,
+                    look[name],
+                    words,
+                    value_at(run["metrics"], k, "id", m),
+                    value_at(run["metrics"], k, "ood_format", m),
+                )
+                for name, run in runs.items()
+                for k, words in MODELS.items()
+            ],
+        )
+        for m in ("strict", "format")
+    ]
+    return {
+        k: [c for c in of if c.points and (k != "passk" or len({p["x"] for p in c.points}) > 1)]
+        for k, of in dict(scores=scores, curves=curves, passk=many, gf=gf).items()
+    }
 
 # %% ../nbs/75_report.ipynb #e478237d
 TEMPLATES["compared"] = _MACROS + """<h2>Scores side by side</h2><p>With 95 % intervals over questions.</p>
@@ -1004,67 +1768,185 @@ TEMPLATES["settings"] = """<h2>In which settings they differ</h2>
 <h3>Time and memory</h3><div class="scroll"><table><thead><tr><th></th><th class="n">time</th><th class="n">peak, GiB</th><th>machine and versions</th></tr></thead>
 {% for n, c, versions in cost %}<tr><th>{{ n }}</th><td class="n">{{ c[1] }}</td><td class="n">{{ c[2] }}</td><td>{{ versions }}</td></tr>{% endfor %}</table></div>
 """
-TEMPLATES["compared_gf"] = TEMPLATES["gf"].replace("<h2>Generalization Factor</h2>", "<h2>Generalization Factor</h2><p>A colour for each run, a word for each of its models.</p>")
+TEMPLATES["compared_gf"] = TEMPLATES["gf"].replace(
+    "<h2>Generalization Factor</h2>",
+    "<h2>Generalization Factor</h2><p>A colour for each run, a word for each of its models.</p>",
+)
 TEMPLATES["compared_curves"] = TEMPLATES["curves"].replace("of one training each", "of single trainings")
-TEMPLATES["compared_passk"] = TEMPLATES["passk"].replace("""<details><summary>The same as a table</summary>{{ m.folded(tables.passk) }}</details>""", "")
+TEMPLATES["compared_passk"] = TEMPLATES["passk"].replace(
+    """<details><summary>The same as a table</summary>{{ m.folded(tables.passk) }}</details>""", ""
+)
 
 # %% ../nbs/75_report.ipynb #3f4bcb1d
 def compare(
-    runs:list,  # run folders; the first is what the others are compared with
-    out:Path,   # a folder: gets compare.html and report/
-)->Path:        # compare.html
+    runs: list,  # run folders; the first is what the others are compared with
+    out: Path,  # a folder: gets compare.html and report/
+) -> Path:  # compare.html
     "One page for several runs; raises `SpecsError` for a run that is missing or unfinished."
     of = read_runs(runs)
     differences, remarks = run_differences(of)
-    scores = [dict(row, metric=f"{name}: {row['metric'].lower()}") for name, run in of.items() for row in score_tables(run["metrics"])["scores"].rows]
-    gf = [dict(row, metric=f"{name}: {row['metric'].lower()}") for name, run in of.items() for row in gf_rows(run)]
-    tables = dict(scores=Table("scores", "Scores, %", scores, ("metric", "model", "split")), differences=differences, gf=Table("gf", "Generalization Factor", gf, ("metric", "model", "quantity")))
-    cost = [(name, costs(run["stages"]), ", ".join(f"{k} {v}" for k, v in at(run["stages"]["eval"], "versions", {}).items())) for name, run in of.items()]
+    scores = [
+        dict(row, metric=f"{name}: {row['metric'].lower()}")
+        for name, run in of.items()
+        for row in score_tables(run["metrics"])["scores"].rows
+    ]
+    gf = [
+        dict(row, metric=f"{name}: {row['metric'].lower()}")
+        for name, run in of.items()
+        for row in gf_rows(run)
+    ]
+    tables = dict(
+        scores=Table("scores", "Scores, %", scores, ("metric", "model", "split")),
+        differences=differences,
+        gf=Table("gf", "Generalization Factor", gf, ("metric", "model", "quantity")),
+    )
+    cost = [
+        (
+            name,
+            costs(run["stages"]),
+            ", ".join(f"{k} {v}" for k, v in at(run["stages"]["eval"], "versions", {}).items()),
+        )
+        for name, run in of.items()
+    ]
     first, *others = of
     Path(out).mkdir(parents=True, exist_ok=True)
-    return fill(compared_charts(of), tables, ["compared", "compared_curves", "compared_passk", "compared_gf", "settings"], Path(out) / "compare.html", name=", ".join(of), kind="comparison of", date=None,
-                title=f"{', '.join(others)} against {first}", findings=_compared_words(differences, first, others), caution=CAUTION.replace("One run with one seed", "Each run is one training"),
-                first=first, remarks=remarks, differ=config_differences(of), names=list(of), cost=cost, missing=[])
+    return fill(
+        compared_charts(of),
+        tables,
+        ["compared", "compared_curves", "compared_passk", "compared_gf", "settings"],
+        Path(out) / "compare.html",
+        name=", ".join(of),
+        kind="comparison of",
+        date=None,
+        title=f"{', '.join(others)} against {first}",
+        findings=_compared_words(differences, first, others),
+        caution=CAUTION.replace("One run with one seed", "Each run is one training"),
+        first=first,
+        remarks=remarks,
+        differ=config_differences(of),
+        names=list(of),
+        cost=cost,
+        missing=[],
+    )
+
 
 def _compared_words(table, first, others):
     from specs_nb.analysis import difference
+
     found = {(r["what"], r["split"]): r for r in table.rows if r["model"] == MODELS["final"]}
-    return [f"{name}, final model, {METRICS[m].lower()}, {SPLITS[s]}: {difference(found[key])}." for name in others for m, s in (("accuracy", "id"), ("strict", "ood_format"))
-            if (key := (f"{name} − {first}: {METRICS[m].lower()}", SPLITS[s])) in found]
+    return [
+        f"{name}, final model, {METRICS[m].lower()}, {SPLITS[s]}: {difference(found[key])}."
+        for name in others
+        for m, s in (("accuracy", "id"), ("strict", "ood_format"))
+        if (key := (f"{name} − {first}: {METRICS[m].lower()}", SPLITS[s])) in found
+    ]
 
 # %% ../nbs/75_report.ipynb #9089e5f8
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-      2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # 97.5 % point of Student's t by degrees of freedom
+_T = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+    2.086,
+    # 97.5 % point of Student's t by degrees of freedom
+    2.080,
+    2.074,
+    2.069,
+    2.064,
+    2.060,
+    2.056,
+    2.052,
+    2.048,
+    2.045,
+    2.042,
+)
+
 
 def over_seeds(
-    values:list,  # a number a seed; None is left out
-)->dict:          # mean, lo, hi, n
+    values: list,  # a number a seed; None is left out
+) -> dict:  # mean, lo, hi, n
     "Mean with Student's 95 % interval; one value has none."
     import statistics
+
     v = [x for x in values if x is not None]
-    if len(v) < 2: return dict(mean=v[0] if v else None, lo=None, hi=None, n=len(v))
-    mean, half = statistics.mean(v), (_T[len(v) - 2] if len(v) < 32 else 1.96 + 2.5 / len(v)) * statistics.stdev(v) / len(v)**.5
+    if len(v) < 2:
+        return dict(mean=v[0] if v else None, lo=None, hi=None, n=len(v))
+    mean, half = (
+        statistics.mean(v),
+        (_T[len(v) - 2] if len(v) < 32 else 1.96 + 2.5 / len(v)) * statistics.stdev(v) / len(v) ** 0.5,
+    )
     return dict(mean=mean, lo=mean - half, hi=mean + half, n=len(v))
 
+
 def grid_report(
-    results:list,  # tidy rows: arm, seed, model, split, metric, mean
-    out:Path,      # the page; files go into `report/` beside it
-    title:str="A grid of runs",  # of the page
+    results: list,  # tidy rows: arm, seed, model, split, metric, mean
+    out: Path,  # the page; files go into `report/` beside it
+    title: str = "A grid of runs",  # of the page
     metrics=("accuracy", "format", "strict"),  # which to show
-    models=("coldstart", "final"),             # which to show
-)->Path:           # the page
+    models=("coldstart", "final"),  # which to show
+) -> Path:  # the page
     "A chart and a table for each metric and test; raises `SpecsError` if there is nothing to show."
     cells = {}
     for r in results:
-        if r["metric"] in metrics and r["model"] in models: cells.setdefault((r["metric"], r["split"], r["arm"], r["model"]), {})[r["seed"]] = r["mean"]
-    if not cells: raise SpecsError(f"no results of {', '.join(models)} for {', '.join(metrics)}")
+        if r["metric"] in metrics and r["model"] in models:
+            cells.setdefault((r["metric"], r["split"], r["arm"], r["model"]), {})[r["seed"]] = r["mean"]
+    if not cells:
+        raise SpecsError(f"no results of {', '.join(models)} for {', '.join(metrics)}")
     spans = {key: over_seeds(list(of.values())) for key, of in cells.items()}
-    charts = [dots(f"{m}-{s}", f"{METRICS.get(m, m)}, {SPLITS.get(s, s)}", [(a, MODELS.get(k, k), k if k in LOOKS else "c0", v) for (m2, s2, a, k), v in spans.items() if (m2, s2) == (m, s)])
-              for m, s in dict.fromkeys(key[:2] for key in spans)]
-    rows = [dict(what=f"{METRICS.get(m, m)}, {SPLITS.get(s, s)}", arm=a, model=MODELS.get(k, k), **v) for (m, s, a, k), v in spans.items()]
+    charts = [
+        dots(
+            f"{m}-{s}",
+            f"{METRICS.get(m, m)}, {SPLITS.get(s, s)}",
+            [
+                (a, MODELS.get(k, k), k if k in LOOKS else "c0", v)
+                for (m2, s2, a, k), v in spans.items()
+                if (m2, s2) == (m, s)
+            ],
+        )
+        for m, s in dict.fromkeys(key[:2] for key in spans)
+    ]
+    rows = [
+        dict(what=f"{METRICS.get(m, m)}, {SPLITS.get(s, s)}", arm=a, model=MODELS.get(k, k), **v)
+        for (m, s, a, k), v in spans.items()
+    ]
     seeds = sorted({v["n"] for v in spans.values()})
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    return fill(dict(scores=charts), dict(grid=Table("grid", title, rows, ("what", "arm", "model"))), ["grid"], Path(out), name=Path(out).resolve().parent.name, kind="grid", date=None, title=title,
-                findings=[f"{len({r['arm'] for r in rows})} arms, {seeds[0] if len(seeds) == 1 else f'{seeds[0]} to {seeds[-1]}'} seeds each."], caution="Intervals are Student's 95 % intervals over seeds: the choice of questions, and the variation between trainings.")
+    return fill(
+        dict(scores=charts),
+        dict(grid=Table("grid", title, rows, ("what", "arm", "model"))),
+        ["grid"],
+        Path(out),
+        name=Path(out).resolve().parent.name,
+        kind="grid",
+        date=None,
+        title=title,
+        findings=[
+            f"{len({r['arm'] for r in rows})} arms,"
+            f" {seeds[0] if len(seeds) == 1 else f'{seeds[0]} to {seeds[-1]}'} seeds each."
+        ],
+        caution=(
+            "Intervals are Student's 95 % intervals over seeds: the choice of questions, and the variation"
+            " between trainings."
+        ),
+    )
 
-TEMPLATES["grid"] = _MACROS + """<h2>By arm</h2><p>Percent, mean over seeds.</p><div class="grid">{% for c in charts.scores %}{{ m.figure(c) }}{% endfor %}</div>{{ m.folded(tables.grid) }}"""
+
+TEMPLATES["grid"] = (
+    _MACROS
+    + """<h2>By arm</h2><p>Percent, mean over seeds.</p><div class="grid">{% for c in charts.scores %}{{ m.figure(c) }}{% endfor %}</div>{{ m.folded(tables.grid) }}"""
+)

@@ -16,62 +16,84 @@ from .grading import consistent, grade
 # %% ../nbs/22_rewards.ipynb #010faa7d
 def text_of(
     completion,  # a string, or `[{"role": …, "content": …}]`
-)->str:          # what the model said
+) -> str:  # what the model said
     "The text of a completion, conversational or not."
-    if isinstance(completion, str): return completion
+    if isinstance(completion, str):
+        return completion
     content = completion[-1]["content"] if completion else ""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content or ())
 
+
 def column(
     value,  # a list, or one value for all
-    n:int,  # completions
-    name:str="a column",  # for the message
-)->list:    # of length `n`
+    n: int,  # completions
+    name: str = "a column",  # for the message
+) -> list:  # of length `n`
     "A column as a list; raises `ValueError` where its length is wrong."
-    if not isinstance(value, (list, tuple)): return [value] * n
-    if len(value) != n: raise ValueError(f"{name} has {len(value)} entries for {n} completions")
+    if not isinstance(value, (list, tuple)):
+        return [value] * n
+    if len(value) != n:
+        raise ValueError(f"{name} has {len(value)} entries for {n} completions")
     return list(value)
 
 # %% ../nbs/22_rewards.ipynb #617a9287
 def logged(
-    rewards:list,         # as a reward function returns them
-    name:str,             # of the reward function
-    log_metric=None,      # TRL's, or None outside of a trainer
-)->list:                  # `rewards`
+    rewards: list,  # as a reward function returns them
+    name: str,  # of the reward function
+    log_metric=None,  # TRL's, or None outside of a trainer
+) -> list:  # `rewards`
     "Log the share of `None` and pass the rewards on."
-    if log_metric and rewards: log_metric(f"{name}/none", sum(r is None for r in rewards) / len(rewards))
+    if log_metric and rewards:
+        log_metric(f"{name}/none", sum(r is None for r in rewards) / len(rewards))
     return rewards
 
 # %% ../nbs/22_rewards.ipynb #ff15b720
 def _format(name):
-    if name not in FORMATS: raise ValueError(f"no format {name!r}: {nearest(str(name), FORMATS)}")
+    if name not in FORMATS:
+        raise ValueError(f"no format {name!r}: {nearest(str(name), FORMATS)}")
     return FORMATS[name]
 
+
 def format_reward(
-    completions,            # strings or lists of messages
+    completions,  # strings or lists of messages
     format="think_answer",  # a key of `FORMATS`, or one for each completion
-    log_metric=None,        # TRL's
-    **kw,                   # other columns
-)->list:                    # 0.5 or 0.0 for each completion
+    log_metric=None,  # TRL's
+    **kw,  # other columns
+) -> list:  # 0.5 or 0.0 for each completion
     "Half a point for keeping the format to the letter."
     names = column(format, len(completions), "format")
-    return logged([.5 if _format(f).parse(text_of(c)) else 0.0 for c, f in zip(completions, names)], "format_reward", log_metric)
+    return logged(
+        [0.5 if _format(f).parse(text_of(c)) else 0.0 for c, f in zip(completions, names)],
+        "format_reward",
+        log_metric,
+    )
 
 # %% ../nbs/22_rewards.ipynb #36b4829f
 def accuracy_reward(
-    completions,            # strings or lists of messages
-    answer,                 # gold answers
-    kind,                   # kinds of answer, see `grading.KINDS`
+    completions,  # strings or lists of messages
+    answer,  # gold answers
+    kind,  # kinds of answer, see `grading.KINDS`
     format="think_answer",  # a key of `FORMATS`, or one for each completion
-    choices=None,           # lists of choices, or None
-    log_metric=None,        # TRL's
-    **kw,                   # other columns
-)->list:                    # 1.0, 0.0 or None for each completion
+    choices=None,  # lists of choices, or None
+    log_metric=None,  # TRL's
+    **kw,  # other columns
+) -> list:  # 1.0, 0.0 or None for each completion
     "One point for the right answer in the right place; `None` where grading has no opinion."
     n = len(completions)
     choices = [None] * n if choices is None else column(choices, n, "choices")
-    rows = zip(completions, column(answer, n, "answer"), column(kind, n, "kind"), column(format, n, "format"), choices)
-    return logged([_accuracy(text_of(c), a, k, _format(f), ch) for c, a, k, f, ch in rows], "accuracy_reward", log_metric)
+    rows = zip(
+        completions,
+        column(answer, n, "answer"),
+        column(kind, n, "kind"),
+        column(format, n, "format"),
+        choices,
+    )
+    return logged(
+        [_accuracy(text_of(c), a, k, _format(f), ch) for c, a, k, f, ch in rows],
+        "accuracy_reward",
+        log_metric,
+    )
+
 
 def _accuracy(text, answer, kind, fmt, choices):
     parts = fmt.parse(text)
@@ -80,21 +102,27 @@ def _accuracy(text, answer, kind, fmt, choices):
 
 # %% ../nbs/22_rewards.ipynb #8ee48390
 def consistency_reward(
-    completions,            # strings or lists of messages
-    kind,                   # kinds of answer
+    completions,  # strings or lists of messages
+    kind,  # kinds of answer
     format="think_answer",  # a key of `FORMATS`, or one for each completion
-    choices=None,           # lists of choices, or None
-    log_metric=None,        # TRL's
-    **kw,                   # other columns
-)->list:                    # 1.0, 0.0 or None for each completion
+    choices=None,  # lists of choices, or None
+    log_metric=None,  # TRL's
+    **kw,  # other columns
+) -> list:  # 1.0, 0.0 or None for each completion
     "One point where the reasoning concludes what is answered."
     n = len(completions)
     choices = [None] * n if choices is None else column(choices, n, "choices")
     rows = zip(completions, column(kind, n, "kind"), column(format, n, "format"), choices)
-    return logged([_consistency(text_of(c), k, _format(f), ch) for c, k, f, ch in rows], "consistency_reward", log_metric)
+    return logged(
+        [_consistency(text_of(c), k, _format(f), ch) for c, k, f, ch in rows],
+        "consistency_reward",
+        log_metric,
+    )
+
 
 def _consistency(text, kind, fmt, choices):
-    if not (parts := fmt.parse(text)): return 0.0
+    if not (parts := fmt.parse(text)):
+        return 0.0
     same = consistent(*parts, kind, choices)
     return None if same is None else float(same)
 
@@ -102,13 +130,23 @@ def _consistency(text, kind, fmt, choices):
 @dataclass
 class Overlong:
     "DAPO's soft overlong penalty (Eq. 13): 0 down to -1"
+
     max_len: int = 1024  # tokens
-    cache: int = 256     # tokens before `max_len` in which the penalty grows
+    cache: int = 256  # tokens before `max_len` in which the penalty grows
     __name__ = "overlong_reward"
 
     def __call__(self, completions=None, completion_ids=None, log_metric=None, **kw):
-        if completion_ids is None: raise ValueError("overlong_reward needs completion_ids, the tokens of each completion")
-        return logged([max(-1.0, min(0.0, (self.max_len - self.cache - len(ids)) / max(self.cache, 1))) for ids in completion_ids], self.__name__, log_metric)
+        if completion_ids is None:
+            raise ValueError("overlong_reward needs completion_ids, the tokens of each completion")
+        return logged(
+            [
+                max(-1.0, min(0.0, (self.max_len - self.cache - len(ids)) / max(self.cache, 1)))
+                for ids in completion_ids
+            ],
+            self.__name__,
+            log_metric,
+        )
+
 
 overlong_reward = Overlong()
 
@@ -116,7 +154,8 @@ overlong_reward = Overlong()
 @dataclass
 class Repetition:
     "A penalty for repeated n-grams of words: 0 (none) down to `-weight`"
-    n: int = 3           # words of an n-gram
+
+    n: int = 3  # words of an n-gram
     weight: float = 1.0  # the penalty of a text that only repeats
     __name__ = "repetition_reward"
 
@@ -127,39 +166,62 @@ class Repetition:
         grams = list(zip(*(words[i:] for i in range(self.n))))
         return -self.weight * (1 - len(set(grams)) / len(grams)) if grams else 0.0
 
+
 repetition_reward = Repetition()
 
 # %% ../nbs/22_rewards.ipynb #30f7d49f
 @dataclass
 class Weighted:
     "A weighted sum of reward functions; `None` where all of them have no opinion"
-    parts: tuple             # of (reward function, weight)
+
+    parts: tuple  # of (reward function, weight)
     __name__ = "weighted_reward"
 
     def __call__(self, completions, log_metric=None, **kw):
-        columns = [[None if r is None else w * r for r in f(completions=completions, log_metric=log_metric, **kw)] for f, w in self.parts]
-        total = [None if all(r is None for r in row) else sum(r for r in row if r is not None) for row in zip(*columns)]
+        columns = [
+            [None if r is None else w * r for r in f(completions=completions, log_metric=log_metric, **kw)]
+            for f, w in self.parts
+        ]
+        total = [
+            None if all(r is None for r in row) else sum(r for r in row if r is not None)
+            for row in zip(*columns)
+        ]
         return logged(total, self.__name__, log_metric)
 
+
 def weighted_sum(
-    *parts,     # (reward function, weight) pairs
-)->Weighted:    # one reward function
+    *parts,  # (reward function, weight) pairs
+) -> Weighted:  # one reward function
     "One reward function from several."
     return Weighted(tuple(parts))
 
 # %% ../nbs/22_rewards.ipynb #f4f0f257
-REWARDS = {"format": format_reward, "accuracy": accuracy_reward, "consistency": consistency_reward,
-           "overlong": overlong_reward, "repetition": repetition_reward}
+REWARDS = {
+    "format": format_reward,
+    "accuracy": accuracy_reward,
+    "consistency": consistency_reward,
+    "overlong": overlong_reward,
+    "repetition": repetition_reward,
+}
+
 
 def load_reward(
-    name:str,  # a key of `REWARDS`, or `module:function`
-):             # a reward function
+    name: str,  # a key of `REWARDS`, or `module:function`
+):  # a reward function
     "A reward function by name; raises `SpecsError` where there is none."
-    if name in REWARDS: return REWARDS[name]
+    if name in REWARDS:
+        return REWARDS[name]
     module, colon, attr = str(name).partition(":")
-    if not colon: raise SpecsError(f"no reward {name!r}: {nearest(str(name), REWARDS)}, or name your own as module:function")
-    try: found = getattr(importlib.import_module(module), attr, None)
-    except (ImportError, ValueError) as e: raise SpecsError(f"the reward {name!r} can't be loaded: {e}") from None
-    if found is None: raise SpecsError(f"the module {module!r} has no {attr!r}")
-    if not callable(found): raise SpecsError(f"{name!r} is a {type(found).__name__}, not a function")
+    if not colon:
+        raise SpecsError(
+            f"no reward {name!r}: {nearest(str(name), REWARDS)}, or name your own as module:function"
+        )
+    try:
+        found = getattr(importlib.import_module(module), attr, None)
+    except (ImportError, ValueError) as e:
+        raise SpecsError(f"the reward {name!r} can't be loaded: {e}") from None
+    if found is None:
+        raise SpecsError(f"the module {module!r} has no {attr!r}")
+    if not callable(found):
+        raise SpecsError(f"{name!r} is a {type(found).__name__}, not a function")
     return found

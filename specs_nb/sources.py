@@ -16,162 +16,254 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from .core import DataConfig, Progress, SpecsError, derive_seed, fingerprint, nearest, read_json, write_json
-from .data import FILES, Picture, Rows, check_images, decode, features, find_choices, pixel_digest, shrink, to_png, write_rows
+from specs_nb.core import (
+    DataConfig,
+    Progress,
+    SpecsError,
+    derive_seed,
+    fingerprint,
+    nearest,
+    read_json,
+    write_json,
+)
+from specs_nb.data import (
+    FILES,
+    Picture,
+    Rows,
+    check_images,
+    decode,
+    features,
+    find_choices,
+    pixel_digest,
+    shrink,
+    to_png,
+    write_rows,
+)
 from . import data as rows_of
 from .formats import boxed, find_answer
-from .grading import KINDS, UNITS, clean, explain_grade, grade, kind_of, read_boxes, read_letters, read_number, unwrap
+from specs_nb.grading import (
+    KINDS,
+    UNITS,
+    clean,
+    explain_grade,
+    grade,
+    kind_of,
+    read_boxes,
+    read_letters,
+    read_number,
+    unwrap,
+)
 
 # %% ../nbs/24_sources.ipynb #a43002a6
 class Drop(Exception):
     "A row that can't be used: `reason` is counted, `detail` says more about this one"
+
     bad = True
+
     def __init__(self, reason, detail=""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, str(detail)
 
+
 class Unwanted(Drop):
     "A row with nothing wrong about it that the configuration leaves out"
+
     bad = False
 
 # %% ../nbs/24_sources.ipynb #1e748246
 @dataclass
 class Tally:
     "What became of each row"
-    read: int = 0                                   # rows looked at
-    kept: int = 0                                   # rows that are of use
+
+    read: int = 0  # rows looked at
+    kept: int = 0  # rows that are of use
     dropped: Counter = field(default_factory=Counter)  # reason → rows
-    examples: dict = field(default_factory=dict)    # reason → the first few, in words
-    notes: Counter = field(default_factory=Counter) # what was mended or noticed → rows
-    kinds: Counter = field(default_factory=Counter) # kind of answer → rows kept
+    examples: dict = field(default_factory=dict)  # reason → the first few, in words
+    notes: Counter = field(default_factory=Counter)  # what was mended or noticed → rows
+    kinds: Counter = field(default_factory=Counter)  # kind of answer → rows kept
 
     def drop(self, where, e):
         self.dropped[e.reason] += 1
-        if len(some := self.examples.setdefault(e.reason, [])) < 5: some.append(f"{where}: {e.detail}"[:300] if e.detail else where)
+        if len(some := self.examples.setdefault(e.reason, [])) < 5:
+            some.append(f"{where}: {e.detail}"[:300] if e.detail else where)
 
     def keep(self, row):
         self.kept += 1
         self.kinds[row["kind"]] += 1
 
     def __str__(self):
-        lines = [f"{self.read:7} rows read, {self.kept} of use ({', '.join(f'{n} {k}' for k, n in self.kinds.most_common())})"]
-        lines += [f"{n:7} dropped: {reason}, as in {self.examples[reason][0]}" for reason, n in self.dropped.most_common()]
+        lines = [
+            f"{self.read:7} rows read, {self.kept} of use"
+            f" ({', '.join(f'{n} {k}' for k, n in self.kinds.most_common())})"
+        ]
+        lines += [
+            f"{n:7} dropped: {reason}, as in {self.examples[reason][0]}"
+            for reason, n in self.dropped.most_common()
+        ]
         return "\n".join(lines + [f"{n:7} {note}" for note, n in self.notes.most_common()])
 
 # %% ../nbs/24_sources.ipynb #6e17101a
 _PLACE = re.compile(r"<image(?:[ _]?(\d{1,3}))?>", re.I)
 MAX_CHARS = 20_000  # of a question
 
+
 def tidy_question(
-    question:str,  # as the set has it
-    n_images:int,  # images of the row
-)->str:            # without marks in front; `[image 2]` for one inside
+    question: str,  # as the set has it
+    n_images: int,  # images of the row
+) -> str:  # without marks in front; `[image 2]` for one inside
     "The question's words; raises `Drop` if there are none, or the image marks don't fit the images."
-    if len(question) > MAX_CHARS: raise Drop("its question is too long", f"{len(question)} characters")
+    if len(question) > MAX_CHARS:
+        raise Drop("its question is too long", f"{len(question)} characters")
     marks = _PLACE.findall(question)
     named = {int(m) for m in marks if m}
     if named and max(named) > n_images or not named and marks and len(marks) != n_images:
-        raise Drop("its image marks don't fit its images", f"{max(named) if named else len(marks)} marked, {n_images} there")
-    front, count = len(_PLACE.findall(re.match(r"(?:\s|<image>)*", question)[0])), iter(range(1, len(marks) + 1))
+        raise Drop(
+            "its image marks don't fit its images",
+            f"{max(named) if named else len(marks)} marked, {n_images} there",
+        )
+    front, count = len(_PLACE.findall(re.match(r"(?:\s|<image>)*", question)[0])), iter(
+        range(1, len(marks) + 1)
+    )
+
     def name(m):
         k = int(m[1] or next(count))
         return "" if n_images == 1 or not m[1] and k <= front else f" [image {k}] "
-    text = re.sub(r" (?=[.,;:?!])", "", re.sub(r"[ \t]+", " ", _PLACE.sub(name, question.replace("\r\n", "\n")))).strip()
-    if not text: raise Drop("it has no question")
+
+    text = re.sub(
+        r" (?=[.,;:?!])", "", re.sub(r"[ \t]+", " ", _PLACE.sub(name, question.replace("\r\n", "\n")))
+    ).strip()
+    if not text:
+        raise Drop("it has no question")
     return text
 
 # %% ../nbs/24_sources.ipynb #46c2e7e2
 def unbox(
     answer,  # as the set has it: text, a number, or None
-)->str:      # without its box
+) -> str:  # without its box
     "The answer alone; raises `Drop` if there is none, or its box isn't closed and can't be."
-    if isinstance(answer, (dict, list, tuple, bytes)): raise Drop("its answer is no text and no number", repr(answer)[:80])
+    if isinstance(answer, (dict, list, tuple, bytes)):
+        raise Drop("its answer is no text and no number", repr(answer)[:80])
     text = clean("" if answer is None or answer != answer else str(answer))
     if "\\boxed" in text:
         found = list(dict.fromkeys(b.strip() for b in boxed(text)))
         if not found:
             inside = text.split("\\boxed", 1)[1].strip(" $.").removeprefix("{")
-            if inside.count("{") != inside.count("}"): raise Drop("the box of its answer isn't closed", text)
+            if inside.count("{") != inside.count("}"):
+                raise Drop("the box of its answer isn't closed", text)
             found = [inside.strip()]
         text = ", ".join(found)
-    if not text: raise Drop("it has no answer")
+    if not text:
+        raise Drop("it has no answer")
     return text
 
 # %% ../nbs/24_sources.ipynb #a0bd29f0
 _OTHER = "7.1719"  # an answer that nothing has
 
+
 def infer(
-    question:str,   # tidy
-    answer:str,     # unboxed
-    choices=None,   # texts, if the set has them apart
+    question: str,  # tidy
+    answer: str,  # unboxed
+    choices=None,  # texts, if the set has them apart
     as_text=False,  # the answer is a choice's text, even if it looks like a letter (MathVista)
-)->tuple:           # (answer, kind, choices)
+) -> tuple:  # (answer, kind, choices)
     "Which kind of answer this is, with a choice's answer as its letter; raises `Drop` if it is none of the choices."
     choices = choices or find_choices(question)[0]
-    if not choices: return answer, _kind(answer), None
+    if not choices:
+        return answer, _kind(answer), None
     exact = [chr(65 + i) for i, c in enumerate(choices) if c.strip() == answer.strip()]
     several = re.fullmatch(r"\(?[A-J]\)?(?:(?:[,;& ]|and)*\(?[A-J]\)?)+", answer) and not exact
-    if several: letters = re.findall("[A-J]", answer)
-    else: letters = exact[:1] if as_text and exact else read_letters(unwrap(answer), tuple(choices))
-    if not letters or max(letters) > chr(64 + len(choices)): raise Drop("its answer is none of its choices", f"{answer!r} of {choices}"[:200])
+    if several:
+        letters = re.findall("[A-J]", answer)
+    else:
+        letters = exact[:1] if as_text and exact else read_letters(unwrap(answer), tuple(choices))
+    if not letters or max(letters) > chr(64 + len(choices)):
+        raise Drop("its answer is none of its choices", f"{answer!r} of {choices}"[:200])
     return ", ".join(letters), "choice", list(choices)
 
+
 def _kind(answer):
-    if answer.lower().rstrip(".") in ("yes", "no", "true", "false"): return "text"  # no is not n·o
-    if re.fullmatch(r"[(\[].*(?:\\infty|∞).*[)\]]", answer, re.S): return "interval"
+    if answer.lower().rstrip(".") in ("yes", "no", "true", "false"):
+        return "text"  # no is not n·o
+    if re.fullmatch(r"[(\[].*(?:\\infty|∞).*[)\]]", answer, re.S):
+        return "interval"
     kind = kind_of(answer)
-    names = kind == "latex" and not re.search(r"[\\^+*/=<>]", answer) and explain_grade(_OTHER, answer, kind)[0] is None
+    names = (
+        kind == "latex"
+        and not re.search(r"[\\^+*/=<>]", answer)
+        and explain_grade(_OTHER, answer, kind)[0] is None
+    )
     return "text" if names else kind  # ∠A is a name, not mathematics
 
 # %% ../nbs/24_sources.ipynb #62e8b4b4
 def check_gold(
-    answer:str,  # the gold answer
-    kind:str,    # of `grading.KINDS`
-    choices,     # texts or None
+    answer: str,  # the gold answer
+    kind: str,  # of `grading.KINDS`
+    choices,  # texts or None
 ):
     "Raise `Drop` for a kind that isn't one and for an answer that can't be graded."
-    if kind not in KINDS: raise Drop("its kind of answer isn't known", f"{kind!r}: {nearest(str(kind), KINDS)}")
+    if kind not in KINDS:
+        raise Drop("its kind of answer isn't known", f"{kind!r}: {nearest(str(kind), KINDS)}")
     verdict, why = explain_grade(answer, answer, kind, choices)
-    if verdict and kind != "text" and (other := explain_grade(_OTHER, answer, kind, choices))[0] is None: verdict, why = other
-    if verdict is not True: raise Drop("its answer can't be graded", f"{answer!r}: {why}"[:200])
+    if verdict and kind != "text" and (other := explain_grade(_OTHER, answer, kind, choices))[0] is None:
+        verdict, why = other
+    if verdict is not True:
+        raise Drop("its answer can't be graded", f"{answer!r}: {why}"[:200])
 
 # %% ../nbs/24_sources.ipynb #569caba4
 MAX_BYTES = 100_000_000  # of an image file
 
+
 def image_bytes(
-    item,         # bytes, a path, `{"bytes", "path"}` or a PIL image
-    folder:Path,  # paths lie below it
-)->bytes:         # of the file
+    item,  # bytes, a path, `{"bytes", "path"}` or a PIL image
+    folder: Path,  # paths lie below it
+) -> bytes:  # of the file
     "The bytes of an image; raises `Drop` if it is missing, outside of the folder or too large a file."
-    if isinstance(item, dict): item = item.get("bytes") or item.get("path") or b""
-    if hasattr(item, "save"): return to_png(item)
-    if isinstance(item, (bytes, bytearray, memoryview)): return bytes(item)
-    if not isinstance(item, str): raise Drop("an image can't be read", f"it is neither bytes nor a path but of type {type(item).__name__}")
-    if re.match(r"(?:https?|ftp):", item): raise Drop("an image is an address in the web", item)
+    if isinstance(item, dict):
+        item = item.get("bytes") or item.get("path") or b""
+    if hasattr(item, "save"):
+        return to_png(item)
+    if isinstance(item, (bytes, bytearray, memoryview)):
+        return bytes(item)
+    if not isinstance(item, str):
+        raise Drop(
+            "an image can't be read", f"it is neither bytes nor a path but of type {type(item).__name__}"
+        )
+    if re.match(r"(?:https?|ftp):", item):
+        raise Drop("an image is an address in the web", item)
     for base in (folder, folder / "images"):
-        try: path = (base / item).resolve()
-        except (OSError, ValueError): raise Drop("an image is missing", repr(item[:80])) from None
-        if not path.is_relative_to(folder.resolve()): raise Drop("an image lies outside of the folder", item)
         try:
-            if path.is_file() and path.stat().st_size > MAX_BYTES: raise Drop("an image can't be read", f"{item} has more than {MAX_BYTES} bytes")
-            if path.is_file(): return path.read_bytes()
-        except OSError as e: raise Drop("an image can't be read", f"{item}: {e.strerror}") from None
+            path = (base / item).resolve()
+        except (OSError, ValueError):
+            raise Drop("an image is missing", repr(item[:80])) from None
+        if not path.is_relative_to(folder.resolve()):
+            raise Drop("an image lies outside of the folder", item)
+        try:
+            if path.is_file() and path.stat().st_size > MAX_BYTES:
+                raise Drop("an image can't be read", f"{item} has more than {MAX_BYTES} bytes")
+            if path.is_file():
+                return path.read_bytes()
+        except OSError as e:
+            raise Drop("an image can't be read", f"{item}: {e.strerror}") from None
     raise Drop("an image is missing", item)
 
 # %% ../nbs/24_sources.ipynb #ba13042f
 def pictures(
-    items,          # see `image_bytes`
-    folder:Path,    # paths lie below it
-    max_pixels:int, # of one image
-    shrink_to:int=0,# pixels; a larger one is made so small
-)->list:            # of `data.Picture`
+    items,  # see `image_bytes`
+    folder: Path,  # paths lie below it
+    max_pixels: int,  # of one image
+    shrink_to: int = 0,  # pixels; a larger one is made so small
+) -> list:  # of `data.Picture`
     "Images, read and decoded; raises `Drop`."
     return [shrink(_picture(i, folder, max_pixels), shrink_to) for i in items]
 
+
 def _picture(item, folder, max_pixels):
     data = image_bytes(item, folder)
-    try: return decode(data, max_pixels)
-    except ValueError as e: raise Drop("an image can't be read", f"{_name(item)}: {e}") from None
+    try:
+        return decode(data, max_pixels)
+    except ValueError as e:
+        raise Drop("an image can't be read", f"{_name(item)}: {e}") from None
+
 
 def _name(item):
     name = item.get("path") if isinstance(item, dict) else item
@@ -179,116 +271,202 @@ def _name(item):
 
 # %% ../nbs/24_sources.ipynb #79ec33b7
 def draft_virl39k(
-    d:dict,        # a row of the set
-    columns:dict,  # `pass_rate`: another column with rates
-)->dict:           # a draft
+    d: dict,  # a row of the set
+    columns: dict,  # `pass_rate`: another column with rates
+) -> dict:  # a draft
     "A row of TIGER-Lab/ViRL39K."
     rate = d.get(columns.get("pass_rate", "PassRate_7BBase"))
-    return dict(id=d["qid"], question=d["question"], answer=d["answer"], images=d["image"], source=f"virl39k/{d.get('source') or ''}", rate=rate if rate is not None and rate >= 0 else None)
+    return dict(
+        id=d["qid"],
+        question=d["question"],
+        answer=d["answer"],
+        images=d["image"],
+        source=f"virl39k/{d.get('source') or ''}",
+        rate=rate if rate is not None and rate >= 0 else None,
+    )
 
 # %% ../nbs/24_sources.ipynb #d50b2b73
 def draft_orsta(
-    d:dict,        # a row of the set
-    columns:dict,  # not used
-)->dict:           # a draft
+    d: dict,  # a row of the set
+    columns: dict,  # not used
+) -> dict:  # a draft
     "A row of One-RL-to-See-Them-All/Orsta-Data-47k; raises `Drop` for a sample of MEGA-Bench or an unknown verifier."
-    if "megabench" in re.sub(r"[^a-z]", "", (d["data_source"] or "").lower()): raise Unwanted("it is a sample of MEGA-Bench", d["data_source"])
+    if "megabench" in re.sub(r"[^a-z]", "", (d["data_source"] or "").lower()):
+        raise Unwanted("it is a sample of MEGA-Bench", d["data_source"])
     asked = [m["content"] for m in d["prompt"] if m["role"] == "user"]
-    if len(asked) != 1: raise Drop("it is not one question", f"{len(asked)} turns of the user")
+    if len(asked) != 1:
+        raise Drop("it is not one question", f"{len(asked)} turns of the user")
     gold, extra = d["reward_model"], d.get("extra_info") or {}
-    out = dict(id=extra.get("id"), question=asked[0], images=d["images"], source=f"orsta/{d['data_source']}", answer=gold["ground_truth"] or gold["answer"], rate=None)
-    if gold["verifier"] == "mathverify": return out
-    if gold["verifier"] != "detection": raise Drop("its verifier isn't known", gold["verifier"])
+    out = dict(
+        id=extra.get("id"),
+        question=asked[0],
+        images=d["images"],
+        source=f"orsta/{d['data_source']}",
+        answer=gold["ground_truth"] or gold["answer"],
+        rate=None,
+    )
+    if gold["verifier"] == "mathverify":
+        return out
+    if gold["verifier"] != "detection":
+        raise Drop("its verifier isn't known", gold["verifier"])
     return dict(out, **_detection(out, gold), kind="box")
 
+
 def _detection(out, gold):
-    where = "scaled to 1000" if (gold.get("verifier_parm") or {}).get("det_verifier_normalized") else "in pixels"
+    where = (
+        "scaled to 1000" if (gold.get("verifier_parm") or {}).get("det_verifier_normalized") else "in pixels"
+    )
     question = re.split(r"(?:(?<=\n)|(?<=[.?!] ))[^\n.?!]*<think>", out["question"])[0].strip()
     text = re.sub(r"</?answer>", "", out["answer"]).strip()
-    try: boxes = json.dumps(ast.literal_eval(text))
-    except (ValueError, SyntaxError, RecursionError, MemoryError): raise Drop("its boxes can't be read", text[:80]) from None
-    if not read_boxes(boxes): raise Drop("its boxes can't be read", text[:80])
-    return dict(question=f'{question}\nAnswer with a JSON list of {{"bbox_2d": [x1, y1, x2, y2], "label": "name"}}, coordinates {where}.', answer=boxes)
+    try:
+        boxes = json.dumps(ast.literal_eval(text))
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        raise Drop("its boxes can't be read", text[:80]) from None
+    if not read_boxes(boxes):
+        raise Drop("its boxes can't be read", text[:80])
+    return dict(
+        question=(
+            f'{question}\nAnswer with a JSON list of {{"bbox_2d": [x1, y1, x2, y2], "label": "name"}},'
+            f" coordinates {where}."
+        ),
+        answer=boxes,
+    )
 
 # %% ../nbs/24_sources.ipynb #3c402c9d
 def draft_mathvista(
-    d:dict,        # a row of the set
-    columns:dict,  # not used
-)->dict:           # a draft
+    d: dict,  # a row of the set
+    columns: dict,  # not used
+) -> dict:  # a draft
     "A row in the schema of AI4Math/MathVista; raises `Drop` if its answer is hidden."
     answer, choices = unbox(d["answer"]), d.get("choices") or None
-    out = dict(id=d["pid"], question=d["question"], images=[d.get("decoded_image") or d["image"]], source=f"mathvista/{(d.get('metadata') or {}).get('source', '')}", rate=None)
-    if choices: return dict(out, answer=answer, choices=list(choices), as_text=True)
+    out = dict(
+        id=d["pid"],
+        question=d["question"],
+        images=[d.get("decoded_image") or d["image"]],
+        source=f"mathvista/{(d.get('metadata') or {}).get('source', '')}",
+        rate=None,
+    )
+    if choices:
+        return dict(out, answer=answer, choices=list(choices), as_text=True)
     if d.get("answer_type") in ("integer", "float") and (n := read_number(answer)):
         places = int(d.get("precision") or 0)
-        if re.fullmatch(r"-?\d+\.?\d*", answer) and places > (n.places or 0): answer = f"{float(answer):.{places}f}"
-        if not n.unit and (d.get("unit") or "") in UNITS: answer = f"{answer} {d['unit']}"
+        if re.fullmatch(r"-?\d+\.?\d*", answer) and places > (n.places or 0):
+            answer = f"{float(answer):.{places}f}"
+        if not n.unit and (d.get("unit") or "") in UNITS:
+            answer = f"{answer} {d['unit']}"
     return dict(out, answer=answer)
 
 # %% ../nbs/24_sources.ipynb #5f7f39a2
 OURS = ("question", "answer", "images", "choices", "kind", "id", "source", "pass_rate")
 
+
 def draft_mapped(
-    d:dict,        # a row of any set
-    columns:dict,  # our name → theirs
-)->dict:           # a draft
+    d: dict,  # a row of any set
+    columns: dict,  # our name → theirs
+) -> dict:  # a draft
     "A row by a map of columns; raises `Drop` for a value that is nothing of the kind."
+
     def get(name):
         value = d
-        for part in columns.get(name, name).split("."): value = value.get(part) if isinstance(value, dict) else None
+        for part in columns.get(name, name).split("."):
+            value = value.get(part) if isinstance(value, dict) else None
         return value
+
     images = get("images") if "images" in columns or d.get("images") is not None else d.get("image")
-    images = [] if images is None or images == "" else list(images) if isinstance(images, (list, tuple)) else [images]
+    images = (
+        []
+        if images is None or images == ""
+        else list(images) if isinstance(images, (list, tuple)) else [images]
+    )
     rate = get("pass_rate")
-    if rate is not None and not (isinstance(rate, (int, float)) and rate == rate): raise Drop("its pass rate is no number", repr(rate))
-    return dict(id=get("id"), question=get("question"), answer=get("answer"), images=[i for i in images if i is not None], choices=_texts(get("choices")), kind=get("kind"),
-                source=get("source"), rate=rate if rate is not None and 0 <= rate <= 1 else None)
+    if rate is not None and not (isinstance(rate, (int, float)) and rate == rate):
+        raise Drop("its pass rate is no number", repr(rate))
+    return dict(
+        id=get("id"),
+        question=get("question"),
+        answer=get("answer"),
+        images=[i for i in images if i is not None],
+        choices=_texts(get("choices")),
+        kind=get("kind"),
+        source=get("source"),
+        rate=rate if rate is not None and 0 <= rate <= 1 else None,
+    )
+
 
 def _texts(choices):
     if isinstance(choices, str) and choices.strip():
-        try: choices = ast.literal_eval(choices)
-        except (ValueError, SyntaxError, RecursionError, MemoryError): raise Drop("its choices can't be read", choices[:80]) from None
-    if not choices: return None
-    if not isinstance(choices, (list, tuple)): raise Drop("its choices can't be read", repr(choices)[:80])
+        try:
+            choices = ast.literal_eval(choices)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            raise Drop("its choices can't be read", choices[:80]) from None
+    if not choices:
+        return None
+    if not isinstance(choices, (list, tuple)):
+        raise Drop("its choices can't be read", repr(choices)[:80])
     return [str(c) for c in choices]
 
 # %% ../nbs/24_sources.ipynb #f17b9606
 def finish(
-    draft:dict,      # from a `draft_…` function
-    where:str,       # file and row: the id if it has none
-    folder:Path,     # image paths lie below it
-    data:DataConfig, # images, max_pixels, pass_rate
-    limits:bool=True,# apply `data.pass_rate`
-)->dict:             # a row of the schema; its images are `Picture`s
+    draft: dict,  # from a `draft_…` function
+    where: str,  # file and row: the id if it has none
+    folder: Path,  # image paths lie below it
+    data: DataConfig,  # images, max_pixels, pass_rate
+    limits: bool = True,  # apply `data.pass_rate`
+) -> dict:  # a row of the schema; its images are `Picture`s
     "A draft as a valid row; raises `Drop`."
     images = draft["images"] or []
-    if not isinstance(images, (list, tuple)): images = [images]
-    if data.images == "with" and not images: raise Unwanted("it has no image, and data.images is with")
-    if data.images == "without" and images: raise Unwanted("it has images, and data.images is without")
+    if not isinstance(images, (list, tuple)):
+        images = [images]
+    if data.images == "with" and not images:
+        raise Unwanted("it has no image, and data.images is with")
+    if data.images == "without" and images:
+        raise Unwanted("it has images, and data.images is without")
     question = tidy_question("" if draft["question"] is None else str(draft["question"]), len(images))
     answer, choices = unbox(draft["answer"]), [str(c) for c in draft.get("choices") or ()] or None
-    if draft.get("kind"): kind = str(draft["kind"])
-    else: answer, kind, choices = infer(question, answer, choices, draft.get("as_text", False))
-    if limits and data.pass_rate and not data.pass_rate_samples: _within(draft["rate"], data.pass_rate)
+    if draft.get("kind"):
+        kind = str(draft["kind"])
+    else:
+        answer, kind, choices = infer(question, answer, choices, draft.get("as_text", False))
+    if limits and data.pass_rate and not data.pass_rate_samples:
+        _within(draft["rate"], data.pass_rate)
     check_gold(answer, kind, choices)
-    return dict(id=str(where if draft["id"] in (None, "") else draft["id"]), question=question, images=pictures(images, folder, data.max_pixels, data.shrink_to), answer=answer, kind=kind, choices=choices,
-                source=str(draft.get("source") or folder.name), rate=draft["rate"])
+    return dict(
+        id=str(where if draft["id"] in (None, "") else draft["id"]),
+        question=question,
+        images=pictures(images, folder, data.max_pixels, data.shrink_to),
+        answer=answer,
+        kind=kind,
+        choices=choices,
+        source=str(draft.get("source") or folder.name),
+        rate=draft["rate"],
+    )
+
 
 def _within(rate, limits):
-    if rate is None: raise Unwanted("no pass rate of it is known")
-    if not limits[0] <= rate <= limits[1]: raise Unwanted("its pass rate is out of data.pass_rate", f"{rate:g}")
+    if rate is None:
+        raise Unwanted("no pass rate of it is known")
+    if not limits[0] <= rate <= limits[1]:
+        raise Unwanted("its pass rate is out of data.pass_rate", f"{rate:g}")
 
 # %% ../nbs/24_sources.ipynb #8587e1ba
 def count_rows(
-    file:Path,  # Parquet, JSON lines or JSON
-)->int:         # rows
+    file: Path,  # Parquet, JSON lines or JSON
+) -> int:  # rows
     "How many rows a file has; raises `SpecsError` if it can't be read."
     import pyarrow.parquet as pq
+
     try:
-        if file.suffix == ".parquet": return pq.ParquetFile(file).metadata.num_rows
-        if file.suffix == ".json": return len(_json(file))
-        with open(file, "rb") as f: return sum(bool(line.strip()) for line in f)
-    except (OSError, ValueError) as e: raise SpecsError(f"{file} can't be read ({str(e).splitlines()[0]}): fetch it again, or take it out of the folder") from None
+        if file.suffix == ".parquet":
+            return pq.ParquetFile(file).metadata.num_rows
+        if file.suffix == ".json":
+            return len(_json(file))
+        with open(file, "rb") as f:
+            return sum(bool(line.strip()) for line in f)
+    except (OSError, ValueError) as e:
+        raise SpecsError(
+            f"{file} can't be read ({str(e).splitlines()[0]}): fetch it again, or take it out of the folder"
+        ) from None
+
 
 def _json(file):
     found = json.loads(file.read_text(encoding="utf-8"))
@@ -296,63 +474,102 @@ def _json(file):
 
 # %% ../nbs/24_sources.ipynb #ab964cb6
 def raw_rows(
-    file:Path,  # Parquet, JSON lines or JSON
-):              # yields (number from 1, dict or `Drop`)
+    file: Path,  # Parquet, JSON lines or JSON
+):  # yields (number from 1, dict or `Drop`)
     "The rows of a file as they are, in order, a few in memory at a time; a line that is no JSON object comes as a `Drop`. Raises `SpecsError` for a broken file."
     import pyarrow as pa, pyarrow.parquet as pq
+
     if file.suffix == ".parquet":
         n = 0
         try:
             with pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as f:
                 for batch in f.iter_batches(batch_size=16):
-                    for i in range(len(batch)): n += 1; yield n, batch.slice(i, 1)
-        except (pa.ArrowException, OSError) as e: raise SpecsError(f"{file} can't be read behind row {n} ({str(e).splitlines()[0]}): fetch it again, or take it out of the folder") from None
-    elif file.suffix == ".json": yield from enumerate(_json(file), 1)
+                    for i in range(len(batch)):
+                        n += 1
+                        yield n, batch.slice(i, 1)
+        except (pa.ArrowException, OSError) as e:
+            raise SpecsError(
+                f"{file} can't be read behind row {n} ({str(e).splitlines()[0]}): fetch it again, or take it"
+                " out of the folder"
+            ) from None
+    elif file.suffix == ".json":
+        yield from enumerate(_json(file), 1)
     else:
         with open(file, encoding="utf-8", errors="replace") as f:
             for n, line in enumerate(f, 1):
-                if line.strip(): yield n, _line(line)
+                if line.strip():
+                    yield n, _line(line)
+
 
 def _line(line):
-    try: d = json.loads(line)
-    except (ValueError, RecursionError) as e: return Drop("it is no valid JSON", e)
+    try:
+        d = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        return Drop("it is no valid JSON", e)
     return d if isinstance(d, dict) else Drop("it is no JSON object", line[:80])
 
+
 def unpack(
-    raw,     # from `raw_rows`
-)->dict:     # a row as it is
+    raw,  # from `raw_rows`
+) -> dict:  # a row as it is
     "A raw row as a dictionary; rows of a Parquet file stay packed until they are wanted. Raises `Drop`."
-    if isinstance(raw, Drop): raise raw
+    if isinstance(raw, Drop):
+        raise raw
     return raw if isinstance(raw, dict) else raw.to_pylist()[0]
 
 # %% ../nbs/24_sources.ipynb #f9532679
 def data_files(
-    path:Path,  # a file or a folder
-)->list:        # of files, in order
+    path: Path,  # a file or a folder
+) -> list:  # of files, in order
     "The data files of a source; raises `SpecsError` if there is none."
-    if path.is_file(): found = [path]
-    else: found = next((f for end in ("parquet", "jsonl", "json") if (f := sorted(p for p in path.rglob(f"*.{end}") if not any(s.startswith(".") for s in p.relative_to(path).parts)))), [])
+    if path.is_file():
+        found = [path]
+    else:
+        found = next(
+            (
+                f
+                for end in ("parquet", "jsonl", "json")
+                if (
+                    f := sorted(
+                        p
+                        for p in path.rglob(f"*.{end}")
+                        if not any(s.startswith(".") for s in p.relative_to(path).parts)
+                    )
+                )
+            ),
+            [],
+        )
     if not found or found[0].suffix not in (".parquet", ".jsonl", ".json"):
-        raise SpecsError(f"{path} is no data set: there is no data.jsonl, Parquet, JSON lines or JSON file in it")
+        raise SpecsError(
+            f"{path} is no data set: there is no data.jsonl, Parquet, JSON lines or JSON file in it"
+        )
     return found
 
+
 def is_test(
-    file:Path,  # a data file
-    path:Path,  # what the user named: it, or a folder above
-)->bool:        # of a test split, by its folder or name?
+    file: Path,  # a data file
+    path: Path,  # what the user named: it, or a folder above
+) -> bool:  # of a test split, by its folder or name?
     "Does a file say that it is for testing?"
     root = path if path.is_dir() else path.parent
-    return root.name == "test" or "test" in file.relative_to(root).parts[:-1] or bool(re.match(r"test(?:mini)?[_.-]", file.name))
+    return (
+        root.name == "test"
+        or "test" in file.relative_to(root).parts[:-1]
+        or bool(re.match(r"test(?:mini)?[_.-]", file.name))
+    )
 
 # %% ../nbs/24_sources.ipynb #afeb05c6
-SCHEMAS = {"orsta": ({"data_source", "images", "prompt", "reward_model"}, draft_orsta),
-           "virl39k": ({"qid", "question", "answer", "image"}, draft_virl39k),
-           "mathvista": ({"pid", "question", "answer", "choices", "answer_type"}, draft_mathvista),
-           "mapped": ({"question", "answer"}, draft_mapped)}
+SCHEMAS = {
+    "orsta": ({"data_source", "images", "prompt", "reward_model"}, draft_orsta),
+    "virl39k": ({"qid", "question", "answer", "image"}, draft_virl39k),
+    "mathvista": ({"pid", "question", "answer", "choices", "answer_type"}, draft_mathvista),
+    "mapped": ({"question", "answer"}, draft_mapped),
+}
+
 
 def schema_of(
-    file:Path,   # a data file
-)->tuple:        # (name of the schema or None, its columns)
+    file: Path,  # a data file
+) -> tuple:  # (name of the schema or None, its columns)
     "The schema of a file, by its columns."
     first = next((r for _, r in raw_rows(file)), None)
     columns = set(unpack(first)) if first is not None and not isinstance(first, Drop) else set()
@@ -360,142 +577,252 @@ def schema_of(
 
 # %% ../nbs/24_sources.ipynb #135d90ec
 def lot(
-    seed:int,   # of the data
-    where:str,  # file and row
-)->float:       # from 0 to 1
+    seed: int,  # of the data
+    where: str,  # file and row
+) -> float:  # from 0 to 1
     "A row's lot: the same on any machine, and unrelated to its place."
     return int.from_bytes(hashlib.blake2b(f"{seed}/{where}".encode(), digest_size=4).digest()) / 2**32
+
 
 @dataclass
 class Source:
     "Where rows come from"
-    name: str              # the schema
-    files: list            # of files; of a `datasets` stream its one name
-    folder: Path           # image paths lie below it
-    draft: object          # function of (row, columns) that gives a draft
-    columns: dict          # our name → theirs
-    total: int = None      # rows, if that can be known
+
+    name: str  # the schema
+    files: list  # of files; of a `datasets` stream its one name
+    folder: Path  # image paths lie below it
+    draft: object  # function of (row, columns) that gives a draft
+    columns: dict  # our name → theirs
+    total: int = None  # rows, if that can be known
     ordered: bool = False  # keep the order, as in a folder of your own
     stream: object = None  # a function that gives an iterable of rows, for `datasets`
-    left_out: tuple = ()   # files of a test split
+    left_out: tuple = ()  # files of a test split
 
     def raw(self, low=0, high=1, seed=0):
         "Yield (file and row, raw row) of the rows whose lot is in [low, high)."
-        if self.stream: yield from ((f"{Path(self.files[0]).name} row {n}", r) for n, r in enumerate(self.stream(), 1))
+        if self.stream:
+            yield from ((f"{Path(self.files[0]).name} row {n}", r) for n, r in enumerate(self.stream(), 1))
         for file in [] if self.stream else self.files:
             at = file.relative_to(self.folder) if file.is_relative_to(self.folder) else file.name
             unit = "row" if file.suffix == ".parquet" else "line"
             for n, r in raw_rows(file):
                 where = f"{at} {unit} {n}"
-                if low <= 0 and high >= 1 or low <= lot(seed, where) < high: yield (f"{file} line {n}" if self.ordered else where), r
+                if low <= 0 and high >= 1 or low <= lot(seed, where) < high:
+                    yield (f"{file} line {n}" if self.ordered else where), r
 
 # %% ../nbs/24_sources.ipynb #ebeeac8d
 NAMED = ("orsta", "virl39k", "mathvista", "datasets")
 
+
 def open_source(
-    data:DataConfig,    # `source`, `path`, …
-    role:str="train",   # `train`, or `test` for `data.test`
-)->Source:              # not read yet
+    data: DataConfig,  # `source`, `path`, …
+    role: str = "train",  # `train`, or `test` for `data.test`
+) -> Source:  # not read yet
     "The source that a configuration names; raises `SpecsError` if it isn't there, is of no known schema or must not be trained on."
     name, where = (data.source, data.path) if role == "train" else ("", data.test)
-    if name in NAMED and not where: raise SpecsError(f"data.source is {name}: say where it lies with data.path" + (", a folder or a name that datasets knows" if name == "datasets" else ""))
-    if name and name not in NAMED and data.path: raise SpecsError(f"data.path is for {', '.join(NAMED)}, and data.source is {name}: leave one of them out")
-    if name and name != "datasets" and data.subset: raise SpecsError("data.subset is for data.source=datasets")
-    if name == "datasets": return _open_datasets(data)
-    path, key = (Path(where), "data.path" if role == "train" else "data.test") if name in NAMED or role == "test" else (Path(name), "data.source")
+    if name in NAMED and not where:
+        raise SpecsError(
+            f"data.source is {name}: say where it lies with data.path"
+            + (", a folder or a name that datasets knows" if name == "datasets" else "")
+        )
+    if name and name not in NAMED and data.path:
+        raise SpecsError(
+            f"data.path is for {', '.join(NAMED)}, and data.source is {name}: leave one of them out"
+        )
+    if name and name != "datasets" and data.subset:
+        raise SpecsError("data.subset is for data.source=datasets")
+    if name == "datasets":
+        return _open_datasets(data)
+    path, key = (
+        (Path(where), "data.path" if role == "train" else "data.test")
+        if name in NAMED or role == "test"
+        else (Path(name), "data.source")
+    )
     if not path.exists():
-        hint = "" if key != "data.source" or "/" in name or len(name) < 4 else f" ({h})" if "mean" in (h := nearest(name, (*NAMED, "world"))) else ""
-        raise SpecsError(f"{key} is {path}, and there is no {path / 'data.jsonl'} and no other data set{hint}: give a folder or file, world, or one of {', '.join(NAMED)} with data.path")
+        hint = (
+            ""
+            if key != "data.source" or "/" in name or len(name) < 4
+            else f" ({h})" if "mean" in (h := nearest(name, (*NAMED, "world"))) else ""
+        )
+        raise SpecsError(
+            f"{key} is {path}, and there is no {path / 'data.jsonl'} and no other data set{hint}: give a"
+            f" folder or file, world, or one of {', '.join(NAMED)} with data.path"
+        )
     own = path / ("data.jsonl" if role == "train" else "test.jsonl")
-    if own.exists() and name not in NAMED: return Source("folder", [own], path, draft_mapped, data.columns if role == "train" else {}, count_rows(own), ordered=True)
-    return _open_files(path, name if name in NAMED else None, data.columns if role == "train" else {}, role, key)
+    if own.exists() and name not in NAMED:
+        return Source(
+            "folder",
+            [own],
+            path,
+            draft_mapped,
+            data.columns if role == "train" else {},
+            count_rows(own),
+            ordered=True,
+        )
+    return _open_files(
+        path, name if name in NAMED else None, data.columns if role == "train" else {}, role, key
+    )
 
 # %% ../nbs/24_sources.ipynb #af631037
 def _open_files(path, name, columns, role, key):
     found = data_files(path)
-    good = [f for f in found if not is_test(f, path)] if role == "train" else [f for f in found if is_test(f, path)] or found
+    good = (
+        [f for f in found if not is_test(f, path)]
+        if role == "train"
+        else [f for f in found if is_test(f, path)] or found
+    )
     schema, has = schema_of((good or found)[0])
     if role == "train" and "orsta" in (schema, name) and not good:
-        raise SpecsError(f"{path} is Orsta's test split, which holds samples of MEGA-Bench: never train on it. Its train/ is for training; data.test may be the test split")
-    if columns and name is None and not (schema == "virl39k" and set(columns) <= {"pass_rate"}): schema = "mapped"
-    if name and schema != name: raise SpecsError(f"{key}: {found[0]} is not in the schema of {name}; missing are {', '.join(sorted(SCHEMAS[name][0] - has))}")
-    if schema == "mapped": _check_columns(columns, has, found[0])
-    if schema is None: raise SpecsError(f"{key}: {found[0]} is in no known schema. Its columns are {', '.join(sorted(has))}: map ours to them, as in data.columns={{question: …, answer: …, images: …}}")
+        raise SpecsError(
+            f"{path} is Orsta's test split, which holds samples of MEGA-Bench: never train on it. Its train/"
+            " is for training; data.test may be the test split"
+        )
+    if columns and name is None and not (schema == "virl39k" and set(columns) <= {"pass_rate"}):
+        schema = "mapped"
+    if name and schema != name:
+        raise SpecsError(
+            f"{key}: {found[0]} is not in the schema of {name}; missing are"
+            f" {', '.join(sorted(SCHEMAS[name][0] - has))}"
+        )
+    if schema == "mapped":
+        _check_columns(columns, has, found[0])
+    if schema is None:
+        raise SpecsError(
+            f"{key}: {found[0]} is in no known schema. Its columns are {', '.join(sorted(has))}: map ours to"
+            " them, as in data.columns={question: …, answer: …, images: …}"
+        )
     files = good or found
     for f in files[1:]:
-        if schema != "mapped" and schema_of(f)[0] != schema: raise SpecsError(f"{key}: {files[0].name} is in the schema of {schema} and {f.name} is not: keep one set a folder")
+        if schema != "mapped" and schema_of(f)[0] != schema:
+            raise SpecsError(
+                f"{key}: {files[0].name} is in the schema of {schema} and {f.name} is not: keep one set a"
+                " folder"
+            )
     root = path if path.is_dir() else path.parent
-    return Source(schema, files, root, SCHEMAS[schema][1], columns, sum(map(count_rows, files)), left_out=tuple(f for f in found if f not in files))
+    return Source(
+        schema,
+        files,
+        root,
+        SCHEMAS[schema][1],
+        columns,
+        sum(map(count_rows, files)),
+        left_out=tuple(f for f in found if f not in files),
+    )
+
 
 def _check_columns(columns, has, what):
     for ours, theirs in columns.items():
-        if ours not in OURS: raise SpecsError(f"data.columns: we have no {ours!r}; {nearest(str(ours), OURS)}")
-        if not isinstance(theirs, str): raise SpecsError(f"data.columns.{ours} must be the name of a column, not {theirs!r}")
-        if theirs.split(".")[0] not in has: raise SpecsError(f"data.columns.{ours}: {what} has no column {theirs!r}; {nearest(theirs, has)}")
+        if ours not in OURS:
+            raise SpecsError(f"data.columns: we have no {ours!r}; {nearest(str(ours), OURS)}")
+        if not isinstance(theirs, str):
+            raise SpecsError(f"data.columns.{ours} must be the name of a column, not {theirs!r}")
+        if theirs.split(".")[0] not in has:
+            raise SpecsError(f"data.columns.{ours}: {what} has no column {theirs!r}; {nearest(theirs, has)}")
     for must in ("question", "answer"):
-        if must not in columns and must not in has: raise SpecsError(f"{what} has no column {must!r}: name its own in data.columns.{must}; it has {', '.join(sorted(has))}")
+        if must not in columns and must not in has:
+            raise SpecsError(
+                f"{what} has no column {must!r}: name its own in data.columns.{must}; it has"
+                f" {', '.join(sorted(has))}"
+            )
 
 # %% ../nbs/24_sources.ipynb #4f8582e7
 def _open_datasets(data):
     path = Path(data.path)
     saved = path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists())
+
     def stream():
         from datasets import load_dataset, load_from_disk
+
         try:
-            if saved: ds = load_from_disk(str(path))
-            elif path.is_file(): ds = load_dataset(path.suffix[1:].replace("jsonl", "json"), data_files={data.split: str(path)}, split=data.split, streaming=True)
-            else: ds = load_dataset(data.path, data.subset or None, split=data.split, streaming=True)
-            if saved and isinstance(ds, dict): ds = ds[data.split]
-            if saved: ds = ds.to_iterable_dataset()
+            if saved:
+                ds = load_from_disk(str(path))
+            elif path.is_file():
+                ds = load_dataset(
+                    path.suffix[1:].replace("jsonl", "json"),
+                    data_files={data.split: str(path)},
+                    split=data.split,
+                    streaming=True,
+                )
+            else:
+                ds = load_dataset(data.path, data.subset or None, split=data.split, streaming=True)
+            if saved and isinstance(ds, dict):
+                ds = ds[data.split]
+            if saved:
+                ds = ds.to_iterable_dataset()
             return ds.decode(False) if ds.features else ds
         except Exception as e:  # of the network, the files, the names
-            raise SpecsError(f"datasets can't load {data.path!r}, split {data.split!r}" + (f", subset {data.subset!r}" if data.subset else "") +
-                             f" ({' '.join(str(e).split())[:200]}): check data.path, data.subset and data.split") from None
+            raise SpecsError(
+                f"datasets can't load {data.path!r}, split {data.split!r}"
+                + (f", subset {data.subset!r}" if data.subset else "")
+                + f" ({' '.join(str(e).split())[:200]}): check data.path, data.subset and data.split"
+            ) from None
+
     ds = stream()
     first = next(iter(ds), None)
-    if first is None: raise SpecsError(f"{data.path}, split {data.split}, is empty")
-    name = next((n for n, (needs, _) in SCHEMAS.items() if needs <= set(first)), "mapped") if not data.columns else "mapped"
-    if name == "mapped": _check_columns(data.columns, set(first), data.path)
-    if name == "orsta" and data.split != "train": raise SpecsError(f"{data.path}: Orsta's {data.split} split holds samples of MEGA-Bench: never train on it; set data.split=train")
+    if first is None:
+        raise SpecsError(f"{data.path}, split {data.split}, is empty")
+    name = (
+        next((n for n, (needs, _) in SCHEMAS.items() if needs <= set(first)), "mapped")
+        if not data.columns
+        else "mapped"
+    )
+    if name == "mapped":
+        _check_columns(data.columns, set(first), data.path)
+    if name == "orsta" and data.split != "train":
+        raise SpecsError(
+            f"{data.path}: Orsta's {data.split} split holds samples of MEGA-Bench: never train on it; set"
+            " data.split=train"
+        )
     shuffled = lambda: iter(stream().shuffle(seed=derive_seed(data.seed, "datasets"), buffer_size=256))
     return Source(name, [data.path], path, SCHEMAS[name][1], data.columns, stream=shuffled)
 
 # %% ../nbs/24_sources.ipynb #ee628194
 NEAR_BITS, NEAR_SHADES, THUMB = 20, 50, (32, 32)  # of 64 bits; of 255, where two thumbnails differ most
 
+
 def fingerprint_of(
-    img,     # a PIL image, RGB
-)->tuple:    # (64 bits as an integer, a thumbnail as 3072 bytes)
+    img,  # a PIL image, RGB
+) -> tuple:  # (64 bits as an integer, a thumbnail as 3072 bytes)
     "What near-duplicates are found by; needs the `data` extra."
-    try: import imagehash
-    except ImportError: raise SpecsError("data.decontaminate needs imagehash: pip install 'specs_nb[data]', or data.decontaminate_by=[question]") from None
+    try:
+        import imagehash
+    except ImportError:
+        raise SpecsError(
+            "data.decontaminate needs imagehash: pip install 'specs_nb[data]', or"
+            " data.decontaminate_by=[question]"
+        ) from None
     from PIL import Image
+
     return int(str(imagehash.phash(img)), 16), img.resize(THUMB, Image.BOX).tobytes()
 
+
 def alike(
-    a:tuple,  # from `fingerprint_of`
-    b:tuple,  # another
-)->bool:      # near-duplicates?
+    a: tuple,  # from `fingerprint_of`
+    b: tuple,  # another
+) -> bool:  # near-duplicates?
     "Do two pictures look the same?"
     import numpy as np
-    if (a[0] ^ b[0]).bit_count() > NEAR_BITS: return False
+
+    if (a[0] ^ b[0]).bit_count() > NEAR_BITS:
+        return False
     x, y = (np.frombuffer(t, np.uint8).astype(np.int16) for t in (a[1], b[1]))
     return bool(abs(x - y).max() <= NEAR_SHADES)
 
 # %% ../nbs/24_sources.ipynb #f030793c
 def stem(
-    question:str,  # with or without choices
-)->str:            # its words
+    question: str,  # with or without choices
+) -> str:  # its words
     "What two questions are compared by."
     text = _PLACE.sub(" ", question)
     at = find_choices(text)[1]
     text = re.sub(r"\b(?:choices|options)\s*:?\s*$", "", (text[:at] if at else text).strip(), flags=re.I)
     return " ".join(re.findall(r"\w+|[-+*/=<>^%√]", text.lower()))
 
+
 def options(
-    question:str,  # perhaps with choices in it
+    question: str,  # perhaps with choices in it
     choices=None,  # texts, if they are apart
-)->tuple:          # of words, or None
+) -> tuple:  # of words, or None
     "The choices of a question, to compare."
     found = choices or find_choices(question)[0]
     return tuple(stem(c) for c in found) if found else None
@@ -504,100 +831,140 @@ def options(
 def _parts(d):
     "Questions and images of a benchmark's row, whatever its schema"
     prompt = d.get("prompt")
-    texts = [d.get(k) for k in ("question", "problem", "question_for_eval", "task_description")] + [m.get("content") for m in prompt or [] if isinstance(m, dict)]
+    texts = [d.get(k) for k in ("question", "problem", "question_for_eval", "task_description")] + [
+        m.get("content") for m in prompt or [] if isinstance(m, dict)
+    ]
     images = []
     for k, v in d.items():
         named = "image" in k.lower()
         for x in v if isinstance(v, list) else [v]:
-            if isinstance(x, dict) and x.get("bytes") or isinstance(x, bytes) and named: images.append(x)
-            elif named and (isinstance(x, dict) and x.get("path") or isinstance(x, str) and re.search(r"\.(?:png|jpe?g|webp|gif|bmp)$", x, re.I)): images.append(x)
-    if any(not isinstance(x, str) for x in images): images = [x for x in images if not isinstance(x, str)]  # a path beside the bytes is its name
+            if isinstance(x, dict) and x.get("bytes") or isinstance(x, bytes) and named:
+                images.append(x)
+            elif named and (
+                isinstance(x, dict)
+                and x.get("path")
+                or isinstance(x, str)
+                and re.search(r"\.(?:png|jpe?g|webp|gif|bmp)$", x, re.I)
+            ):
+                images.append(x)
+    # a path beside the bytes is its name
+    if any(not isinstance(x, str) for x in images):
+        images = [x for x in images if not isinstance(x, str)]
     return [t for t in texts if isinstance(t, str) and stem(t)], images
 
 # %% ../nbs/24_sources.ipynb #06fc56f6
 def benchmark_rows(
-    path:Path,  # a file or folder of a benchmark
-):              # yields (file and row, questions, choices or None, images, folder)
+    path: Path,  # a file or folder of a benchmark
+):  # yields (file and row, questions, choices or None, images, folder)
     "What a benchmark asks and shows, row by row; raises `SpecsError` if there is nothing to read."
-    if not path.exists(): raise SpecsError(f"data.decontaminate: there is no {path}")
+    if not path.exists():
+        raise SpecsError(f"data.decontaminate: there is no {path}")
     for file in data_files(path):
         for n, raw in raw_rows(file):
-            if isinstance(raw, Drop): continue
+            if isinstance(raw, Drop):
+                continue
             d = unpack(raw)
-            try: choices = _texts(d.get("choices") or d.get("options"))
-            except Drop: choices = None
+            try:
+                choices = _texts(d.get("choices") or d.get("options"))
+            except Drop:
+                choices = None
             texts, images = _parts(d)
             yield f"{path.name} row {n}", texts, choices, images, path if path.is_dir() else path.parent
 
 # %% ../nbs/24_sources.ipynb #14ddba3c
 class Guard:
     "What benchmarks hold, as hashes, to keep it out of training"
+
     def __init__(
         self,
-        paths,                     # files or folders of benchmarks
+        paths,  # files or folders of benchmarks
         by=("image", "question"),  # what counts
-        max_pixels:int=40_000_000, # of one image
+        max_pixels: int = 40_000_000,  # of one image
     ):
         import numpy as np
-        self.by, self.questions, self.hashes, self.thumbs, self.names, self.unread = by, {}, [], [], [], 0  # (stem, choices) → where; choices None, or any
+
+        # (stem, choices) → where; choices None, or any
+        self.by, self.questions, self.hashes, self.thumbs, self.names, self.unread = by, {}, [], [], [], 0
         for path in map(Path, paths):
             before = len(self.questions) + len(self.hashes)
             for where, texts, choices, images, folder in benchmark_rows(path):
                 for t in texts:
-                    for c in {options(t, choices), "any"}: self.questions.setdefault((stem(t), c), where)
-                if "image" in self.by: self._look(images, folder, where, max_pixels)
-            if before == len(self.questions) + len(self.hashes): raise SpecsError(f"data.decontaminate: no question and no picture can be found in {path}")
+                    for c in {options(t, choices), "any"}:
+                        self.questions.setdefault((stem(t), c), where)
+                if "image" in self.by:
+                    self._look(images, folder, where, max_pixels)
+            if before == len(self.questions) + len(self.hashes):
+                raise SpecsError(f"data.decontaminate: no question and no picture can be found in {path}")
         self._bits = np.array(self.hashes, np.uint64)
 
     def _look(self, images, folder, where, max_pixels):
         for item in images:
-            try: p = fingerprint_of(pictures([item], folder, max_pixels)[0].image)
-            except Drop: self.unread += 1; continue
-            self.hashes.append(p[0]); self.thumbs.append(p[1]); self.names.append(where)
+            try:
+                p = fingerprint_of(pictures([item], folder, max_pixels)[0].image)
+            except Drop:
+                self.unread += 1
+                continue
+            self.hashes.append(p[0])
+            self.thumbs.append(p[1])
+            self.names.append(where)
 
     def check(self, row):
         "Raise `Drop` if a row (with `Picture`s) resembles a row of a benchmark."
         import numpy as np
+
         if "question" in self.by:
             words, c = stem(row["question"]), options(row["question"], row["choices"])
             hit = self.questions.get((words, c or "any")) or self.questions.get((words, None))
-            if hit: raise Unwanted("its question is in a benchmark", f"{hit}: {row['question']}")
+            if hit:
+                raise Unwanted("its question is in a benchmark", f"{hit}: {row['question']}")
         for p in row["images"] if "image" in self.by and self.hashes else []:
             bits, thumb = fingerprint_of(p.image)
             for i in np.flatnonzero(np.bitwise_count(self._bits ^ np.uint64(bits)) <= NEAR_BITS):
-                if alike((bits, thumb), (self.hashes[i], self.thumbs[i])): raise Unwanted("its picture is in a benchmark", self.names[i])
+                if alike((bits, thumb), (self.hashes[i], self.thumbs[i])):
+                    raise Unwanted("its picture is in a benchmark", self.names[i])
 
     def __str__(self):
-        return f"guarded against {len({w for w, _ in self.questions})} questions and {len(self.hashes)} pictures" + (f" ({self.unread} pictures could not be read)" if self.unread else "")
+        return (
+            f"guarded against {len({w for w, _ in self.questions})} questions and {len(self.hashes)} pictures"
+            + (f" ({self.unread} pictures could not be read)" if self.unread else "")
+        )
 
 # %% ../nbs/24_sources.ipynb #61e3bed1
-HINTS = {"an image is missing": "unpack the set's images into the folder",
-         "no pass rate of it is known": "measure it with data.pass_rate_samples=4, or name its column in data.columns.pass_rate",
-         "it has no answer": "is this a split whose answers are hidden?",
-         "its answer is none of its choices": "are the choices in another column? See data.columns.choices"}
+HINTS = {
+    "an image is missing": "unpack the set's images into the folder",
+    "no pass rate of it is known": (
+        "measure it with data.pass_rate_samples=4, or name its column in data.columns.pass_rate"
+    ),
+    "it has no answer": "is this a split whose answers are hidden?",
+    "its answer is none of its choices": "are the choices in another column? See data.columns.choices",
+}
+
 
 def none_left(
-    source:Source,  # what was read
-    tally:Tally,    # what became of it
-)->str:             # a sentence for an error
+    source: Source,  # what was read
+    tally: Tally,  # what became of it
+) -> str:  # a sentence for an error
     "Why nothing is left, and what may help."
-    if not tally.read: return f"{source.files[0]} is empty: write one JSON object a line, with question, answer and images"
+    if not tally.read:
+        return f"{source.files[0]} is empty: write one JSON object a line, with question, answer and images"
     reasons = "; ".join(f"{n} × {r}, as in {tally.examples[r][0]}" for r, n in tally.dropped.most_common(3))
     hint = HINTS.get(next(iter(dict(tally.dropped.most_common(1))), ""), "")
-    return f"none of {tally.read} rows of {source.files[0]} is of use: {reasons}" + (f": {hint}" if hint else "")
+    return f"none of {tally.read} rows of {source.files[0]} is of use: {reasons}" + (
+        f": {hint}" if hint else ""
+    )
 
 # %% ../nbs/24_sources.ipynb #3e9b6524
 def stream(
-    source:Source,     # from `open_source`
-    data:DataConfig,   # limits
-    tally:Tally,       # counts
-    guard:Guard=None,  # benchmarks to keep out
-    stop:bool=False,   # end at the first bad row
-    low:float=0,       # lowest lot
-    high:float=1,      # lots below it
-    seen:set=None,     # keys of rows that came before
-    limits:bool=True,  # apply `data.pass_rate`
-):                     # yields rows with `Picture`s
+    source: Source,  # from `open_source`
+    data: DataConfig,  # limits
+    tally: Tally,  # counts
+    guard: Guard = None,  # benchmarks to keep out
+    stop: bool = False,  # end at the first bad row
+    low: float = 0,  # lowest lot
+    high: float = 1,  # lots below it
+    seen: set = None,  # keys of rows that came before
+    limits: bool = True,  # apply `data.pass_rate`
+):  # yields rows with `Picture`s
     "Valid rows, one after the other; raises `SpecsError` at a bad row with `stop`, and where it is plain that none will be of use."
     seen = set() if seen is None else seen
     for where, raw in source.raw(low, high, data.seed):
@@ -605,38 +972,71 @@ def stream(
         try:
             draft = _drafted(source, raw)
             row = finish(draft, where, source.folder, data, limits)
-            key = fingerprint(stem(row["question"]), options(row["question"], row["choices"]), [pixel_digest(p.image) for p in row["images"]])
-            if key in seen: raise Unwanted("it was there before", row["question"])
-            if guard: guard.check(row)
+            key = fingerprint(
+                stem(row["question"]),
+                options(row["question"], row["choices"]),
+                [pixel_digest(p.image) for p in row["images"]],
+            )
+            if key in seen:
+                raise Unwanted("it was there before", row["question"])
+            if guard:
+                guard.check(row)
         except Drop as e:
-            if stop and e.bad: raise SpecsError(f"{where}: {_sentence(e)}. Mend it, or count such rows and go on with data.bad_rows=drop") from None
+            if stop and e.bad:
+                raise SpecsError(
+                    f"{where}: {_sentence(e)}. Mend it, or count such rows and go on with data.bad_rows=drop"
+                ) from None
             tally.drop(where, e)
-            if tally.read == 200 and not tally.kept and len(tally.dropped) == 1 and e.reason in HINTS: raise SpecsError(none_left(source, tally))
+            if tally.read == 200 and not tally.kept and len(tally.dropped) == 1 and e.reason in HINTS:
+                raise SpecsError(none_left(source, tally))
             continue
         seen.add(key)
-        if "\\boxed" in str(draft["answer"]) and not boxed(str(draft["answer"])): tally.notes["had an answer whose box wasn't closed, and is now"] += 1
+        if "\\boxed" in str(draft["answer"]) and not boxed(str(draft["answer"])):
+            tally.notes["had an answer whose box wasn't closed, and is now"] += 1
         tally.keep(row)
         yield row
 
+
 def _drafted(source, raw):
-    try: return source.draft(unpack(raw), source.columns)
-    except (KeyError, TypeError, AttributeError, ValueError) as e: raise Drop("its columns don't hold what they should", f"{type(e).__name__}: {e}") from None
+    try:
+        return source.draft(unpack(raw), source.columns)
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise Drop("its columns don't hold what they should", f"{type(e).__name__}: {e}") from None
+
 
 def _sentence(e):
     return f"{e.reason} ({e.detail})" if e.detail else e.reason
 
 # %% ../nbs/24_sources.ipynb #f5158a9b
 def digest(
-    data:DataConfig,  # which source
-)->list:              # of what identifies its files
+    data: DataConfig,  # which source
+) -> list:  # of what identifies its files
     "Names and contents of a source's files, without its pictures; of a file of more than 64 MB, its size, beginning and end."
     out, size = [], 2**25
-    for path in map(Path, [p for p in (data.source if data.source not in NAMED else data.path, data.test, *data.decontaminate) if p]):
-        if not path.exists() or data.source == "world" and str(path) == "world": continue
-        for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".parquet", ".jsonl", ".json", ".arrow") and p.is_file()):
+    for path in map(
+        Path,
+        [
+            p
+            for p in (data.source if data.source not in NAMED else data.path, data.test, *data.decontaminate)
+            if p
+        ],
+    ):
+        if not path.exists() or data.source == "world" and str(path) == "world":
+            continue
+        for file in (
+            [path]
+            if path.is_file()
+            else sorted(
+                p
+                for p in path.rglob("*")
+                if p.suffix in (".parquet", ".jsonl", ".json", ".arrow") and p.is_file()
+            )
+        ):
             with open(file, "rb") as f:
                 h, n = hashlib.sha256(f.read(size)), file.stat().st_size
-                if n > size: f.seek(max(size, n - size)); h.update(f.read())
+                if n > size:
+                    f.seek(max(size, n - size))
+                    h.update(f.read())
             out.append([file.name, n, h.hexdigest()[:16]])
     return out
 
@@ -645,37 +1045,49 @@ def _wanted(source, data, n, tally, guard, stop, limits, path):
     "Write about `n` rows, drawn by lot, to `path`; give how many there are"
     seen, low, bar = set(), 0.0, Progress("data", min(n, source.total or n))
     high = min(1.0, 1.1 * n / source.total) if source.total and not source.ordered else 1.0
+
     def rows():
         nonlocal low, high
         while True:
             for row in stream(source, data, tally, guard, stop, low, high, seen, limits):
                 bar.update(tally.kept <= n)
                 yield row
-            if tally.kept >= n or high >= 1: return
+            if tally.kept >= n or high >= 1:
+                return
             missing = (n - tally.kept) * tally.read / max(1, tally.kept)
-            low, high = high, min(1.0, high + max(.01, 1.1 * missing / source.total))
+            low, high = high, min(1.0, high + max(0.01, 1.1 * missing / source.total))
+
     found = rows()
-    try: return write_rows(islice(found, n) if source.ordered or source.stream else found, path)
-    finally: bar.close()
+    try:
+        return write_rows(islice(found, n) if source.ordered or source.stream else found, path)
+    finally:
+        bar.close()
+
 
 def _copy(path, order, to):
     "The rows of an Arrow file in another order, a few in memory at a time"
     import pyarrow as pa
     from specs_nb.core import atomic
+
     table = Rows(path).all.with_format("arrow")
-    with atomic(to) as part, pa.OSFile(str(part), "wb") as f, pa.ipc.new_stream(f, features().arrow_schema) as out:
+    with (
+        atomic(to) as part,
+        pa.OSFile(str(part), "wb") as f,
+        pa.ipc.new_stream(f, features().arrow_schema) as out,
+    ):
         for i in range(0, len(order), 32):
-            for batch in table[order[i:i + 32]].to_batches(): out.write_batch(batch)
+            for batch in table[order[i : i + 32]].to_batches():
+                out.write_batch(batch)
     return len(order)
 
 # %% ../nbs/24_sources.ipynb #ca496847
 def part(
-    keys:list,    # for each row its picture's digests, or its question if it has none
-    n_test:int,   # rows to hold out
-    n_train:int,  # rows to train from
-    seed:int,     # of the lots
-    taken=(),     # digests of a test that lies elsewhere
-)->tuple:         # (numbers for training, numbers for the test, rows left out since they share a picture)
+    keys: list,  # for each row its picture's digests, or its question if it has none
+    n_test: int,  # rows to hold out
+    n_train: int,  # rows to train from
+    seed: int,  # of the lots
+    taken=(),  # digests of a test that lies elsewhere
+) -> tuple:  # (numbers for training, numbers for the test, rows left out since they share a picture)
     "Divide rows so that no picture is on both sides."
     order = random.Random(seed).sample(range(len(keys)), len(keys))
     test, rest = order[:n_test], order[n_test:]
@@ -685,21 +1097,31 @@ def part(
 
 # %% ../nbs/24_sources.ipynb #8599fa59
 def prepare(
-    data:DataConfig,  # the source and its limits
-    out,              # folder for `train.arrow`, `test.arrow`, `report.json`
-)->dict:              # what is in report.json
+    data: DataConfig,  # the source and its limits
+    out,  # folder for `train.arrow`, `test.arrow`, `report.json`
+) -> dict:  # what is in report.json
     "Stream a source into Arrow files, unless that was done; raises `SpecsError` for a source or rows that are of no use."
     from specs_nb import __version__
-    out, mine = Path(out), {k: v for k, v in asdict(data).items() if k not in ("format", "ood_formats", "pass_rate_samples")}
-    if data.pass_rate_samples: mine["pass_rate"] = []  # measured later, on prepared rows
+
+    out, mine = Path(out), {
+        k: v for k, v in asdict(data).items() if k not in ("format", "ood_formats", "pass_rate_samples")
+    }
+    if data.pass_rate_samples:
+        mine["pass_rate"] = []  # measured later, on prepared rows
     key, report = fingerprint(__version__, mine, digest(data)), read_json(out / "report.json")
-    if report and report["key"] == key and all((out / f).exists() for f in report["files"]): return report
+    if report and report["key"] == key and all((out / f).exists() for f in report["files"]):
+        return report
     start, source = time.monotonic(), open_source(data)
     out.mkdir(parents=True, exist_ok=True)
     guard = Guard(data.decontaminate, data.decontaminate_by, data.max_pixels) if data.decontaminate else None
     stop = data.bad_rows == "stop" or data.bad_rows == "auto" and source.ordered
     report = _prepare(data, out, source, guard, stop)
-    report.update(key=key, seconds=round(time.monotonic() - start, 1), guard=str(guard) if guard else None, left_out=[f.name for f in source.left_out])
+    report.update(
+        key=key,
+        seconds=round(time.monotonic() - start, 1),
+        guard=str(guard) if guard else None,
+        left_out=[f.name for f in source.left_out],
+    )
     write_json(out / "report.json", report)
     return report
 
@@ -707,24 +1129,62 @@ def prepare(
 def _prepare(data, out, source, guard, stop):
     held_out = not data.test and not source.ordered
     n, tallies, sizes = data.n_train + data.n_test * held_out, {"train": Tally()}, {}
-    total, t = _wanted(source, data, n, tallies["train"], guard, stop, True, out / "all.arrow"), tallies["train"]
-    if not total: raise SpecsError(none_left(source, t))
+    total, t = (
+        _wanted(source, data, n, tallies["train"], guard, stop, True, out / "all.arrow"),
+        tallies["train"],
+    )
+    if not total:
+        raise SpecsError(none_left(source, t))
     rows = Rows(out / "all.arrow")
     check_images(rows)
     others = _tests(data, out, source, stop, tallies, sizes)
     taken = [k for r in others for k in _sides(r)]
-    if source.ordered: train, test, shared = list(range(total)), [], 0
-    else: train, test, shared = part(list(_sides(rows)), min(data.n_test, max(1, total // 2)) if held_out else 0, data.n_train, derive_seed(data.seed, "split"), {k for some in taken for k in some})
-    if shared: t.notes["shared a picture with the test and were left out"] += shared
-    if source.name == "mathvista": t.notes["come from a benchmark: what is trained on them must not be tested on MathVista"] += total
-    if not train: raise SpecsError(f"all {total} rows of use share a picture with the test: give another data.test, or a lower data.n_test")
+    if source.ordered:
+        train, test, shared = list(range(total)), [], 0
+    else:
+        train, test, shared = part(
+            list(_sides(rows)),
+            min(data.n_test, max(1, total // 2)) if held_out else 0,
+            data.n_train,
+            derive_seed(data.seed, "split"),
+            {k for some in taken for k in some},
+        )
+    if shared:
+        t.notes["shared a picture with the test and were left out"] += shared
+    if source.name == "mathvista":
+        t.notes["come from a benchmark: what is trained on them must not be tested on MathVista"] += total
+    if not train:
+        raise SpecsError(
+            f"all {total} rows of use share a picture with the test: give another data.test, or a lower"
+            " data.n_test"
+        )
     sizes["train"] = _copy(out / "all.arrow", train, out / "train.arrow")
-    if test: sizes["test"] = _copy(out / "all.arrow", test, out / "test.arrow")
+    if test:
+        sizes["test"] = _copy(out / "all.arrow", test, out / "test.arrow")
     (out / "all.arrow").unlink()
-    for name, tally in tallies.items(): print(f"{source.files[0] if name == 'train' else name}:\n{tally}" + (f"\n        {guard}" if guard and name == "train" else ""))
-    if held_out and len(test) < data.n_test: print(f"        only {len(test)} rows are left for the test, data.n_test is {data.n_test}")
-    return dict(files=[f"{s}.arrow" for s in sizes], rows=sizes, source=dict(schema=source.name, files=[f.name if isinstance(f, Path) else f for f in source.files]),
-                splits={name: dict(read=t.read, of_use=t.kept, kinds=dict(t.kinds), dropped={r: dict(rows=k, examples=t.examples[r]) for r, k in t.dropped.most_common()}, notes=dict(t.notes)) for name, t in tallies.items()})
+    for name, tally in tallies.items():
+        print(
+            f"{source.files[0] if name == 'train' else name}:\n{tally}"
+            + (f"\n        {guard}" if guard and name == "train" else "")
+        )
+    if held_out and len(test) < data.n_test:
+        print(f"        only {len(test)} rows are left for the test, data.n_test is {data.n_test}")
+    return dict(
+        files=[f"{s}.arrow" for s in sizes],
+        rows=sizes,
+        source=dict(schema=source.name, files=[f.name if isinstance(f, Path) else f for f in source.files]),
+        splits={
+            name: dict(
+                read=t.read,
+                of_use=t.kept,
+                kinds=dict(t.kinds),
+                dropped={r: dict(rows=k, examples=t.examples[r]) for r, k in t.dropped.most_common()},
+                notes=dict(t.notes),
+            )
+            for name, t in tallies.items()
+        },
+    )
+
 
 def _sides(rows):
     "What must not be on both sides: for each row its pictures, or its question if it has none"
@@ -734,59 +1194,116 @@ def _sides(rows):
 def _tests(data, out, source, stop, tallies, sizes):
     "Prepare tests that have files of their own; give their rows"
     found = {}
-    if data.test: found["test"] = open_source(data, "test")
+    if data.test:
+        found["test"] = open_source(data, "test")
     elif source.ordered:
         for split in ("test", "ood_visual"):
             path = source.folder / FILES[split]
-            if path.exists(): found[split] = Source("folder", [path], source.folder, draft_mapped, data.columns, count_rows(path), ordered=True)
-            elif split == "test": raise SpecsError(f"data.source is {data.source}, but there is no {path}: give a folder with {FILES['train']} and {FILES['test']}, or name a test in data.test")
+            if path.exists():
+                found[split] = Source(
+                    "folder",
+                    [path],
+                    source.folder,
+                    draft_mapped,
+                    data.columns,
+                    count_rows(path),
+                    ordered=True,
+                )
+            elif split == "test":
+                raise SpecsError(
+                    f"data.source is {data.source}, but there is no {path}: give a folder with"
+                    f" {FILES['train']} and {FILES['test']}, or name a test in data.test"
+                )
     for split, s in found.items():
         tallies[split] = Tally()
         k = _wanted(s, data, data.n_test, tallies[split], None, stop and s.ordered, False, out / "some.arrow")
-        if not k: raise SpecsError(none_left(s, tallies[split]))
-        order = list(range(k)) if s.ordered else random.Random(derive_seed(data.seed, split)).sample(range(k), min(k, data.n_test))
+        if not k:
+            raise SpecsError(none_left(s, tallies[split]))
+        order = (
+            list(range(k))
+            if s.ordered
+            else random.Random(derive_seed(data.seed, split)).sample(range(k), min(k, data.n_test))
+        )
         sizes[split] = _copy(out / "some.arrow", order, out / f"{split}.arrow")
         (out / "some.arrow").unlink()
     return [Rows(out / f"{s}.arrow") for s in found]
 
 # %% ../nbs/24_sources.ipynb #881cf7bb
 def load_rows(
-    data:DataConfig,  # the source
-    split:str,        # `train`, `test` or `ood_visual`
-    out,              # the run's folder for data
-):                    # a list, or `Rows`
+    data: DataConfig,  # the source
+    split: str,  # `train`, `test` or `ood_visual`
+    out,  # the run's folder for data
+):  # a list, or `Rows`
     "The rows of a split; empty if the source has no `ood_visual`; raises `SpecsError`."
-    if data.source == "world" and split == "train" and (data.pass_rate and not data.pass_rate_samples or data.decontaminate):
-        raise SpecsError("the world has no pass rates and is in no benchmark: set data.pass_rate_samples to measure rates, and leave data.decontaminate empty")
-    idle = [k for k, v in dict(path=data.path, subset=data.subset, columns=data.columns, test=data.test, images=data.images != "any").items() if v]
-    if data.source == "world" and idle: raise SpecsError(f"data.{idle[0]} says nothing about the world, which is drawn: take it out, or set data.source")
-    if data.source == "world": return rows_of.load_rows("world", split, data.n_train if split == "train" else data.n_test, data.seed)
+    if (
+        data.source == "world"
+        and split == "train"
+        and (data.pass_rate and not data.pass_rate_samples or data.decontaminate)
+    ):
+        raise SpecsError(
+            "the world has no pass rates and is in no benchmark: set data.pass_rate_samples to measure rates,"
+            " and leave data.decontaminate empty"
+        )
+    idle = [
+        k
+        for k, v in dict(
+            path=data.path,
+            subset=data.subset,
+            columns=data.columns,
+            test=data.test,
+            images=data.images != "any",
+        ).items()
+        if v
+    ]
+    if data.source == "world" and idle:
+        raise SpecsError(
+            f"data.{idle[0]} says nothing about the world, which is drawn: take it out, or set data.source"
+        )
+    if data.source == "world":
+        return rows_of.load_rows("world", split, data.n_train if split == "train" else data.n_test, data.seed)
     prepare(data, out)
     path = Path(out) / f"{split}.arrow"
     return Rows(path) if path.exists() else []
 
 # %% ../nbs/24_sources.ipynb #bb9d8227
 def pass_rates(
-    rows,        # of the schema
-    texts:list,  # for each row its completions
-)->list:         # share of right answers, or None
+    rows,  # of the schema
+    texts: list,  # for each row its completions
+) -> list:  # share of right answers, or None
     "How often each question was answered right, in whatever form."
     out = []
     for row, some in zip(rows, texts, strict=True):
-        verdicts = [v for t in some if t is not None and (v := grade(find_answer(t) or "", row["answer"], row["kind"], row["choices"])) is not None]
+        verdicts = [
+            v
+            for t in some
+            if t is not None
+            and (v := grade(find_answer(t) or "", row["answer"], row["kind"], row["choices"])) is not None
+        ]
         out.append(sum(verdicts) / len(verdicts) if verdicts else None)
     return out
 
+
 def keep_within(
-    rows,        # of the schema
-    texts:list,  # for each row its completions
-    low:float,   # lowest rate
-    high:float,  # highest
-)->tuple:        # (rows, facts)
+    rows,  # of the schema
+    texts: list,  # for each row its completions
+    low: float,  # lowest rate
+    high: float,  # highest
+) -> tuple:  # (rows, facts)
     "The rows whose measured rate is in [low, high], with what became of the others; raises `SpecsError` if none is left."
     rates = pass_rates(rows, texts)
     keep = [i for i, r in enumerate(rates) if r is not None and low <= r <= high]
-    facts = dict(keep=keep, read=len(rows), kept=len(keep), too_hard=sum(r is not None and r < low for r in rates), too_easy=sum(r is not None and r > high for r in rates),
-                 no_opinion=rates.count(None), mean_rate=sum(r or 0 for r in rates) / max(1, len(rates) - rates.count(None)))
-    if not keep: raise SpecsError(f"no question has a measured pass rate in data.pass_rate = [{low}, {high}]: { {k: v for k, v in facts.items() if k != 'keep'} }. Widen it, or raise data.pass_rate_samples")
+    facts = dict(
+        keep=keep,
+        read=len(rows),
+        kept=len(keep),
+        too_hard=sum(r is not None and r < low for r in rates),
+        too_easy=sum(r is not None and r > high for r in rates),
+        no_opinion=rates.count(None),
+        mean_rate=sum(r or 0 for r in rates) / max(1, len(rates) - rates.count(None)),
+    )
+    if not keep:
+        raise SpecsError(
+            f"no question has a measured pass rate in data.pass_rate = [{low}, {high}]:"
+            f" { {k: v for k, v in facts.items() if k != 'keep'} }. Widen it, or raise data.pass_rate_samples"
+        )
     return (rows.pick(keep) if isinstance(rows, Rows) else [rows[i] for i in keep]), facts

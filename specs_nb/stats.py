@@ -13,223 +13,325 @@ from .core import SpecsError
 
 # %% ../nbs/74_stats.ipynb #0f1bc8d0
 def table(
-    seeds:dict,  # seed → question's id → value, or None where there is no opinion
+    seeds: dict,  # seed → question's id → value, or None where there is no opinion
     names=None,  # seeds in order; None: all
-    ids=None,    # questions in order; None: all
-):               # (n_seeds, n_questions), NaN where there is nothing
+    ids=None,  # questions in order; None: all
+):  # (n_seeds, n_questions), NaN where there is nothing
     "Values as an array; raises `SpecsError` if a seed has none."
     import numpy as np
+
     names = list(seeds) if names is None else names
     ids = list(dict.fromkeys(i for s in names for i in seeds[s])) if ids is None else ids
-    out = np.array([[math.nan if (v := seeds[s].get(i)) is None else float(v) for i in ids] for s in names]).reshape(len(names), len(ids))
-    if empty := [s for s, row in zip(names, out) if np.isnan(row).all()]: raise SpecsError(f"seed {empty[0]} has no graded question: leave it out, or evaluate it again")
+    out = np.array(
+        [[math.nan if (v := seeds[s].get(i)) is None else float(v) for i in ids] for s in names]
+    ).reshape(len(names), len(ids))
+    if empty := [s for s, row in zip(names, out) if np.isnan(row).all()]:
+        raise SpecsError(f"seed {empty[0]} has no graded question: leave it out, or evaluate it again")
     return out
 
 # %% ../nbs/74_stats.ipynb #ccf62ddc
 def weights(
-    X,               # from `table`, (n_seeds, n_questions)
-    n:int=2000,      # resamples
-    seed:int=0,      # of the resampling
-    level:float=.95, # of the interval they are for
-):                   # of seeds (n, n_seeds), of questions (n, n_questions)
+    X,  # from `table`, (n_seeds, n_questions)
+    n: int = 2000,  # resamples
+    seed: int = 0,  # of the resampling
+    level: float = 0.95,  # of the interval they are for
+):  # of seeds (n, n_seeds), of questions (n, n_questions)
     "Weights of drawn seeds and questions; those of seeds add up to 1."
     import numpy as np
     from scipy.stats import norm, t
+
     rng, (S, Q) = np.random.default_rng(seed), X.shape
     shared = (~np.isnan(X)).sum(0).max() > 1
     u = np.full((n, S), 1 / S)
-    if S > 1: u += t.ppf((1 + level) / 2, S - 1) / norm.ppf((1 + level) / 2) * math.sqrt(S / (S - 1)) * (rng.multinomial(S, np.full(S, 1 / S), n) / S - 1 / S)
+    if S > 1:
+        u += (
+            t.ppf((1 + level) / 2, S - 1)
+            / norm.ppf((1 + level) / 2)
+            * math.sqrt(S / (S - 1))
+            * (rng.multinomial(S, np.full(S, 1 / S), n) / S - 1 / S)
+        )
     return u, rng.multinomial(Q, np.full(Q, 1 / Q), n) if shared or S == 1 else np.ones((n, Q))
 
 # %% ../nbs/74_stats.ipynb #28b3df15
 def real(
-    X,       # from `table`, (n_seeds, n_questions)
-)->float:    # 0 to 1; 1 for a single seed, and where no question is asked of two
+    X,  # from `table`, (n_seeds, n_questions)
+) -> float:  # 0 to 1; 1 for a single seed, and where no question is asked of two
     "Share of the spread between questions that other seeds would show too."
     import numpy as np
+
     asked = X[:, (~np.isnan(X)).sum(0) > 1]
     S, Q = asked.shape
-    if S < 2 or Q < 2: return 1.
+    if S < 2 or Q < 2:
+        return 1.0
     rest = asked - np.nanmean(asked, 0) - np.nanmean(asked, 1, keepdims=True) + np.nanmean(asked)
     chance, spread = np.nansum(rest**2) / ((S - 1) * (Q - 1)) / S, np.nanmean(asked, 0).var(ddof=1)
-    return max(0., float(1 - chance / spread)) if spread > 0 else 0.
+    return max(0.0, float(1 - chance / spread)) if spread > 0 else 0.0
+
 
 def drawn_means(
     X,  # from `table`, (n_seeds, n_questions)
     u,  # of seeds, (n, n_seeds)
     w,  # of questions, (n, n_questions)
-):      # (n,)
+):  # (n,)
     "The mean over seeds of the means over questions, for each draw."
     import numpy as np
+
     seen, w = ~np.isnan(X), 1 + math.sqrt(real(X)) * (w - 1)
     had = w @ seen.T
-    return (u * np.where(had > 0, w @ np.where(seen, X, 0).T / np.maximum(had, 1e-12), np.nanmean(X, 1))).sum(1)
+    return (u * np.where(had > 0, w @ np.where(seen, X, 0).T / np.maximum(had, 1e-12), np.nanmean(X, 1))).sum(
+        1
+    )
 
 # %% ../nbs/74_stats.ipynb #4b38c4dd
 def hierarchical(
-    seeds:dict,      # seed → question's id → value
-    n:int=2000,      # resamples
-    seed:int=0,      # of the resampling
-    level:float=.95, # of the interval
-)->dict:             # mean, lo, hi, n (questions), seeds
+    seeds: dict,  # seed → question's id → value
+    n: int = 2000,  # resamples
+    seed: int = 0,  # of the resampling
+    level: float = 0.95,  # of the interval
+) -> dict:  # mean, lo, hi, n (questions), seeds
     "Mean over seeds with an interval for other seeds and other questions; raises `SpecsError` if there is nothing."
-    if not seeds: raise SpecsError("no seeds: nothing was evaluated")
+    if not seeds:
+        raise SpecsError("no seeds: nothing was evaluated")
     return _interval(table(seeds), n, seed, level)
 
-def _interval(X, n=2000, seed=0, level=.95):
+
+def _interval(X, n=2000, seed=0, level=0.95):
     import numpy as np
+
     X = X[:, ~np.isnan(X).all(0)]  # what nobody graded is no question
     lo, hi = np.quantile(drawn_means(X, *weights(X, n, seed, level)), [(1 - level) / 2, (1 + level) / 2])
     return dict(mean=float(np.nanmean(X, 1).mean()), lo=float(lo), hi=float(hi), n=X.shape[1], seeds=len(X))
 
 # %% ../nbs/74_stats.ipynb #5d67476d
 def paired_p(
-    differences,     # one a seed, (n_seeds,)
-    m:int=1,         # contrasts that are tested together
-    alpha:float=.05, # level that all of them share
-)->dict:             # p, test (`flips`, `t` or `none`), p_flips, p_t
+    differences,  # one a seed, (n_seeds,)
+    m: int = 1,  # contrasts that are tested together
+    alpha: float = 0.05,  # level that all of them share
+) -> dict:  # p, test (`flips`, `t` or `none`), p_flips, p_t
     "p values of `no difference`; None where a single seed can't tell."
     import numpy as np
     from scipy.stats import permutation_test, ttest_1samp
+
     d = np.asarray(differences, dtype=float)
-    if len(d) < 2: return dict(p=None, test="none", p_flips=None, p_t=None)
-    if not d.any(): return dict(p=1., test="flips", p_flips=1., p_t=1.)
-    if d.std() <= 1e-12: return dict(p=2 / 2**len(d), test="flips", p_flips=2 / 2**len(d), p_t=None)  # all alike: no t
+    if len(d) < 2:
+        return dict(p=None, test="none", p_flips=None, p_t=None)
+    if not d.any():
+        return dict(p=1.0, test="flips", p_flips=1.0, p_t=1.0)
+    # all alike: no t
+    if d.std() <= 1e-12:
+        return dict(p=2 / 2 ** len(d), test="flips", p_flips=2 / 2 ** len(d), p_t=None)
     few = len(d) <= 12
-    flips = float(permutation_test((d,), lambda x, axis=-1: x.mean(axis), permutation_type="samples", n_resamples=np.inf, vectorized=True).pvalue) if few else None
+    flips = (
+        float(
+            permutation_test(
+                (d,),
+                lambda x, axis=-1: x.mean(axis),
+                permutation_type="samples",
+                n_resamples=np.inf,
+                vectorized=True,
+            ).pvalue
+        )
+        if few
+        else None
+    )
     t = float(ttest_1samp(d, 0).pvalue)
-    test = "flips" if few and 2 / 2**len(d) <= alpha / m else "t"
+    test = "flips" if few and 2 / 2 ** len(d) <= alpha / m else "t"
     return dict(p=flips if test == "flips" else t, test=test, p_flips=flips, p_t=t)
 
 # %% ../nbs/74_stats.ipynb #817f78a8
 def holm(
-    ps,         # p values; None: not tested
-    m:int=None, # contrasts; None: as many as were tested
-)->list:        # corrected, in the same order
+    ps,  # p values; None: not tested
+    m: int = None,  # contrasts; None: as many as were tested
+) -> list:  # corrected, in the same order
     "Holm's correction for several contrasts."
     order = sorted((i for i, p in enumerate(ps) if p is not None), key=lambda i: ps[i])
-    m, out, worst = len(order) if m is None else m, [None] * len(ps), 0.
+    m, out, worst = len(order) if m is None else m, [None] * len(ps), 0.0
     for k, i in enumerate(order):
-        worst = max(worst, min(1., (m - k) * ps[i]))
+        worst = max(worst, min(1.0, (m - k) * ps[i]))
         out[i] = worst
     return out
 
 # %% ../nbs/74_stats.ipynb #cd187aa3
 def detectable(
-    sd:float,        # standard deviation of the seeds' differences
-    n:int,           # seeds
-    alpha:float=.05, # level of the test; with m contrasts, alpha / m is on the safe side
-    power:float=.8,  # share of experiments that shall find it
-)->float:            # smallest difference, in the unit of `sd`; None with one seed
+    sd: float,  # standard deviation of the seeds' differences
+    n: int,  # seeds
+    alpha: float = 0.05,  # level of the test; with m contrasts, alpha / m is on the safe side
+    power: float = 0.8,  # share of experiments that shall find it
+) -> float:  # smallest difference, in the unit of `sd`; None with one seed
     "Minimal detectable effect of a paired t test."
     from scipy.optimize import brentq
     from scipy.stats import nct, t
-    if n < 2: return None
+
+    if n < 2:
+        return None
     crit = t.ppf(1 - alpha / 2, n - 1)
-    return float(sd / math.sqrt(n) * brentq(lambda shift: nct.sf(crit, n - 1, shift) - power, 0, 50 + 2 * crit))
+    return float(
+        sd / math.sqrt(n) * brentq(lambda shift: nct.sf(crit, n - 1, shift) - power, 0, 50 + 2 * crit)
+    )
 
 # %% ../nbs/74_stats.ipynb #ddfaaa77
 def verdict(
-    lo:float,           # end of the interval of the effect
-    hi:float,           # its other end
-    p:float,            # corrected; None: not tested
-    smallest:float=.02, # effect that would matter, in the unit of the interval
-    alpha:float=.05,    # level
-)->str:                 # holds, does not hold or can't tell
+    lo: float,  # end of the interval of the effect
+    hi: float,  # its other end
+    p: float,  # corrected; None: not tested
+    smallest: float = 0.02,  # effect that would matter, in the unit of the interval
+    alpha: float = 0.05,  # level
+) -> str:  # holds, does not hold or can't tell
     "What an effect says about the claim that it is positive."
-    if p is None: return "can't tell"  # one seed says nothing of others
-    if hi < smallest: return "does not hold"
+    if p is None:
+        return "can't tell"  # one seed says nothing of others
+    if hi < smallest:
+        return "does not hold"
     return "holds" if p < alpha and lo > 0 else "can't tell"
 
 # %% ../nbs/74_stats.ipynb #e5bcd43d
 def contrast(
-    a:dict,          # seed → question's id → value
-    b:dict,          # the same of the other arm
-    m:int=1,         # contrasts that are tested together
-    n:int=2000,      # resamples
-    level:float=.95, # of the interval; alpha is 1 - level
-)->dict:             # effect, lo, hi, n, seeds, sd, differences, p, test, p_flips, p_t, detectable
+    a: dict,  # seed → question's id → value
+    b: dict,  # the same of the other arm
+    m: int = 1,  # contrasts that are tested together
+    n: int = 2000,  # resamples
+    level: float = 0.95,  # of the interval; alpha is 1 - level
+) -> dict:  # effect, lo, hi, n, seeds, sd, differences, p, test, p_flips, p_t, detectable
     "How far `a` is ahead of `b`, paired over seeds and questions; raises `SpecsError` if they share none."
     import numpy as np
-    shared = {s: {i: v - w for i, v in a[s].items() if v is not None and (w := b[s].get(i)) is not None} for s in a if s in b}
+
+    shared = {
+        s: {i: v - w for i, v in a[s].items() if v is not None and (w := b[s].get(i)) is not None}
+        for s in a
+        if s in b
+    }
     shared = {s: of for s, of in shared.items() if of}
-    if not shared: raise SpecsError("the two arms share no seed with a graded question: run both with the same seeds on the same questions")
+    if not shared:
+        raise SpecsError(
+            "the two arms share no seed with a graded question: run both with the same seeds on the same"
+            " questions"
+        )
     X = table(shared)
     d, i = np.nanmean(X, 1), _interval(X, n, level=level)
     sd = float(d.std(ddof=1)) if len(d) > 1 else None
-    return dict(effect=i["mean"], lo=i["lo"], hi=i["hi"], n=i["n"], seeds=len(d), sd=sd, differences=d.tolist(), **paired_p(d, m, 1 - level),
-                detectable=None if sd is None else detectable(sd, len(d), (1 - level) / m))
+    return dict(
+        effect=i["mean"],
+        lo=i["lo"],
+        hi=i["hi"],
+        n=i["n"],
+        seeds=len(d),
+        sd=sd,
+        differences=d.tolist(),
+        **paired_p(d, m, 1 - level),
+        detectable=None if sd is None else detectable(sd, len(d), (1 - level) / m),
+    )
 
 # %% ../nbs/74_stats.ipynb #6ab0336e
 def contrasts(
-    arms:dict,          # arm → seed → question's id → value
-    pairs:list,         # of (a, b): a is claimed to be better
-    smallest:float=.02, # effect that would matter
-    n:int=2000,         # resamples
-    level:float=.95,    # of the intervals; alpha is 1 - level
-)->list:                # of dicts: a, b, what `contrast` gives, p_holm, verdict
+    arms: dict,  # arm → seed → question's id → value
+    pairs: list,  # of (a, b): a is claimed to be better
+    smallest: float = 0.02,  # effect that would matter
+    n: int = 2000,  # resamples
+    level: float = 0.95,  # of the intervals; alpha is 1 - level
+) -> list:  # of dicts: a, b, what `contrast` gives, p_holm, verdict
     "Claims tested together; raises `SpecsError` for an unknown arm."
     for arm in (arm for pair in pairs for arm in pair):
-        if arm not in arms: raise SpecsError(f"no arm {arm!r}: there are {', '.join(map(str, arms))}")
+        if arm not in arms:
+            raise SpecsError(f"no arm {arm!r}: there are {', '.join(map(str, arms))}")
     rows = [dict(a=a, b=b, **contrast(arms[a], arms[b], len(pairs), n, level)) for a, b in pairs]
     return judged(rows, smallest, 1 - level)
 
+
 def judged(
-    rows:list,          # of `contrast`s that are tested together, whatever else they hold
-    smallest:float=.02, # effect that would matter
-    alpha:float=.05,    # level
-)->list:                # the same with p_holm and verdict
+    rows: list,  # of `contrast`s that are tested together, whatever else they hold
+    smallest: float = 0.02,  # effect that would matter
+    alpha: float = 0.05,  # level
+) -> list:  # the same with p_holm and verdict
     "Correct the p values of contrasts for their number, and say what each shows."
     ps = holm([r["p"] for r in rows], len(rows))
-    return [dict(r, p_holm=p, verdict=verdict(r["lo"], r["hi"], p, smallest, alpha)) for r, p in zip(rows, ps)]
+    return [
+        dict(r, p_holm=p, verdict=verdict(r["lo"], r["hi"], p, smallest, alpha)) for r, p in zip(rows, ps)
+    ]
 
 # %% ../nbs/74_stats.ipynb #4fcb9c04
 def gf_over_seeds(
-    values:dict,     # seed → split → question's id → value
-    base:dict=None,  # the same of the base; None: no gains
-    ood:str="ood_format", # which split is out of distribution
-    beta:float=2.,   # weight of the OOD part
-    n:int=2000,      # resamples
-    level:float=.95, # of the intervals
-)->dict:             # gf_raw, gf_gain, id, ood, gain_id, gain_ood: each mean, lo, hi
+    values: dict,  # seed → split → question's id → value
+    base: dict = None,  # the same of the base; None: no gains
+    ood: str = "ood_format",  # which split is out of distribution
+    beta: float = 2.0,  # weight of the OOD part
+    n: int = 2000,  # resamples
+    level: float = 0.95,  # of the intervals
+) -> dict:  # gf_raw, gf_gain, id, ood, gain_id, gain_ood: each mean, lo, hi
     "Both readings of the Generalization Factor, with intervals over seeds and questions; None where values are missing."
     import numpy as np
-    parts = dict(id=_cells(values, "id"), ood=_cells(values, ood), gain_id=_gains(values, base, "id"), gain_ood=_gains(values, base, ood))
+
+    parts = dict(
+        id=_cells(values, "id"),
+        ood=_cells(values, ood),
+        gain_id=_gains(values, base, "id"),
+        gain_ood=_gains(values, base, ood),
+    )
     names = list(values)
     ids = list(dict.fromkeys(i for part in parts.values() for of in part.values() for i in of))
-    known = {k: table(p, names, ids) for k, p in parts.items() if set(p) == set(names) and names and all(p.values())}
-    if not known: return {k: None for k in ("gf_raw", "gf_gain", *parts)}
-    any_ = np.where(np.any([~np.isnan(x) for x in known.values()], 0), 0., np.nan)
+    known = {
+        k: table(p, names, ids)
+        for k, p in parts.items()
+        if set(p) == set(names) and names and all(p.values())
+    }
+    if not known:
+        return {k: None for k in ("gf_raw", "gf_gain", *parts)}
+    any_ = np.where(np.any([~np.isnan(x) for x in known.values()], 0), 0.0, np.nan)
     u, w = weights(any_, n, 0, level)
     means = {k: (float(np.nanmean(x, 1).mean()), drawn_means(x, u, w)) for k, x in known.items()}
-    def told(mean, draws): return dict(mean=mean, lo=float(np.quantile(draws, (1 - level) / 2)), hi=float(np.quantile(draws, (1 + level) / 2)), n=len(ids), seeds=len(names))
+
+    def told(mean, draws):
+        return dict(
+            mean=mean,
+            lo=float(np.quantile(draws, (1 - level) / 2)),
+            hi=float(np.quantile(draws, (1 + level) / 2)),
+            n=len(ids),
+            seeds=len(names),
+        )
+
     out = {k: told(*means[k]) if k in means else None for k in parts}
     for name, a, b in (("gf_raw", "id", "ood"), ("gf_gain", "gain_id", "gain_ood")):
-        out[name] = told(generalization_factor(means[a][0], means[b][0], beta), [generalization_factor(x, y, beta) for x, y in zip(means[a][1], means[b][1])]) if a in means and b in means else None
+        out[name] = (
+            told(
+                generalization_factor(means[a][0], means[b][0], beta),
+                [generalization_factor(x, y, beta) for x, y in zip(means[a][1], means[b][1])],
+            )
+            if a in means and b in means
+            else None
+        )
     return out
+
 
 def _cells(values, split):
     "Seed → question → value in a split; a seed without it is left out"
-    return {s: {i: v for i, v in of[split].items() if v is not None} for s, of in values.items() if of.get(split)}
+    return {
+        s: {i: v for i, v in of[split].items() if v is not None} for s, of in values.items() if of.get(split)
+    }
+
 
 def _gains(values, base, split):
     "The same of the gains over the base, on the questions that both have"
     cells, zero = _cells(values, split), _cells(base or {}, split)
-    return {s: {i: v - zero[s][i] for i, v in of.items() if i in zero[s]} for s, of in cells.items() if s in zero}
+    return {
+        s: {i: v - zero[s][i] for i, v in of.items() if i in zero[s]} for s, of in cells.items() if s in zero
+    }
 
 # %% ../nbs/74_stats.ipynb #fa8f872d
 def gf_interval(
-    values:dict,    # split → question's id → value
-    base:dict=None, # the same of the base; None: no gains
-    **how,          # see `gf_over_seeds`
-)->dict:            # gf_raw, gf_gain, id, ood, gain_id, gain_ood: each mean, lo, hi
+    values: dict,  # split → question's id → value
+    base: dict = None,  # the same of the base; None: no gains
+    **how,  # see `gf_over_seeds`
+) -> dict:  # gf_raw, gf_gain, id, ood, gain_id, gain_ood: each mean, lo, hi
     "Both readings within one run, paired over questions."
     return gf_over_seeds({0: values}, None if base is None else {0: base}, **how)
 
+
 def gf_curve(
-    steps:dict,     # step → split → question's id → value
-    base:dict=None, # split → question's id → value; None: that of step 0
-    **how,          # see `gf_over_seeds`
-)->dict:            # step → what `gf_interval` gives
+    steps: dict,  # step → split → question's id → value
+    base: dict = None,  # split → question's id → value; None: that of step 0
+    **how,  # see `gf_over_seeds`
+) -> dict:  # step → what `gf_interval` gives
     "The Generalization Factor along a training, with an interval at each step."
-    return {step: gf_interval(values, steps.get(0) if base is None else base, **how) for step, values in sorted(steps.items())}
+    return {
+        step: gf_interval(values, steps.get(0) if base is None else base, **how)
+        for step, values in sorted(steps.items())
+    }

@@ -18,9 +18,9 @@ from .models import load_model, save_model, tokenizer_of
 
 # %% ../nbs/45_teacher.ipynb #ae307e91
 def copied_from(
-    old:int,  # layers there are
-    new:int,  # layers there shall be
-)->list:      # for each new layer the old one that it comes from
+    old: int,  # layers there are
+    new: int,  # layers there shall be
+) -> list:  # for each new layer the old one that it comes from
     "Where the layers of the grown model come from, spread evenly; the first of each is the old one, those behind it are its copies."
     return [i * old // new for i in range(new)]
 
@@ -28,26 +28,34 @@ def copied_from(
 def _fill(new, old, name, fresh):
     "Write the old values into a tensor that may be larger; `fresh`: it belongs to a copied layer."
     out, end = name.split(".")[-2], name.endswith("down_proj.weight")
-    if out in ("o_proj", "down_proj") and fresh: return new.zero_()
-    if end: new.zero_()
+    if out in ("o_proj", "down_proj") and fresh:
+        return new.zero_()
+    if end:
+        new.zero_()
     new[tuple(map(slice, old.shape))] = old
 
 # %% ../nbs/45_teacher.ipynb #4ff56820
 def grow(
-    model,            # of transformers; its decoder's blocks end in `o_proj` and `down_proj`
-    layers:int=6,     # decoder layers of the result, at least as many as now
-    width:int=512,    # inner width of its MLPs, at least as now
-    seed:int=0,       # of the new MLP rows
-):                    # a new model of the same class, in which the old one is untouched
+    model,  # of transformers; its decoder's blocks end in `o_proj` and `down_proj`
+    layers: int = 6,  # decoder layers of the result, at least as many as now
+    width: int = 512,  # inner width of its MLPs, at least as now
+    seed: int = 0,  # of the new MLP rows
+):  # a new model of the same class, in which the old one is untouched
     "A deeper and wider model that computes what `model` computes; raises `SpecsError` for a size below the model's own."
     import torch
+
     config = copy.deepcopy(model.config)
     text, decoder = config.get_text_config(decoder=True), model.get_decoder().layers
     n, wide = text.num_hidden_layers, text.intermediate_size
-    if layers < n or width < wide: raise SpecsError(f"a model of {n} layers with MLPs of {wide} can't grow to {layers} layers with {width}: choose layers >= {n} and width >= {wide}")
+    if layers < n or width < wide:
+        raise SpecsError(
+            f"a model of {n} layers with MLPs of {wide} can't grow to {layers} layers with {width}: choose"
+            f" layers >= {n} and width >= {wide}"
+        )
     source, stem = copied_from(n, layers), next(k for k, m in model.named_modules() if m is decoder) + "."
     text.num_hidden_layers, text.intermediate_size = layers, width
-    if getattr(text, "layer_types", None): text.layer_types = [text.layer_types[s] for s in source]
+    if getattr(text, "layer_types", None):
+        text.layer_types = [text.layer_types[s] for s in source]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         big = type(model)(config)
@@ -56,7 +64,7 @@ def grow(
         fresh, was = False, name
         if name.startswith(stem):
             i, rest = name.removeprefix(stem).split(".", 1)
-            fresh, was = source[int(i)] in source[:int(i)], f"{stem}{source[int(i)]}.{rest}"
+            fresh, was = source[int(i)] in source[: int(i)], f"{stem}{source[int(i)]}.{rest}"
         _fill(new, old[was], name, fresh)
     big.generation_config = copy.deepcopy(model.generation_config)
     return big.to(device=model.device, dtype=model.dtype).train(model.training)
@@ -64,59 +72,92 @@ def grow(
 # %% ../nbs/45_teacher.ipynb #cb00da03
 def _counts(q, thing):
     "The selection of question `q` under which `thing` counts, or None"
-    if q.task == "compare": return next((s for s in q.about if thing in s), None)
+    if q.task == "compare":
+        return next((s for s in q.about if thing in s), None)
     return q.about[0] if (thing in q.about[0]) == (q.task == "count") else None
+
 
 def _letter(q, what):
     "The letter of the choice that names `what`, with a blank; nothing if none does"
     return f"{chr(65 + q.choices.index(str(what)))} " if q.choices and str(what) in q.choices else ""
 
+
 def _cells(q):
     "What is said of each cell or bar, with a running number for what counts"
-    if q.task == "bar": return [f"{c} {_letter(q, c)}is {h}" if not q.about or c in q.about else "no" for c, h in q.scene.items]
+    if q.task == "bar":
+        return [
+            f"{c} {_letter(q, c)}is {h}" if not q.about or c in q.about else "no" for c, h in q.scene.items
+        ]
     seen = Counter()
+
     def one(thing):
-        if thing is None: return "empty"
-        if (s := _counts(q, thing)) is None: return "no"
+        if thing is None:
+            return "empty"
+        if (s := _counts(q, thing)) is None:
+            return "no"
         seen[s] += 1
-        return f"{s.shape or s.colour} {_letter(q, s)}is {seen[s]}" if q.choices else f"{world.name(thing)} is {seen[s]}"
+        return (
+            f"{s.shape or s.colour} {_letter(q, s)}is {seen[s]}"
+            if q.choices
+            else f"{world.name(thing)} is {seen[s]}"
+        )
+
     return [one(thing) for thing in q.scene.items]
 
 # %% ../nbs/45_teacher.ipynb #93014392
 def reasoning(
-    q:world.Question,  # any question of the world
-)->str:                # in the teacher's words, with the right conclusion
+    q: world.Question,  # any question of the world
+) -> str:  # in the teacher's words, with the right conclusion
     "How the teacher should reason about a question."
-    kinds = [s if isinstance(s, str) else " ".join(filter(None, (s.shape, s.colour))) for s in q.about or q.choices]
+    kinds = [
+        s if isinstance(s, str) else " ".join(filter(None, (s.shape, s.colour))) for s in q.about or q.choices
+    ]
     about = " and ".join(f"{k} {_letter(q, s)}".strip() for k, s in zip(kinds, q.about or q.choices))
     said, line = _cells(q), "bar" if q.task == "bar" else "line"
     each = len(said) // 3
-    parts = [f"{word} {line} {', '.join(said[i * each:(i + 1) * each])}" for i, word in enumerate(("first", "then", "end"))]
-    return f"Think with {'all but ' if q.task == 'subtract' else ''}{about}: {', '.join(parts)}. The answer is {q.answer}."
+    parts = [
+        f"{word} {line} {', '.join(said[i * each:(i + 1) * each])}"
+        for i, word in enumerate(("first", "then", "end"))
+    ]
+    return (
+        f"Think with {'all but ' if q.task == 'subtract' else ''}{about}: {', '.join(parts)}. The answer is"
+        f" {q.answer}."
+    )
 
 # %% ../nbs/45_teacher.ipynb #3414c4e9
 def examples(
-    first:int,   # number of the first
-    n:int,       # how many
-    format,      # of `FORMATS`
-    seed:int=0,  # the stream of questions
-)->list:         # of (row, text that should be answered)
+    first: int,  # number of the first
+    n: int,  # how many
+    format,  # of `FORMATS`
+    seed: int = 0,  # the stream of questions
+) -> list:  # of (row, text that should be answered)
     "Training examples: the same for the same arguments."
     stream = derive_seed(seed, "teacher")
-    says = [format.render(reasoning(q), q.answer) for q in (world.ask("train", stream, i) for i in range(first, first + n))]
+    says = [
+        format.render(reasoning(q), q.answer)
+        for q in (world.ask("train", stream, i) for i in range(first, first + n))
+    ]
     return list(zip(world.rows("train", n, stream, first), says))
+
 
 def collate(
     processor,  # of the model
-    some:list,  # from `examples`
-    format,     # of `FORMATS`
-)->dict:        # inputs of the model, with labels on the answer alone
+    some: list,  # from `examples`
+    format,  # of `FORMATS`
+) -> dict:  # inputs of the model, with labels on the answer alone
     "Questions and answers as one batch, padded on the right."
     import torch
+
     tok = tokenizer_of(processor)
     says = [text + tok.eos_token for _, text in some]
     both = [prompt(processor, row, format.instruction) + s for (row, _), s in zip(some, says)]
-    b = processor(images=[row["images"] for row, _ in some], text=both, padding=True, padding_side="right", return_tensors="pt")
+    b = processor(
+        images=[row["images"] for row, _ in some],
+        text=both,
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
     ends, n = b["attention_mask"].sum(1), torch.tensor([len(ids) for ids in tok(says)["input_ids"]])
     at = torch.arange(b["input_ids"].shape[1])
     answer = (at >= (ends - n)[:, None]) & (at < ends[:, None])
@@ -124,88 +165,126 @@ def collate(
 
 # %% ../nbs/45_teacher.ipynb #bb68815b
 def rate(
-    step:int,   # from 0
-    steps:int,  # of the training
-)->float:       # share of the highest learning rate
+    step: int,  # from 0
+    steps: int,  # of the training
+) -> float:  # share of the highest learning rate
     "The learning rate's schedule."
-    return min(1, (step + 1) / 30, max(.02, 2 * (1 - step / steps)))
+    return min(1, (step + 1) / 30, max(0.02, 2 * (1 - step / steps)))
+
 
 def fit(
-    model,       # is changed
-    processor,   # its own
-    steps:int,   # of 32 examples each
-    format,      # of `FORMATS`
-    seed:int=0,  # of the examples
-    tick=None,   # called every 50 steps
-    lr:float=1e-3,  # highest learning rate
-)->list:         # the loss of each step
+    model,  # is changed
+    processor,  # its own
+    steps: int,  # of 32 examples each
+    format,  # of `FORMATS`
+    seed: int = 0,  # of the examples
+    tick=None,  # called every 50 steps
+    lr: float = 1e-3,  # highest learning rate
+) -> list:  # the loss of each step
     "Supervised training on `examples`; raises `Interrupted` if a stop is asked for."
     import torch
-    for name, p in model.named_parameters(): p.requires_grad_("visual" not in name)
-    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, betas=(.9, .98), weight_decay=.01)
+
+    for name, p in model.named_parameters():
+        p.requires_grad_("visual" not in name)
+    opt = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr, betas=(0.9, 0.98), weight_decay=0.01
+    )
     plan = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: rate(step, steps))
     bar, losses = Progress("teacher", steps), []
     model.train()
     for step in range(steps):
-        if stop_asked(): raise Interrupted(f"the teacher was stopped at step {step} of {steps}; it keeps no checkpoint and begins anew")
-        loss = model(**{k: v.to(model.device) for k, v in collate(processor, examples(32 * step, 32, format, seed), format).items()}).loss
+        if stop_asked():
+            raise Interrupted(
+                f"the teacher was stopped at step {step} of {steps}; it keeps no checkpoint and begins anew"
+            )
+        loss = model(**{
+            k: v.to(model.device)
+            for k, v in collate(processor, examples(32 * step, 32, format, seed), format).items()
+        }).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step(), plan.step(), opt.zero_grad()
         losses.append(loss.item())
         bar.update(loss=losses[-1])
-        if tick and step % 50 == 49: tick()
+        if tick and step % 50 == 49:
+            tick()
     bar.close()
     model.requires_grad_(True).eval()
     return losses
 
 # %% ../nbs/45_teacher.ipynb #43675554
 def look(
-    model,        # of transformers
-    processor,    # its own
-    rows:list,    # of the schema
-    format,       # of `FORMATS`
-    n:int=1,      # answers to each
-    seed:int=0,   # of sampling
-    batch:int=128,# answers in flight
-)->list:          # for each row a list of dicts: text, format, right, usable
+    model,  # of transformers
+    processor,  # its own
+    rows: list,  # of the schema
+    format,  # of `FORMATS`
+    n: int = 1,  # answers to each
+    seed: int = 0,  # of sampling
+    batch: int = 128,  # answers in flight
+) -> list:  # for each row a list of dicts: text, format, right, usable
     "Answers at temperature 1, graded."
     step, out = max(1, batch // n), []
     for at in range(0, len(rows), step):
-        some = rows[at:at + step]
-        texts = sample_batch(model, processor, some, [format.instruction] * len(some), Sampling(n), derive_seed(seed, str(at)))
+        some = rows[at : at + step]
+        texts = sample_batch(
+            model, processor, some, [format.instruction] * len(some), Sampling(n), derive_seed(seed, str(at))
+        )
         out += [[_graded(t, r, format) for t in ts] for r, ts in zip(some, texts)]
     return out
+
 
 def _graded(text, row, format):
     parts = format.parse(text)
     right = bool(parts) and grade(parts[1], row["answer"], row["kind"], row["choices"]) is True
-    return dict(text=text, format=bool(parts), right=right, usable=right and consistent(*parts, row["kind"], row["choices"]) is not False)
+    return dict(
+        text=text,
+        format=bool(parts),
+        right=right,
+        usable=right and consistent(*parts, row["kind"], row["choices"]) is not False,
+    )
 
 # %% ../nbs/45_teacher.ipynb #4f52b6f1
 def train_teacher(
-    out:Path,           # folder of the model, written when it is trained
-    steps:int=450,      # of 32 examples each
-    seed:int=0,         # of growth, examples and sampling
-    threads:int=1,      # CPU threads; 0 leaves it to torch
-    tick=None,          # called every 50 steps
-    base:str="tiny",    # the model that is grown
-    layers:int=6,       # of the grown decoder
-    width:int=512,      # of its MLPs
-    format:str="think_answer",  # of `FORMATS`
-    held_out:int=256,   # questions that it is measured on
-)->dict:                # facts for stage.json
+    out: Path,  # folder of the model, written when it is trained
+    steps: int = 450,  # of 32 examples each
+    seed: int = 0,  # of growth, examples and sampling
+    threads: int = 1,  # CPU threads; 0 leaves it to torch
+    tick=None,  # called every 50 steps
+    base: str = "tiny",  # the model that is grown
+    layers: int = 6,  # of the grown decoder
+    width: int = 512,  # of its MLPs
+    format: str = "think_answer",  # of `FORMATS`
+    held_out: int = 256,  # questions that it is measured on
+) -> dict:  # facts for stage.json
     "A larger teacher of the embedded world; raises `SpecsError` for a size below the base's."
     import torch
-    if threads: torch.set_num_threads(threads)
+
+    if threads:
+        torch.set_num_threads(threads)
     began, fmt = time.time(), FORMATS[format]
     model, processor = load_model(base)
     small = model.num_parameters()
     model = grow(model, layers, width, derive_seed(seed, "grow"))
     losses = fit(model, processor, steps, fmt, seed, tick)
     minutes = (time.time() - began) / 60
-    seen = [a for (a,) in look(model, processor, world.rows("train", held_out, derive_seed(seed, "held out")), fmt, seed=seed)]
+    seen = [
+        a
+        for (a,) in look(
+            model, processor, world.rows("train", held_out, derive_seed(seed, "held out")), fmt, seed=seed
+        )
+    ]
     save_model(model, processor, out)
-    shares = {k: round(sum(a[k] for a in seen) / held_out, 4) for k in ("right", "format", "usable")} if held_out else {}
-    return dict(steps=steps, minutes=round(minutes, 2), parameters=model.num_parameters(), base_parameters=small, loss=[round(sum(l) / len(l), 4) for l in (losses[:20], losses[-20:])],
-                held_out=held_out, **shares)
+    shares = (
+        {k: round(sum(a[k] for a in seen) / held_out, 4) for k in ("right", "format", "usable")}
+        if held_out
+        else {}
+    )
+    return dict(
+        steps=steps,
+        minutes=round(minutes, 2),
+        parameters=model.num_parameters(),
+        base_parameters=small,
+        loss=[round(sum(l) / len(l), 4) for l in (losses[:20], losses[-20:])],
+        held_out=held_out,
+        **shares,
+    )

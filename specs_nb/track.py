@@ -12,33 +12,44 @@ from pathlib import Path
 from .core import SpecsError, nearest, write_json
 
 # %% ../nbs/36_track.ipynb #b398c557
-TRACKERS = {"trackio": "trackio", "tensorboard": "tensorboard", "wandb": "wandb"}  # name in `report_to` → package
+# name in `report_to` → package
+TRACKERS = {"trackio": "trackio", "tensorboard": "tensorboard", "wandb": "wandb"}
+
 
 def trackers(
     report_to,  # `auto`, `none`, a name or a list of names
-)->list:        # names for `report_to` of a trainer
+) -> list:  # names for `report_to` of a trainer
     "The trackers to use; raises `SpecsError` for one that is unknown or not installed."
     there = {name for name, package in TRACKERS.items() if importlib.util.find_spec(package)}
-    if report_to == "auto": return ["trackio"] if "trackio" in there else []
+    if report_to == "auto":
+        return ["trackio"] if "trackio" in there else []
     names = [n for n in ([report_to] if isinstance(report_to, str) else report_to or []) if n != "none"]
     for n in names:
-        if n not in TRACKERS: raise SpecsError(f"no tracker {n!r} for report_to: {nearest(n, TRACKERS)}")
-        if n not in there: raise SpecsError(f"report_to asks for {n}, which is not installed: pip install {TRACKERS[n]}, or report_to=none")
+        if n not in TRACKERS:
+            raise SpecsError(f"no tracker {n!r} for report_to: {nearest(n, TRACKERS)}")
+        if n not in there:
+            raise SpecsError(
+                f"report_to asks for {n}, which is not installed: pip install {TRACKERS[n]}, or"
+                " report_to=none"
+            )
     return names
 
 # %% ../nbs/36_track.ipynb #0f019706
 def tracked(
-    stage,         # a `core.GRPOStage` or `core.ColdStartStage`
-    name:str,      # of the stage
-    run_dir:Path,  # the run's folder
-    report_to,     # as for `trackers`
-):                 # the same with tracking under `trainer`
+    stage,  # a `core.GRPOStage` or `core.ColdStartStage`
+    name: str,  # of the stage
+    run_dir: Path,  # the run's folder
+    report_to,  # as for `trackers`
+):  # the same with tracking under `trainer`
     "A stage's configuration with tracking switched on; trackio's and W&B's files stay in the run's folder (of the process's first run: trackio looks once)."
     run_dir, names = Path(run_dir), trackers(report_to)
-    if "trackio" in names: os.environ.setdefault("TRACKIO_DIR", str((run_dir / "trackio").resolve()))
-    if "wandb" in names: os.environ.setdefault("WANDB_DIR", str(run_dir.resolve()))
+    if "trackio" in names:
+        os.environ.setdefault("TRACKIO_DIR", str((run_dir / "trackio").resolve()))
+    if "wandb" in names:
+        os.environ.setdefault("WANDB_DIR", str(run_dir.resolve()))
     extra = {"report_to": names or "none", "run_name": f"{run_dir.name}/{name}"}
-    if "trackio" in names: extra["project"] = "specs"
+    if "trackio" in names:
+        extra["project"] = "specs"
     return replace(stage, trainer={**extra, **stage.trainer})
 
 # %% ../nbs/36_track.ipynb #e5846da0
@@ -48,68 +59,131 @@ def hush_trackio(
     "Let trackio work without a word."
     import contextlib, io
     from transformers.integrations import TrackioCallback
+
     class Hushed(TrackioCallback):
         def setup(self, *args, **kw):
-            with contextlib.redirect_stdout(io.StringIO()): super().setup(*args, **kw)
+            with contextlib.redirect_stdout(io.StringIO()):
+                super().setup(*args, **kw)
+
         def on_train_end(self, *args, **kw):
-            with contextlib.redirect_stdout(io.StringIO()): super().on_train_end(*args, **kw)
-    if trainer.pop_callback(TrackioCallback): trainer.add_callback(Hushed())
+            with contextlib.redirect_stdout(io.StringIO()):
+                super().on_train_end(*args, **kw)
+
+    if trainer.pop_callback(TrackioCallback):
+        trainer.add_callback(Hushed())
 
 # %% ../nbs/36_track.ipynb #cfc3b760
 def last_samples(
-    trainer,   # a `GRPOTrainer`
-    n:int=4,   # samples of different prompts
-)->list:       # dicts with prompt, completion, rewards, advantage and images (PIL)
+    trainer,  # a `GRPOTrainer`
+    n: int = 4,  # samples of different prompts
+) -> list:  # dicts with prompt, completion, rewards, advantage and images (PIL)
     "A few completions of the trainer's last batch."
     logs, found, seen = trainer._logs, [], set()
     rewards = {k: list(v) for k, v in logs["rewards"].items()}
-    rows = list(zip(logs["prompt"], logs["completion"], logs["advantages"], list(logs["images"]) or [[]] * len(logs["prompt"])))
+    rows = list(
+        zip(
+            logs["prompt"],
+            logs["completion"],
+            logs["advantages"],
+            list(logs["images"]) or [[]] * len(logs["prompt"]),
+        )
+    )
     for i, (prompt, completion, advantage, images) in enumerate(rows):
-        if (key := _words(prompt)) in seen or len(found) == n: continue
+        if (key := _words(prompt)) in seen or len(found) == n:
+            continue
         seen.add(key)
-        found.append(dict(prompt=_words(prompt), completion=_words(completion), advantage=float(advantage), rewards={k: _plain(v[i]) for k, v in rewards.items()}, images=list(images or [])))
+        found.append(
+            dict(
+                prompt=_words(prompt),
+                completion=_words(completion),
+                advantage=float(advantage),
+                rewards={k: _plain(v[i]) for k, v in rewards.items()},
+                images=list(images or []),
+            )
+        )
     return found
+
 
 def _words(messages):
     "The text of a message list, whose contents may be lists of parts."
-    if isinstance(messages, str): return messages
-    return "\n".join(c if isinstance(c := m["content"], str) else " ".join(p.get("text") or "" for p in c).strip() for m in messages)
+    if isinstance(messages, str):
+        return messages
+    return "\n".join(
+        c if isinstance(c := m["content"], str) else " ".join(p.get("text") or "" for p in c).strip()
+        for m in messages
+    )
 
-def _plain(v): return None if v is None or v != v else float(v)
+
+def _plain(v):
+    return None if v is None or v != v else float(v)
 
 # %% ../nbs/36_track.ipynb #5ece3de2
 def samples(
-    trainer,       # a `GRPOTrainer`
-    out:Path,      # the stage's folder: gets `samples/`
-    every:int=10,  # steps from one look to the next; 0: never
-    n:int=4,       # completions each time
-):                 # a `TrainerCallback`
+    trainer,  # a `GRPOTrainer`
+    out: Path,  # the stage's folder: gets `samples/`
+    every: int = 10,  # steps from one look to the next; 0: never
+    n: int = 4,  # completions each time
+):  # a `TrainerCallback`
     "A callback that keeps a few completions with their images, and shows them to the trackers."
     from transformers import TrainerCallback
+
     class Samples(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kw):
-            if not every or not logs or "loss" not in logs or state.global_step % every and state.global_step != 1: return
-            if not state.is_world_process_zero: return
+            if (
+                not every
+                or not logs
+                or "loss" not in logs
+                or state.global_step % every
+                and state.global_step != 1
+            ):
+                return
+            if not state.is_world_process_zero:
+                return
             found, folder, step = last_samples(trainer, n), Path(out) / "samples", state.global_step
             folder.mkdir(parents=True, exist_ok=True)
             for i, s in enumerate(found):
-                for k, image in enumerate(s["images"]): image.save(folder / f"{step:05d}-{i}-{k}.png")
-            plain = [{**s, "images": [f"{step:05d}-{i}-{k}.png" for k in range(len(s["images"]))]} for i, s in enumerate(found)]
+                for k, image in enumerate(s["images"]):
+                    image.save(folder / f"{step:05d}-{i}-{k}.png")
+            plain = [
+                {**s, "images": [f"{step:05d}-{i}-{k}.png" for k in range(len(s["images"]))]}
+                for i, s in enumerate(found)
+            ]
             write_json(folder / f"{step:05d}.json", plain)
-            for name in args.report_to: _show(name, trainer, found, step)
+            for name in args.report_to:
+                _show(name, trainer, found, step)
+
     return Samples()
+
 
 def _show(name, trainer, found, step):
     "Hand samples to one tracker."
     if name in ("trackio", "wandb"):
         import pandas as pd
+
         tracker = __import__(name)
-        rows = [{"step": step, "prompt": s["prompt"], "completion": s["completion"], "advantage": s["advantage"], **s["rewards"],
-                 "image": tracker.Image(s["images"][0]) if s["images"] else None} for s in found]
+        rows = [
+            {
+                "step": step,
+                "prompt": s["prompt"],
+                "completion": s["completion"],
+                "advantage": s["advantage"],
+                **s["rewards"],
+                "image": tracker.Image(s["images"][0]) if s["images"] else None,
+            }
+            for s in found
+        ]
         tracker.log({"samples": tracker.Table(dataframe=pd.DataFrame(rows))})
     if name == "tensorboard":
         import numpy as np
+
         for writer in (w for c in trainer.callback_handler.callbacks if (w := getattr(c, "tb_writer", None))):
             for i, s in enumerate(found):
-                if s["images"]: writer.add_image(f"samples/{i}", np.asarray(s["images"][0].convert("RGB")), step, dataformats="HWC")
-                writer.add_text(f"samples/{i}", f"{s['prompt']}\n\n{s['completion']}\n\n{s['rewards']}".replace("\n", "  \n"), step)
+                if s["images"]:
+                    writer.add_image(
+                        f"samples/{i}", np.asarray(s["images"][0].convert("RGB")), step, dataformats="HWC"
+                    )
+                writer.add_text(
+                    f"samples/{i}",
+                    f"{s['prompt']}\n\n{s['completion']}\n\n{s['rewards']}".replace("\n", "  \n"),
+                    step,
+                )

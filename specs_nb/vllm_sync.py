@@ -15,51 +15,86 @@ from .models import tokenizer_of
 
 # %% ../nbs/39_vllm_sync.ipynb #c7d5e400
 def server_for_training(
-    model:str="MODEL",  # that is trained
-    port:int=8000,      # where the server shall listen
-)->str:                 # for a shell
+    model: str = "MODEL",  # that is trained
+    port: int = 8000,  # where the server shall listen
+) -> str:  # for a shell
     "The command that starts a server that GRPO can send its weights to."
-    early = vllm_version() and re.match(r"0\.2\d\.", vllm_version())  # from 0.30 on, what images need is asked for
-    return (f"VLLM_SERVER_DEV_MODE=1 vllm serve {model} --port {port} --weight-transfer-config '{{\"backend\": \"nccl\"}}' "
-            f"--logprobs-mode processed_logprobs --max-logprobs -1{'' if early else ' --enable-scale-out'}")
+    # from 0.30 on, what images need is asked for
+    early = vllm_version() and re.match(r"0\.2\d\.", vllm_version())
+    return (
+        f'VLLM_SERVER_DEV_MODE=1 vllm serve {model} --port {port} --weight-transfer-config \'{{"backend":'
+        ' "nccl"}\' '
+        f"--logprobs-mode processed_logprobs --max-logprobs -1{'' if early else ' --enable-scale-out'}"
+    )
 
 # %% ../nbs/39_vllm_sync.ipynb #409ad2ba
 def before_vllm(
-    config,          # a `core.GRPOStage`
-    start:str,       # the model to train
-    where:str="zero",  # the stage, for messages
+    config,  # a `core.GRPOStage`
+    start: str,  # the model to train
+    where: str = "zero",  # the stage, for messages
 ):
     "Raise `SpecsError` for what would fail late: no vLLM, an unsupported one, no server, 4 bits with a server. Call it before TRL is imported."
     t = config.trainer
-    if not t.get("use_vllm"): return
+    if not t.get("use_vllm"):
+        return
     need_vllm()
     settle()
-    if t.get("vllm_mode", "colocate") != "server": return
-    if config.qlora: raise SpecsError(f"{where}: to a server TRL sends the packed 4-bit weights, which it can't use: set {where}.trainer.vllm_mode: colocate, or {where}.lora: true without qlora")
-    url = t.get("vllm_server_base_url") or f"http://{t.get('vllm_server_host', '0.0.0.0')}:{t.get('vllm_server_port', 8000)}"
-    if not _answers(url): raise SpecsError(f"no vLLM server answers at {url}: start one on other GPUs with `{server_for_training(start, urlsplit(url).port or 8000)}`, or set {where}.trainer.vllm_mode: colocate")
+    if t.get("vllm_mode", "colocate") != "server":
+        return
+    if config.qlora:
+        raise SpecsError(
+            f"{where}: to a server TRL sends the packed 4-bit weights, which it can't use: set"
+            f" {where}.trainer.vllm_mode: colocate, or {where}.lora: true without qlora"
+        )
+    url = (
+        t.get("vllm_server_base_url")
+        or f"http://{t.get('vllm_server_host', '0.0.0.0')}:{t.get('vllm_server_port', 8000)}"
+    )
+    if not _answers(url):
+        raise SpecsError(
+            f"no vLLM server answers at {url}: start one on other GPUs with"
+            f" `{server_for_training(start, urlsplit(url).port or 8000)}`, or set {where}.trainer.vllm_mode:"
+            " colocate"
+        )
     import torch
-    if not torch.cuda.is_available(): raise SpecsError(f"{where}: weights go to a server through NCCL, which needs a GPU: set {where}.trainer.vllm_mode: colocate")
+
+    if not torch.cuda.is_available():
+        raise SpecsError(
+            f"{where}: weights go to a server through NCCL, which needs a GPU: set {where}.trainer.vllm_mode:"
+            " colocate"
+        )
+
 
 def _answers(url):
     from urllib.request import urlopen
-    try: return urlopen(f"{url.rstrip('/')}/health", timeout=5).status == 200
-    except OSError: return False
+
+    try:
+        return urlopen(f"{url.rstrip('/')}/health", timeout=5).status == 200
+    except OSError:
+        return False
 
 # %% ../nbs/39_vllm_sync.ipynb #8259f662
 def same_prompts(
     generation,  # TRL's `VLLMGeneration`, colocated
-    processor,   # of the model
+    processor,  # of the model
 ):
     "Let vLLM read the trainer's prompts; raises `SpecsError` in the first batch if it doesn't."
     generate = generation.generate
+
     @functools.wraps(generate)
     def checked(prompts, images=None, **kw):
-        short = [one_per_image(p, processor) if i else p for p, i in zip(prompts, images or [None] * len(prompts))]
+        short = [
+            one_per_image(p, processor) if i else p for p, i in zip(prompts, images or [None] * len(prompts))
+        ]
         used, *rest = generate(prompts=short, images=images, **kw)
         wrong = sum(list(u) != list(p) for u, p in zip(used, prompts))
-        if wrong: raise SpecsError(f"vLLM reads other tokens than the trainer in {wrong} of {len(prompts)} prompts, so it would answer other questions: train this model without use_vllm")
+        if wrong:
+            raise SpecsError(
+                f"vLLM reads other tokens than the trainer in {wrong} of {len(prompts)} prompts, so it would"
+                " answer other questions: train this model without use_vllm"
+            )
         return prompts, *rest
+
     generation.generate = checked
 
 # %% ../nbs/39_vllm_sync.ipynb #266923bd
@@ -68,58 +103,77 @@ def fresh_images(
 ):
     "Let vLLM forget what it made of images whenever it gets new weights."
     sync = generation.sync_weights
+
     @functools.wraps(sync)
     def synced():
         sync()
-        if generation.mode == "colocate": generation.llm.llm_engine.reset_encoder_cache()
+        if generation.mode == "colocate":
+            generation.llm.llm_engine.reset_encoder_cache()
         elif generation.accelerator.is_main_process:
             client = generation.vllm_client
             client.session.post(f"{client.base_url}/reset_encoder_cache").raise_for_status()
+
     generation.sync_weights = synced
 
 # %% ../nbs/39_vllm_sync.ipynb #abcd2462
 def is_packed(
     module,  # of a model
-)->bool:     # a linear layer in 4 bits
+) -> bool:  # a linear layer in 4 bits
     "Whether a layer's weights are packed by bitsandbytes."
     return type(module).__name__ == "Linear4bit" and getattr(module.weight, "quant_state", None) is not None
 
+
 def plain_name(
-    name:str,  # of a parameter of an adapted model
-)->str:        # of the same in the model without adapter
+    name: str,  # of a parameter of an adapted model
+) -> str:  # of the same in the model without adapter
     "A parameter's name without what PEFT adds."
-    return name.removeprefix("base_model.model.").replace(".base_layer", "").replace("modules_to_save.default.", "")
+    return (
+        name.removeprefix("base_model.model.")
+        .replace(".base_layer", "")
+        .replace("modules_to_save.default.", "")
+    )
+
 
 def dense_weights(
-    model,       # in 4 bits, with or without an adapter
+    model,  # in 4 bits, with or without an adapter
     dtype=None,  # of what is yielded; None: of the model's other weights
-):               # yields (name, tensor)
+):  # yields (name, tensor)
     "Weights as the forward pass uses them, one at a time; the model stays as it is."
     from bitsandbytes.functional import dequantize_4bit
+
     dtype, done = dtype or model.get_input_embeddings().weight.dtype, set()
     for name, m in model.named_modules():
         base = m.get_base_layer() if hasattr(m, "get_base_layer") else m
-        if plain_name(f"{name}.weight") in done or not is_packed(base): continue
+        if plain_name(f"{name}.weight") in done or not is_packed(base):
+            continue
         full = dequantize_4bit(base.weight.data, base.weight.quant_state).float()
         for adapter in getattr(m, "active_adapters", []):
-            if adapter in getattr(m, "lora_A", {}): full = full + m.get_delta_weight(adapter).float()
+            if adapter in getattr(m, "lora_A", {}):
+                full = full + m.get_delta_weight(adapter).float()
         done.add(plain_name(f"{name}.weight"))
         yield plain_name(f"{name}.weight"), full.to(dtype)
     for name, p in model.named_parameters():
-        if "lora_" in name or "original_module" in name or plain_name(name) in done: continue
+        if "lora_" in name or "original_module" in name or plain_name(name) in done:
+            continue
         yield plain_name(name), p.data
 
 # %% ../nbs/39_vllm_sync.ipynb #f620384c
 def _computes_in(args, model):
     "The dtype of the forward pass: autocast's, or the weights' own."
     import torch
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.get_input_embeddings().weight.dtype
+
+    return (
+        torch.bfloat16
+        if args.bf16
+        else torch.float16 if args.fp16 else model.get_input_embeddings().weight.dtype
+    )
+
 
 @contextlib.contextmanager
 def beside_vllm(
-    args,        # TRL's `GRPOConfig`
-    model,       # that is trained
-    config=None, # a `core.VLLMConfig`
+    args,  # TRL's `GRPOConfig`
+    model,  # that is trained
+    config=None,  # a `core.VLLMConfig`
 ):
     "Within, TRL starts vLLM in the trainer's precision and with whole weights."
     if not args.use_vllm or args.vllm_mode != "colocate":
@@ -127,22 +181,30 @@ def beside_vllm(
         return
     import torch
     from trl.generation import vllm_generation as theirs
-    how = {"dtype": str(_computes_in(args, model)).removeprefix("torch."), **settle(), **getattr(config, "options", {})}
+
+    how = {
+        "dtype": str(_computes_in(args, model)).removeprefix("torch."),
+        **settle(),
+        **getattr(config, "options", {}),
+    }
     if not torch.cuda.is_available():
         from vllm import _custom_ops
+
         _custom_ops._supports_onednn = False
     kept = theirs.LLM, theirs.is_bitsandbytes_available
     theirs.LLM, theirs.is_bitsandbytes_available = functools.partial(theirs.LLM, **how), lambda: False
     try:
-        with real_stdout(): yield
-    finally: theirs.LLM, theirs.is_bitsandbytes_available = kept
+        with real_stdout():
+            yield
+    finally:
+        theirs.LLM, theirs.is_bitsandbytes_available = kept
 
 # %% ../nbs/39_vllm_sync.ipynb #42be58b0
 def drift(
-    trainer,           # TRL's `GRPOTrainer` with vLLM
-    rows:list,         # of the schema: questions to answer
-    instruction:str,   # of the format that is asked for
-)->dict:               # mean and max difference of a token's log-probability, and the number of tokens
+    trainer,  # TRL's `GRPOTrainer` with vLLM
+    rows: list,  # of the schema: questions to answer
+    instruction: str,  # of the format that is asked for
+) -> dict:  # mean and max difference of a token's log-probability, and the number of tokens
     "How far vLLM's model is from the trainer's."
     processor, model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model)
     ids = [encode(processor, [r], [instruction])["input_ids"][0].tolist() for r in rows]
@@ -150,58 +212,91 @@ def drift(
     _, answers, theirs, _ = trainer.vllm_generation.generate(prompts=ids, images=images, num_generations=1)
     was = model.training
     model.eval()
-    try: ours = score(model, processor, rows, [instruction] * len(rows), [[list(a)] for a in answers], trainer.temperature)
-    finally: model.train(was)
-    far = [abs(t[0] - o) for one, [other] in zip(theirs, ours) for t, o in zip(one, other) if t[0] is not None]
+    try:
+        ours = score(
+            model,
+            processor,
+            rows,
+            [instruction] * len(rows),
+            [[list(a)] for a in answers],
+            trainer.temperature,
+        )
+    finally:
+        model.train(was)
+    far = [
+        abs(t[0] - o) for one, [other] in zip(theirs, ours) for t, o in zip(one, other) if t[0] is not None
+    ]
     return dict(mean=sum(far) / len(far), max=max(far), tokens=len(far))
 
 # %% ../nbs/39_vllm_sync.ipynb #eb19694c
 def tolerance_of(
-    dtype:str,  # such as `torch.float32`
-)->float:       # mean difference a token
+    dtype: str,  # such as `torch.float32`
+) -> float:  # mean difference a token
     "What rounding alone may do."
-    return .001 if str(dtype) == "torch.float32" else .05
+    return 0.001 if str(dtype) == "torch.float32" else 0.05
+
 
 def sync_check(
-    trainer,              # TRL's `GRPOTrainer` with vLLM
-    rows:list,            # questions to answer at each check
-    instruction:str,      # of the format that is asked for
-    every:int=20,         # steps between checks; the first step is always checked. 0: that alone
-    tolerance:float=0.0,  # mean difference a token that is too much; 0: by dtype
-):                        # a `TrainerCallback`
+    trainer,  # TRL's `GRPOTrainer` with vLLM
+    rows: list,  # questions to answer at each check
+    instruction: str,  # of the format that is asked for
+    every: int = 20,  # steps between checks; the first step is always checked. 0: that alone
+    tolerance: float = 0.0,  # mean difference a token that is too much; 0: by dtype
+):  # a `TrainerCallback`
     "A callback that stops training with `SpecsError` when vLLM's model isn't the trainer's."
     from transformers import TrainerCallback
+
     tolerance = tolerance or tolerance_of(_computes_in(trainer.args, trainer.model))
+
     class SyncCheck(TrainerCallback):
         found = []
+
         def on_step_end(self, args, state, control, **kw):
-            if self.found and not (every and state.global_step % every == 0): return
+            if self.found and not (every and state.global_step % every == 0):
+                return
             trainer.vllm_generation.sync_weights()
             trainer._last_loaded_step = state.global_step  # TRL needn't do it again
             self.found.append(dict(step=state.global_step, **drift(trainer, rows, instruction)))
             mean = self.found[-1]["mean"]
             if not mean <= tolerance:
-                raise SpecsError(f"after step {state.global_step} vLLM's log-probabilities are {mean:.2g} a token off the trainer's (at most {tolerance:.2g} is allowed): "
-                                 "the weights don't reach it, and it writes with another model. Train without use_vllm, or, if both are right but their precision differs, raise vllm.sync_tolerance")
+                raise SpecsError(
+                    f"after step {state.global_step} vLLM's log-probabilities are {mean:.2g} a token off the"
+                    f" trainer's (at most {tolerance:.2g} is allowed): the weights don't reach it, and it"
+                    " writes with another model. Train without use_vllm, or, if both are right but their"
+                    " precision differs, raise vllm.sync_tolerance"
+                )
+
     return SyncCheck()
 
 # %% ../nbs/39_vllm_sync.ipynb #1627e9b8
 def watch_vllm(
-    trainer,          # TRL's `GRPOTrainer`
-    rows:list,        # it trains on
-    instruction:str,  # of the format that is asked for
-    config=None,      # a `core.VLLMConfig`
-):                    # the check's callback, or None
+    trainer,  # TRL's `GRPOTrainer`
+    rows: list,  # it trains on
+    instruction: str,  # of the format that is asked for
+    config=None,  # a `core.VLLMConfig`
+):  # the check's callback, or None
     "Same prompts, safe weights and the check; nothing without vLLM."
-    if not trainer.args.use_vllm: return None
+    if not trainer.args.use_vllm:
+        return None
     g, model = trainer.vllm_generation, trainer.accelerator.unwrap_model(trainer.model)
     if tokenizer_of(trainer.processing_class) is not trainer.processing_class:
         fresh_images(g)
-        if g.mode == "colocate": same_prompts(g, trainer.processing_class)  # a server is given placed features
-    if any(is_packed(m) for m in model.modules()): g._iter_named_params = lambda: dense_weights(model)
+        # a server is given placed features
+        if g.mode == "colocate":
+            same_prompts(g, trainer.processing_class)
+    if any(is_packed(m) for m in model.modules()):
+        g._iter_named_params = lambda: dense_weights(model)
     if trainer.top_k or trainer.top_p != 1 or trainer.min_p:
-        print("vLLM's weights are not checked: top_k, top_p and min_p change its log-probabilities", flush=True)
+        print(
+            "vLLM's weights are not checked: top_k, top_p and min_p change its log-probabilities", flush=True
+        )
         return None
-    check = sync_check(trainer, [rows[i] for i in range(min(4, len(rows)))], instruction, getattr(config, "sync_every", 20), getattr(config, "sync_tolerance", 0.))
+    check = sync_check(
+        trainer,
+        [rows[i] for i in range(min(4, len(rows)))],
+        instruction,
+        getattr(config, "sync_every", 20),
+        getattr(config, "sync_tolerance", 0.0),
+    )
     trainer.add_callback(check)
     return check

@@ -15,65 +15,80 @@ from dataclasses import dataclass
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {"red": (220, 40, 40), "blue": (40, 80, 220), "green": (30, 160, 70), "yellow": (240, 200, 20)}
 HELD_OUT = ("cross", "yellow")  # never drawn outside the visual OOD split
-CELL, SIDE = 28, 3              # pixels of a cell, cells of a side: one cell is one image token of Qwen2.5-VL
+CELL, SIDE = 28, 3  # pixels of a cell, cells of a side: one cell is one image token of Qwen2.5-VL
+
 
 @dataclass(frozen=True)
 class Scene:
     "What is in a picture: `grid` has 9 cells of `None` or (shape, colour); `bars` has 3 pairs (colour, height 1-6)"
-    kind: str     # `grid` or `bars`
+
+    kind: str  # `grid` or `bars`
     items: tuple  # cells row by row, or bars from left to right
 
-    def objects(self): return [o for o in self.items if o is not None]
+    def objects(self):
+        return [o for o in self.items if o is not None]
 
 # %% ../nbs/10_world.ipynb #89c646ad
 def draw_grid(
-    rng:random.Random,  # source of chance
-    few:int=2,          # fewest objects
-    many:int=5,         # most objects, at most 9
-    held_out:bool=False,# put at least one object of the `HELD_OUT` combination in
-)->Scene:               # a grid scene
+    rng: random.Random,  # source of chance
+    few: int = 2,  # fewest objects
+    many: int = 5,  # most objects, at most 9
+    held_out: bool = False,  # put at least one object of the `HELD_OUT` combination in
+) -> Scene:  # a grid scene
     "A random grid scene; without `held_out` the held-out combination never appears."
     n = rng.randint(few, many)
     pool = [(s, c) for s in SHAPES for c in COLOURS if (s, c) != HELD_OUT]
     things = [rng.choice(pool) for _ in range(n)]
-    if held_out: things[0] = HELD_OUT
+    if held_out:
+        things[0] = HELD_OUT
     cells = [None] * SIDE**2
-    for where, thing in zip(rng.sample(range(SIDE**2), n), things): cells[where] = thing
+    for where, thing in zip(rng.sample(range(SIDE**2), n), things):
+        cells[where] = thing
     return Scene("grid", tuple(cells))
 
 # %% ../nbs/10_world.ipynb #5109fb92
 def draw_bars(
-    rng:random.Random,  # source of chance
-)->Scene:               # a bar chart of three colours
+    rng: random.Random,  # source of chance
+) -> Scene:  # a bar chart of three colours
     "A random bar chart: three different colours, heights from 1 to 6."
     return Scene("bars", tuple((c, rng.randint(1, 6)) for c in rng.sample(list(COLOURS), 3)))
 
 # %% ../nbs/10_world.ipynb #3fb85bb6
 def picture(
-    scene:Scene,  # what to draw
-    scale:int=1,  # 1 gives 84 × 84 pixels
-):                # a PIL image, RGB
+    scene: Scene,  # what to draw
+    scale: int = 1,  # 1 gives 84 × 84 pixels
+):  # a PIL image, RGB
     "Draw `scene` on a white ground."
     from PIL import Image, ImageDraw
+
     cell = CELL * scale
     img = Image.new("RGB", (cell * SIDE, cell * SIDE), "white")
     draw = ImageDraw.Draw(img)
     for i, item in enumerate(scene.items):
-        if scene.kind == "bars": _bar(draw, i, item, cell)
-        elif item: _thing(draw, (i % SIDE) * cell, (i // SIDE) * cell, item, cell)
+        if scene.kind == "bars":
+            _bar(draw, i, item, cell)
+        elif item:
+            _thing(draw, (i % SIDE) * cell, (i // SIDE) * cell, item, cell)
     return img
+
 
 def _bar(draw, column, bar, cell):
     colour, height = bar
     left, bottom = column * cell + cell // 7, SIDE * cell - 1
-    draw.rectangle([left, bottom - height * cell // 2 + cell // 14, left + cell * 5 // 7, bottom], fill=COLOURS[colour])
+    draw.rectangle(
+        [left, bottom - height * cell // 2 + cell // 14, left + cell * 5 // 7, bottom], fill=COLOURS[colour]
+    )
+
 
 def _thing(draw, x, y, thing, cell):
     (shape, colour), m = thing, cell // 7  # m: the margin
     fill, l, t, r, b = COLOURS[colour], x + m, y + m, x + cell - m - 1, y + cell - m - 1
-    if shape == "circle": draw.ellipse([l, t, r, b], fill=fill)
-    elif shape == "square": draw.rectangle([l, t, r, b], fill=fill)
-    elif shape == "triangle": draw.polygon([((l + r) // 2, t), (r, b), (l, b)], fill=fill)
+    if shape == "circle":
+        draw.ellipse([l, t, r, b], fill=fill)
+    elif shape == "square":
+        draw.rectangle([l, t, r, b], fill=fill)
+    elif shape == "triangle":
+        draw.polygon([((l + r) // 2, t), (r, b), (l, b)], fill=fill)
     else:
         third = (r - l) // 3
         draw.rectangle([l + third, t, r - third, b], fill=fill)
@@ -81,22 +96,23 @@ def _thing(draw, x, y, thing, cell):
 
 # %% ../nbs/10_world.ipynb #23d36678
 def name(
-    item,   # an entry of `Scene.items`
-)->str:     # such as `circle red`, `empty`, `red 4`
+    item,  # an entry of `Scene.items`
+) -> str:  # such as `circle red`, `empty`, `red 4`
     "An object, an empty cell or a bar in words."
     return "empty" if item is None else f"{item[0]} {item[1]}"
 
 # %% ../nbs/10_world.ipynb #adb00636
 def caption(
-    scene:Scene,  # the scene
-)->str:           # its nine cells, or three bars, in words
+    scene: Scene,  # the scene
+) -> str:  # its nine cells, or three bars, in words
     "Everything there is in `scene`, in reading order."
     return ", ".join(map(name, scene.items))
 
+
 def read_caption(
-    text:str,     # what a model wrote
-    scene:Scene,  # what was drawn
-)->list:          # one bool an item: named right?
+    text: str,  # what a model wrote
+    scene: Scene,  # what was drawn
+) -> list:  # one bool an item: named right?
     "Compare a model's caption with the scene, item by item; what is missing is wrong."
     said = [part.strip() for part in text.split(",")]
     return [i < len(said) and said[i] == name(item) for i, item in enumerate(scene.items)]
@@ -105,7 +121,8 @@ def read_caption(
 @dataclass(frozen=True)
 class Selection:
     "Some of the objects of a scene: by shape, by colour or by both"
-    shape: str = None   # None: any shape
+
+    shape: str = None  # None: any shape
     colour: str = None  # None: any colour
 
     def __contains__(self, thing):
@@ -115,12 +132,13 @@ class Selection:
         noun = {None: "objects", "cross": "crosses"}.get(self.shape, f"{self.shape}s")
         return f"{self.colour} {noun}" if self.colour else noun
 
+
 def select(
-    scene:Scene,        # a grid scene
-    rng:random.Random,  # source of chance
-)->Selection:           # by shape, colour or both
+    scene: Scene,  # a grid scene
+    rng: random.Random,  # source of chance
+) -> Selection:  # by shape, colour or both
     "A random selection, four times in five of something that is there."
-    things = scene.objects() if rng.random() < .8 else [(s, c) for s in SHAPES for c in COLOURS]
+    things = scene.objects() if rng.random() < 0.8 else [(s, c) for s in SHAPES for c in COLOURS]
     shape, colour = rng.choice(things)
     return rng.choice([Selection(shape), Selection(None, colour), Selection(shape, colour)])
 
@@ -128,27 +146,30 @@ def select(
 @dataclass(frozen=True)
 class Question:
     "A question about a scene, with its answer"
-    scene: Scene          # what the picture shows
-    task: str             # the family: count, subtract, compare, bar
-    text: str             # the question, with lettered choices if it has some
-    answer: str           # a number, or a letter
-    choices: tuple = None # the choices' texts, A first
-    about: tuple = ()     # selections or colours that the question names
+
+    scene: Scene  # what the picture shows
+    task: str  # the family: count, subtract, compare, bar
+    text: str  # the question, with lettered choices if it has some
+    answer: str  # a number, or a letter
+    choices: tuple = None  # the choices' texts, A first
+    about: tuple = ()  # selections or colours that the question names
 
     @property
-    def kind(self): return "choice" if self.choices else "number"
+    def kind(self):
+        return "choice" if self.choices else "number"
+
 
 def lettered(
     choices,  # texts
-)->str:       # such as `(A) red (B) blue`
+) -> str:  # such as `(A) red (B) blue`
     "Choices with their letters, as they stand in a question."
     return " ".join(f"({chr(65 + i)}) {c}" for i, c in enumerate(choices))
 
 # %% ../nbs/10_world.ipynb #9688c493
 def ask_count(
-    scene:Scene,        # a grid scene
-    rng:random.Random,  # source of chance
-)->Question:            # answer: a number
+    scene: Scene,  # a grid scene
+    rng: random.Random,  # source of chance
+) -> Question:  # answer: a number
     "How many objects of a selection are there?"
     sel = select(scene, rng)
     n = sum(o in sel for o in scene.objects())
@@ -156,19 +177,21 @@ def ask_count(
 
 # %% ../nbs/10_world.ipynb #1ca2b1fc
 def ask_subtract(
-    scene:Scene,        # a grid scene
-    rng:random.Random,  # source of chance
-)->Question:            # answer: a number
+    scene: Scene,  # a grid scene
+    rng: random.Random,  # source of chance
+) -> Question:  # answer: a number
     "How many are left without a selection?"
     sel = select(scene, rng)
     n = sum(o not in sel for o in scene.objects())
-    return Question(scene, "subtract", f"Subtract all {sel}. How many objects are left?", str(n), about=(sel,))
+    return Question(
+        scene, "subtract", f"Subtract all {sel}. How many objects are left?", str(n), about=(sel,)
+    )
 
 # %% ../nbs/10_world.ipynb #f18cb140
 def ask_compare(
-    scene:Scene,        # a grid scene
-    rng:random.Random,  # source of chance
-)->Question:            # answer: a letter
+    scene: Scene,  # a grid scene
+    rng: random.Random,  # source of chance
+) -> Question:  # answer: a letter
     "Which of two selections has more objects?"
     pick = rng.choice([SHAPES, tuple(COLOURS)])
     make = Selection if pick is SHAPES else (lambda c: Selection(None, c))
@@ -181,15 +204,16 @@ def ask_compare(
 
 # %% ../nbs/10_world.ipynb #b9d516cd
 def ask_bar(
-    scene:Scene,        # a bars scene
-    rng:random.Random,  # source of chance
-)->Question:            # answer: a number or a letter
+    scene: Scene,  # a bars scene
+    rng: random.Random,  # source of chance
+) -> Question:  # answer: a number or a letter
     "One of three questions about a bar chart."
     heights = dict(scene.items)
     a, b = rng.sample(list(heights), 2)
     top = [c for c, h in heights.items() if h == max(heights.values())]
     what = rng.choice(["height", "sum", "tallest"] if len(top) == 1 else ["height", "sum"])
-    if what == "height": return Question(scene, "bar", f"How tall is the {a} bar?", str(heights[a]), about=(a,))
+    if what == "height":
+        return Question(scene, "bar", f"How tall is the {a} bar?", str(heights[a]), about=(a,))
     if what == "sum":
         text = f"How tall are the {a} bar and the {b} bar together?"
         return Question(scene, "bar", text, str(heights[a] + heights[b]), about=(a, b))
@@ -200,39 +224,59 @@ def ask_bar(
 # %% ../nbs/10_world.ipynb #82d1f0ac
 SPLITS = ("train", "test", "ood_visual")
 
+
 def is_test(
-    scene:Scene,  # any scene
-)->bool:          # may it be tested on?
+    scene: Scene,  # any scene
+) -> bool:  # may it be tested on?
     "One scene in five, by checksum, is never trained on."
     return zlib.crc32(caption(scene).encode()) % 5 == 0
 
+
 def ask(
-    split:str,     # one of `SPLITS`
-    seed:int,      # the stream of questions
-    index:int,     # which question of the stream
+    split: str,  # one of `SPLITS`
+    seed: int,  # the stream of questions
+    index: int,  # which question of the stream
     tasks=("count", "subtract", "compare", "bar"),  # families to draw from, alike often
-)->Question:       # the same for the same arguments, on any machine
+) -> Question:  # the same for the same arguments, on any machine
     "Question number `index` of a split; raises `ValueError` for a split that isn't one."
-    if split not in SPLITS: raise ValueError(f"no split {split!r}: choose from {', '.join(SPLITS)}")
+    if split not in SPLITS:
+        raise ValueError(f"no split {split!r}: choose from {', '.join(SPLITS)}")
     rng = random.Random(f"{split}/{seed}/{index}")
     task = rng.choice([t for t in tasks if t != "bar"] if split == "ood_visual" else list(tasks))
     while True:
-        if task == "bar": scene = draw_bars(rng)
-        elif split != "ood_visual": scene = draw_grid(rng)
-        elif rng.random() < .5: scene = draw_grid(rng, 6, 8)
-        else: scene = draw_grid(rng, held_out=True)
-        if is_test(scene) == (split != "train"): break
-    return {"count": ask_count, "subtract": ask_subtract, "compare": ask_compare, "bar": ask_bar}[task](scene, rng)
+        if task == "bar":
+            scene = draw_bars(rng)
+        elif split != "ood_visual":
+            scene = draw_grid(rng)
+        elif rng.random() < 0.5:
+            scene = draw_grid(rng, 6, 8)
+        else:
+            scene = draw_grid(rng, held_out=True)
+        if is_test(scene) == (split != "train"):
+            break
+    return {"count": ask_count, "subtract": ask_subtract, "compare": ask_compare, "bar": ask_bar}[task](
+        scene, rng
+    )
 
 # %% ../nbs/10_world.ipynb #f102d329
 def rows(
-    split:str,    # one of `SPLITS`
-    n:int,        # how many
-    seed:int=0,   # the stream of questions
-    start:int=0,  # index of the first
+    split: str,  # one of `SPLITS`
+    n: int,  # how many
+    seed: int = 0,  # the stream of questions
+    start: int = 0,  # index of the first
     tasks=("count", "subtract", "compare", "bar"),  # families to draw from
-)->list:          # of dicts: id, question, images, answer, kind, choices, source
+) -> list:  # of dicts: id, question, images, answer, kind, choices, source
     "The next `n` questions of a split as rows, with their pictures."
     qs = [ask(split, seed, i, tasks) for i in range(start, start + n)]
-    return [dict(id=f"world-{split}-{seed}-{i}", question=q.text, images=[picture(q.scene)], answer=q.answer, kind=q.kind,
-                 choices=list(q.choices) if q.choices else None, source=f"world/{q.task}") for i, q in enumerate(qs, start)]
+    return [
+        dict(
+            id=f"world-{split}-{seed}-{i}",
+            question=q.text,
+            images=[picture(q.scene)],
+            answer=q.answer,
+            kind=q.kind,
+            choices=list(q.choices) if q.choices else None,
+            source=f"world/{q.task}",
+        )
+        for i, q in enumerate(qs, start)
+    ]

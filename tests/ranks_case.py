@@ -1,6 +1,8 @@
 """What test_launch.py runs under launchers and without one: three steps of DPO and GRPO with the same batch of 8 altogether, from the same data
 
-With `fsdp2` as second word: DPO under FSDP2. accelerate turns that on for GPUs alone, so it is told that gloo's processes are such."""
+With `fsdp2` as second word: DPO under FSDP2. accelerate turns that on for GPUs alone, so it is told that gloo's processes are such.
+"""
+
 import random, sys
 from pathlib import Path
 from specs_nb import world
@@ -14,10 +16,22 @@ from specs_nb.ranks import is_main, rank, save_trained
 
 FORMAT, ROWS, N = FORMATS["think_answer"], world.rows("train", 24), rank()[1]
 
+
 def same(steps=3, batch=8, **more):
     "The same settings for any number of processes; SGD, whose step is the gradient and nothing else"
-    return dict(per_device_train_batch_size=batch // N, max_steps=steps, gradient_checkpointing=False, lr_scheduler_type="constant", save_strategy="no", optim="sgd",
-                max_grad_norm=0., learning_rate=.01, report_to="none", **more)
+    return dict(
+        per_device_train_batch_size=batch // N,
+        max_steps=steps,
+        gradient_checkpointing=False,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        optim="sgd",
+        max_grad_norm=0.0,
+        learning_rate=0.01,
+        report_to="none",
+        **more,
+    )
+
 
 def dpo(out, loss, **more):
     good = [[(f"There are {i % 5} shapes that matter here.", r["answer"])] for i, r in enumerate(ROWS)]
@@ -25,48 +39,81 @@ def dpo(out, loss, **more):
     write_pairs(make_pairs(ROWS, good, good, FORMAT, list(CORRUPTIONS)[:3], 24, 0), path)
     train_coldstart("tiny", path, out, ColdStartStage(loss=loss, lora=False, trainer=same(**more)))
 
+
 def canned(trainer):
     "Completions that follow from the question and the number within the group, whoever asks: sampling differs between ranks, the rest should not"
     tok, k = tokenizer_of(trainer.processing_class), trainer.num_generations
-    texts = [FORMAT.render("Look.", a) for a in ("1", "2", "yes", "no", "red")] + ["2", "It is 1. Answer: 1", "<think>no end", "<answer>3</answer>"]
+    texts = [FORMAT.render("Look.", a) for a in ("1", "2", "yes", "no", "red")] + [
+        "2",
+        "It is 1. Answer: 1",
+        "<think>no end",
+        "<answer>3</answer>",
+    ]
     ids = [tok(t)["input_ids"] + [tok.convert_tokens_to_ids("<|im_end|>")] for t in texts]
+
     def given(prompt_ids, *_):
-        return [random.Random(f"{list(map(int, p))}/{i % k}").choice(ids) for i, p in enumerate(prompt_ids)], None
+        return [
+            random.Random(f"{list(map(int, p))}/{i % k}").choice(ids) for i, p in enumerate(prompt_ids)
+        ], None
+
     return given
 
+
 def grpo(out):
-    trainer = grpo_trainer("tiny", ROWS, out, GRPOStage(steps=3, trainer=same(num_generations=4, max_completion_length=64)), FORMAT)
+    trainer = grpo_trainer(
+        "tiny",
+        ROWS,
+        out,
+        GRPOStage(steps=3, trainer=same(num_generations=4, max_completion_length=64)),
+        FORMAT,
+    )
     trainer._generate_single_turn = canned(trainer)
     trainer.add_callback(watcher("zero", 3, out / "history.json", ()))
     trainer.train()
     save_trained(trainer, out / "model")
 
+
 def pretend_gpus():
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
+
     init = PartialState.__init__
+
     def told(self, *args, **kw):
         init(self, *args, **kw)
-        if self.distributed_type == DistributedType.MULTI_CPU: self.distributed_type = DistributedType.MULTI_GPU
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
     PartialState.__init__ = told
+
 
 def in_pieces(out):
     "DPO with the weights of each layer spread over the processes"
     from torch.distributed.tensor import DTensor
     from specs_nb import coldstart
+
     seen, save = [], coldstart.save_trained
+
     def look(trainer, folder):
-        seen.append(trainer.is_fsdp_enabled and all(isinstance(p, DTensor) for p in trainer.model.parameters()))
+        seen.append(
+            trainer.is_fsdp_enabled and all(isinstance(p, DTensor) for p in trainer.model.parameters())
+        )
         save(trainer, folder)
+
     coldstart.save_trained = look
     dpo(out, "dpo")
     assert seen == [True], "it was not FSDP2"
 
+
 if __name__ == "__main__":
     out = Path(sys.argv[1])
-    if not is_main(): sys.stdout = sys.stderr
-    if sys.argv[2:] == ["fsdp2"]: pretend_gpus(); sys.exit(in_pieces(out / "dpo"))
+    if not is_main():
+        sys.stdout = sys.stderr
+    if sys.argv[2:] == ["fsdp2"]:
+        pretend_gpus()
+        sys.exit(in_pieces(out / "dpo"))
     dpo(out / "dpo", "dpo")
-    # the SFT term is a mean over the tokens of a micro-batch: two of 4 on one process are what two processes have
+    # the SFT term is a mean over the tokens of a micro-batch: two of 4 on one process are what two processes
+    # have
     dpo(out / "dpo+sft", "dpo+sft", **(dict(batch=4, gradient_accumulation_steps=2) if N == 1 else {}))
     grpo(out / "grpo")

@@ -1,85 +1,182 @@
 "The doctor's reckoning against shapes, one measured peak and what must be refused; the recipes parse and fit the machines they name."
+
 import json, os, subprocess, sys
 from pathlib import Path
 import pytest
 from specs_nb.core import Config, SpecsError, builtin_configs, load_config, merge
-from specs_nb.doctor import (KNOWN, Machine, Prompt, advise, config_of_model, diagnose, disk, generation, known_config, measure, missing, plan, predict,
-                             read_rate, shape_of, this_machine, tokens, training)
+from specs_nb.doctor import (
+    KNOWN,
+    Machine,
+    Prompt,
+    advise,
+    config_of_model,
+    diagnose,
+    disk,
+    generation,
+    known_config,
+    measure,
+    missing,
+    plan,
+    predict,
+    read_rate,
+    shape_of,
+    this_machine,
+    tokens,
+    training,
+)
 from specs_nb.models import FAMILIES, load_model, lora_config, random_model
 from specs_nb.pipeline import check_names, main
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
-CARD = {"paper_7b": dict(gpus=8, memory=80, launcher="fsdp2"), "qwen7b_qlora_80gb": dict(gpus=1, memory=80), "qwen3b_qlora_24gb": dict(gpus=1, memory=24),
-        "text_only": dict(gpus=1, memory=24)}
+CARD = {
+    "paper_7b": dict(gpus=8, memory=80, launcher="fsdp2"),
+    "qwen7b_qlora_80gb": dict(gpus=1, memory=80),
+    "qwen3b_qlora_24gb": dict(gpus=1, memory=24),
+    "text_only": dict(gpus=1, memory=24),
+}
+
 
 def specs(*args):
     code = "import sys; from specs_nb.pipeline import main; sys.exit(main())"
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+
 
 # ---- recipes
 
+
 @pytest.mark.parametrize("name", CARD)
 def test_recipes_parse(name, monkeypatch):
-    monkeypatch.setattr("specs_nb.generate.need_vllm", lambda: None)  # the doctor says that it is missing; here only names matter
+    # the doctor says that it is missing; here only names matter
+    monkeypatch.setattr("specs_nb.generate.need_vllm", lambda: None)
     assert name in builtin_configs()
     config = load_config(name)
     check_names(config)
     assert config != Config()
 
+
 @pytest.mark.parametrize("name", CARD)
 def test_recipes_fit_the_cards_they_name(name):
     config, machine = load_config(name), this_machine(**CARD[name])
-    for stage, p in plan(config, machine, Prompt(), shape_of(config.model.path, known_config(config.model.path))).items():
-        assert p.peak < .95 * machine.memory, (stage, p)
+    for stage, p in plan(
+        config, machine, Prompt(), shape_of(config.model.path, known_config(config.model.path))
+    ).items():
+        assert p.peak < 0.95 * machine.memory, (stage, p)
+
 
 def test_paper_recipe_says_where_each_value_comes_from():
     lines = builtin_configs()["paper_7b"].read_text().splitlines()
-    body = lines[next(i for i, l in enumerate(lines) if l.startswith("seed:")):]
-    head = body[:body.index("final:")]  # `final` repeats the values of `zero`
-    unsaid = [l for l in head if ":" in l and not l.rstrip().endswith(":") and not l.startswith("  trainer") and not any(t in l for t in ("[paper]", "[fig]", "[note]", "[ours]"))]
-    assert [l.split(":")[0].strip() for l in unsaid] == ["gradient_accumulation_steps"] * 2, unsaid  # said in the line before
+    body = lines[next(i for i, l in enumerate(lines) if l.startswith("seed:")) :]
+    head = body[: body.index("final:")]  # `final` repeats the values of `zero`
+    unsaid = [
+        l
+        for l in head
+        if ":" in l
+        and not l.rstrip().endswith(":")
+        and not l.startswith("  trainer")
+        and not any(t in l for t in ("[paper]", "[fig]", "[note]", "[ours]"))
+    ]
+    # said in the line before
+    assert [l.split(":")[0].strip() for l in unsaid] == ["gradient_accumulation_steps"] * 2, unsaid
     c = load_config("paper_7b")
-    assert 8 * c.final.trainer["per_device_train_batch_size"] * c.final.trainer["gradient_accumulation_steps"] == 128 * c.final.trainer["num_generations"]
-    assert 8 * c.coldstart.trainer["per_device_train_batch_size"] * c.coldstart.trainer["gradient_accumulation_steps"] == 64
-    assert (c.final.steps, c.final.trainer["learning_rate"], c.coldstart.trainer["learning_rate"], c.coldstart.lam, c.final.trainer["max_completion_length"]) == (800, 1e-6, 1e-6, 1., 10240)
+    assert (
+        8 * c.final.trainer["per_device_train_batch_size"] * c.final.trainer["gradient_accumulation_steps"]
+        == 128 * c.final.trainer["num_generations"]
+    )
+    assert (
+        8
+        * c.coldstart.trainer["per_device_train_batch_size"]
+        * c.coldstart.trainer["gradient_accumulation_steps"]
+        == 64
+    )
+    assert (
+        c.final.steps,
+        c.final.trainer["learning_rate"],
+        c.coldstart.trainer["learning_rate"],
+        c.coldstart.lam,
+        c.final.trainer["max_completion_length"],
+    ) == (800, 1e-6, 1e-6, 1.0, 10240)
+
 
 # ---- shapes
 
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shape_of_every_family(family, tmp_path):
-    if family == "smolvlm": pytest.importorskip("num2words")
+    if family == "smolvlm":
+        pytest.importorskip("num2words")
     from peft import get_peft_model
+
     s, model = shape_of(random_model(family, tmp_path)), load_model(str(tmp_path))[0]
     assert s.total == model.num_parameters() and (s.vision > 0) == (family != "text") == bool(s.eyes)
-    assert (s.hidden, s.layers, s.q, s.kv) == (64, 2, 64, 32) and s.qk_norm == (family in ("qwen3-vl", "gemma3", "text"))
-    assert 8 * s.lora[1] == sum(p.numel() for p in get_peft_model(model, lora_config(8)).parameters() if p.requires_grad)
+    assert (s.hidden, s.layers, s.q, s.kv) == (64, 2, 64, 32) and s.qk_norm == (
+        family in ("qwen3-vl", "gemma3", "text")
+    )
+    assert 8 * s.lora[1] == sum(
+        p.numel() for p in get_peft_model(model, lora_config(8)).parameters() if p.requires_grad
+    )
+
 
 def test_known_shapes_are_the_published_ones():
     assert shape_of("x", known_config("Qwen/Qwen2.5-VL-7B-Instruct")).total == 8_292_166_656
     assert shape_of("x", known_config("Qwen/Qwen2.5-VL-3B-Instruct")).total == 3_754_622_976
 
+
 # ---- memory
 
-WIDE = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, head_dim=64, vocab_size=8192,
-            max_position_embeddings=4096, tie_word_embeddings=False)
+WIDE = dict(
+    hidden_size=512,
+    intermediate_size=1408,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    vocab_size=8192,
+    max_position_embeddings=4096,
+    tie_word_embeddings=False,
+)
 
-@pytest.mark.parametrize("spec", [dict(kind="lora", batch=4, tokens=192), dict(kind="grpo", train="full", batch=8, new=40)], ids=lambda s: s["kind"])
+
+@pytest.mark.parametrize(
+    "spec",
+    [dict(kind="lora", batch=4, tokens=192), dict(kind="grpo", train="full", batch=8, new=40)],
+    ids=lambda s: s["kind"],
+)
 def test_measured_peak(spec):
     "Two of those that 72_doctor measures, in other sizes"
     m = measure(dict(spec, text=WIDE))
     p = predict(dict(spec, text=WIDE), m)
-    assert abs(p.peak / m["peak"] - 1) <= .15, (p.peak / 2**20, m["peak"] / 2**20)
+    assert abs(p.peak / m["peak"] - 1) <= 0.15, (p.peak / 2**20, m["peak"] / 2**20)
+
 
 SEVEN = shape_of("seven", known_config("Qwen/Qwen2.5-VL-7B-Instruct"))
 
+
 def test_more_of_anything_needs_more():
-    def peak(sequences=1, tokens=2048, **kw): return training(SEVEN, sequences, tokens, **{"train": "lora", "dtype": "bfloat16", "checkpoint": True, **kw}).peak
+    def peak(sequences=1, tokens=2048, **kw):
+        return training(
+            SEVEN, sequences, tokens, **{"train": "lora", "dtype": "bfloat16", "checkpoint": True, **kw}
+        ).peak
+
     assert peak(2) > peak() < peak(tokens=4096)
     assert peak(dtype="float32") > peak() < peak(checkpoint=False)
     assert peak(train="qlora") < peak() < peak(train="full") < peak(train="full", reference=True)
-    assert peak(train="full", gpus=8, cut="fsdp2") < peak(train="full", gpus=8, cut="zero2") < peak(train="full", gpus=8)
-    assert generation(SEVEN, 2, 100, 100).peak > generation(SEVEN, 1, 100, 100).peak < generation(SEVEN, 1, 100, 200).peak
+    assert (
+        peak(train="full", gpus=8, cut="fsdp2")
+        < peak(train="full", gpus=8, cut="zero2")
+        < peak(train="full", gpus=8)
+    )
+    assert (
+        generation(SEVEN, 2, 100, 100).peak
+        > generation(SEVEN, 1, 100, 100).peak
+        < generation(SEVEN, 1, 100, 200).peak
+    )
+
 
 def test_advice_makes_it_fit():
     config = merge(Config(), {"workers": 1, "model": {"dtype": "bfloat16"}})
@@ -91,81 +188,183 @@ def test_advice_makes_it_fit():
     for w in words.split(" and "):
         key, value = w.split(" (")[0].split(": ")
         values = {"true": True, "false": False}.get(value, int(value) if value.isdigit() else value)
-        for part in reversed(key.split(".")): values = {part: values}
+        for part in reversed(key.split(".")):
+            values = {part: values}
         config = merge(config, values)
     assert plan(config, machine, Prompt(), shape)["coldstart"].peak <= machine.memory
+
 
 def test_no_advice_where_none_helps():
     words, fits = advise(Config(), "zero", Machine(GIB / 2, 1, "toy"), Prompt(), SEVEN)
     assert words and not fits
 
+
 def test_vllm_in_the_same_gpu_is_counted():
-    t = dict(use_vllm=True, vllm_gpu_memory_utilization=.5)
+    t = dict(use_vllm=True, vllm_gpu_memory_utilization=0.5)
     machine = Machine(80 * GIB, 1, "80", base=GIB)
-    def peak(**kw): return plan(merge(Config(), {"zero": {"qlora": True, "trainer": {"gradient_checkpointing": True, "per_device_train_batch_size": 1, **kw}}}), machine, Prompt(), SEVEN)["zero"].peak
-    assert peak(**t) > 40 * GIB + peak(use_vllm=True, vllm_mode="server") - 2 * GIB and peak(**t, vllm_enable_sleep_mode=True) < peak(**t)
+
+    def peak(**kw):
+        return plan(
+            merge(
+                Config(),
+                {
+                    "zero": {
+                        "qlora": True,
+                        "trainer": {"gradient_checkpointing": True, "per_device_train_batch_size": 1, **kw},
+                    }
+                },
+            ),
+            machine,
+            Prompt(),
+            SEVEN,
+        )["zero"].peak
+
+    assert peak(**t) > 40 * GIB + peak(use_vllm=True, vllm_mode="server") - 2 * GIB and peak(
+        **t, vllm_enable_sleep_mode=True
+    ) < peak(**t)
+
 
 # ---- what is missing, and the command
 
+
 def test_packages(monkeypatch):
     from specs_nb import doctor
+
     have = {"bitsandbytes": "0.40", "vllm": "0.40.0"}
-    monkeypatch.setattr(doctor, "_version_of", lambda name: have.get(name, "999" if name not in ("flash-attn", "vllm", "bitsandbytes") else None))
+    monkeypatch.setattr(
+        doctor,
+        "_version_of",
+        lambda name: have.get(name, "999" if name not in ("flash-attn", "vllm", "bitsandbytes") else None),
+    )
     monkeypatch.setattr("importlib.metadata.requires", lambda name: [])
-    config = merge(Config(), {"final": {"qlora": True, "trainer": {"use_vllm": True}}, "model": {"attn": "flash_attention_2"}})
+    config = merge(
+        Config(),
+        {"final": {"qlora": True, "trainer": {"use_vllm": True}}, "model": {"attn": "flash_attention_2"}},
+    )
     said = " | ".join(missing(config, Machine(GIB)))
-    assert "bitsandbytes 0.40 is installed, qlora needs >=0.49" in said and "vllm 0.40.0 is installed" in said and "flash-attn is not installed" in said
+    assert (
+        "bitsandbytes 0.40 is installed, qlora needs >=0.49" in said
+        and "vllm 0.40.0 is installed" in said
+        and "flash-attn is not installed" in said
+    )
+
 
 def test_fits(tmp_path):
-    r = specs("doctor", "--run-dir", tmp_path/"r", "--memory", 32)
-    assert r.returncode == 0 and "it fits" in r.stdout and "1,111,488 parameters" in r.stdout and not (tmp_path/"r").exists(), r.stderr
+    r = specs("doctor", "--run-dir", tmp_path / "r", "--memory", 32)
+    assert (
+        r.returncode == 0
+        and "it fits" in r.stdout
+        and "1,111,488 parameters" in r.stdout
+        and not (tmp_path / "r").exists()
+    ), r.stderr
+
 
 def test_does_not_fit(tmp_path, capsys):
-    assert main(["doctor", "--run-dir", str(tmp_path/"r"), "--memory", "1.2"]) == 2
+    assert main(["doctor", "--run-dir", str(tmp_path / "r"), "--memory", "1.2"]) == 2
     assert "specs: zero needs" in (err := capsys.readouterr().err) and "set zero.trainer." in err
+
 
 def test_out_of_memory_in_a_stage(tmp_path, monkeypatch, capsys):
     import torch
     from specs_nb import pipeline
-    def dies(run, stage): raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def dies(run, stage):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
     monkeypatch.setitem(pipeline.DO, "zero", dies)
-    assert main(["zero", "-c", "smoke", "--run-dir", str(tmp_path/"r")]) == 2
-    assert "out of memory in zero" in (err := capsys.readouterr().err) and "set zero.trainer." in err and "Traceback" not in err
+    assert main(["zero", "-c", "smoke", "--run-dir", str(tmp_path / "r")]) == 2
+    assert (
+        "out of memory in zero" in (err := capsys.readouterr().err)
+        and "set zero.trainer." in err
+        and "Traceback" not in err
+    )
+
 
 def test_disk(tmp_path, monkeypatch):
     facts = diagnose(Config(), Machine(32 * GIB, disk=10 * 2**20, base=GIB), Prompt(64, 9))
     assert any("of disk" in p and "--run-dir" in p for p in facts["problems"])
-    assert disk(Config(), SEVEN, False)["download"] == 2 * SEVEN.total and "download" not in disk(Config(), SEVEN, True)
+    assert disk(Config(), SEVEN, False)["download"] == 2 * SEVEN.total and "download" not in disk(
+        Config(), SEVEN, True
+    )
 
-@pytest.mark.parametrize("args, said", [(["--gpus", "2"], "--memory 80"), (["--rate", "fast"], "--rate is written"), (["model.path=nobody/nothing"], "no model can be loaded"), (["zero.stpes=1"], "did you mean")])
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--gpus", "2"], "--memory 80"),
+        (["--rate", "fast"], "--rate is written"),
+        (["model.path=nobody/nothing"], "no model can be loaded"),
+        (["zero.stpes=1"], "did you mean"),
+    ],
+)
 def test_bad_words(args, said, tmp_path, capsys):
     import torch
-    if torch.cuda.is_available() and "--gpus" in args: pytest.skip("there is a GPU")
-    assert main(["doctor", "--run-dir", str(tmp_path/"r"), *args]) == 2 and said in capsys.readouterr().err
+
+    if torch.cuda.is_available() and "--gpus" in args:
+        pytest.skip("there is a GPU")
+    assert main(["doctor", "--run-dir", str(tmp_path / "r"), *args]) == 2 and said in capsys.readouterr().err
+
 
 def test_rates(tmp_path):
-    assert read_rate("generate=10,train=20") == {"generate": 10., "train": 20.}
-    (tmp_path/"g.json").write_text(json.dumps({"rates": {"generate": 5.}}))
-    assert read_rate(str(tmp_path/"g.json")) == {"generate": 5.}
-    with pytest.raises(SpecsError, match="no file of bench/gpu.py"): read_rate(str(tmp_path/"none.json"))
+    assert read_rate("generate=10,train=20") == {"generate": 10.0, "train": 20.0}
+    (tmp_path / "g.json").write_text(json.dumps({"rates": {"generate": 5.0}}))
+    assert read_rate(str(tmp_path / "g.json")) == {"generate": 5.0}
+    with pytest.raises(SpecsError, match="no file of bench/gpu.py"):
+        read_rate(str(tmp_path / "none.json"))
+
 
 def test_time_from_an_earlier_run(tmp_path):
     "The stage's own seconds, by tokens"
     from specs_nb.core import Run, Stage, write_json
     from specs_nb.doctor import times
-    run = Run(tmp_path/"r", Config()); run.save_config(); run.close()
-    write_json(tmp_path/"r/zero/stage.json", {"state": "done", "seconds": 30.})
-    assert times(Config(), Prompt(64, 9), run=tmp_path/"r") == {"zero": 30.}
-    assert times(merge(Config(), {"zero": {"steps": 40}}), Prompt(64, 9), run=tmp_path/"r") == {"zero": 60.}
-    assert times(merge(Config(), {"model": {"path": "other/model"}}), Prompt(64, 9), run=tmp_path/"r") == {}
+
+    run = Run(tmp_path / "r", Config())
+    run.save_config()
+    run.close()
+    write_json(tmp_path / "r/zero/stage.json", {"state": "done", "seconds": 30.0})
+    assert times(Config(), Prompt(64, 9), run=tmp_path / "r") == {"zero": 30.0}
+    assert times(merge(Config(), {"zero": {"steps": 40}}), Prompt(64, 9), run=tmp_path / "r") == {
+        "zero": 60.0
+    }
+    assert times(merge(Config(), {"model": {"path": "other/model"}}), Prompt(64, 9), run=tmp_path / "r") == {}
+
 
 # ---- the bench
 
+
 def test_bench_runs(tmp_path):
     "That the script works, and nothing else"
-    r = subprocess.run([sys.executable, ROOT/"bench/gpu.py", tmp_path/"g.json", "--shape", "tiny", "--device", "cpu", "--train", "qlora", "--steps", "1", "--sequences", "2", "--micro", "1", "--new", "4"],
-                       capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""})
+    r = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "bench/gpu.py",
+            tmp_path / "g.json",
+            "--shape",
+            "tiny",
+            "--device",
+            "cpu",
+            "--train",
+            "qlora",
+            "--steps",
+            "1",
+            "--sequences",
+            "2",
+            "--micro",
+            "1",
+            "--new",
+            "4",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
     assert r.returncode == 0, r.stderr[-2000:]
-    d = json.loads((tmp_path/"g.json").read_text())
-    assert d["card"] == "CPU" and set(d["results"]) == {"distill 4 bits", "dpo qlora", "grpo qlora"} and "mfu" not in str(d["results"])
-    assert all(v["step_seconds"] > 0 and v["peak_gib"] > 0 for v in d["results"].values()) and set(d["rates"]) == {"generate", "train"}
+    d = json.loads((tmp_path / "g.json").read_text())
+    assert (
+        d["card"] == "CPU"
+        and set(d["results"]) == {"distill 4 bits", "dpo qlora", "grpo qlora"}
+        and "mfu" not in str(d["results"])
+    )
+    assert all(v["step_seconds"] > 0 and v["peak_gib"] > 0 for v in d["results"].values()) and set(
+        d["rates"]
+    ) == {"generate", "train"}

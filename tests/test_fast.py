@@ -1,4 +1,5 @@
 "The fast GRPO step gives TRL's numbers: tokens, log-probabilities, loss, gradients; and leaves to TRL what it can't do."
+
 import pytest, torch
 from specs_nb import fast, world
 from specs_nb.core import GRPOStage
@@ -9,17 +10,30 @@ from specs_nb.grpo import grpo_trainer
 from specs_nb.models import FAMILIES, load_model, random_model
 
 FMT = FORMATS["think_answer"]
-HOW = dict(per_device_train_batch_size=8, num_generations=4, max_completion_length=12, gradient_checkpointing=False, bf16=False)  # on a GPU TRL's default is true
+# on a GPU TRL's default is true
+HOW = dict(
+    per_device_train_batch_size=8,
+    num_generations=4,
+    max_completion_length=12,
+    gradient_checkpointing=False,
+    bf16=False,
+)
 torch.backends.cudnn.allow_tf32 = False  # nor are a GPU's convolutions exact as they come
 
-def rows(n, eyes=True): return [r if eyes else {**r, "images": []} for r in world.rows("train", n)]
+
+def rows(n, eyes=True):
+    return [r if eyes else {**r, "images": []} for r in world.rows("train", n)]
+
 
 def trainer(tmp_path, start="tiny", eyes=True, stage={}, load={}, **how):
-    t = grpo_trainer(start, rows(8, eyes), tmp_path, GRPOStage(steps=1, **stage, trainer={**HOW, **how}), FMT, **load)
+    t = grpo_trainer(
+        start, rows(8, eyes), tmp_path, GRPOStage(steps=1, **stage, trainer={**HOW, **how}), FMT, **load
+    )
     t.model.train()
     t.current_gradient_accumulation_steps = t.args.gradient_accumulation_steps
     torch.manual_seed(0)
     return t, t._prepare_inputs(next(iter(t.get_train_dataloader())))
+
 
 def gradients(t, inputs):
     t.model.zero_grad()
@@ -27,26 +41,49 @@ def gradients(t, inputs):
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in t.model.named_parameters() if p.grad is not None}
 
+
 def same(t, inputs):
     "Loss and gradients with the fast scores and with TRL's"
-    assert "group" in inputs and t._tried == {"writing", "scoring"} and t._why == {"writing": None, "scoring": None}
-    inputs["advantages"] = torch.linspace(-1, 1, len(inputs["advantages"]), device=inputs["advantages"].device)
-    (a, mine), (b, stock) = gradients(t, inputs), gradients(t, {k: v for k, v in inputs.items() if k != "group"})
-    assert a == pytest.approx(b, abs=1e-6) and mine.keys() == stock.keys() and any(g.any() for g in stock.values())
+    assert (
+        "group" in inputs
+        and t._tried == {"writing", "scoring"}
+        and t._why == {"writing": None, "scoring": None}
+    )
+    inputs["advantages"] = torch.linspace(
+        -1, 1, len(inputs["advantages"]), device=inputs["advantages"].device
+    )
+    (a, mine), (b, stock) = gradients(t, inputs), gradients(
+        t, {k: v for k, v in inputs.items() if k != "group"}
+    )
+    assert (
+        a == pytest.approx(b, abs=1e-6)
+        and mine.keys() == stock.keys()
+        and any(g.any() for g in stock.values())
+    )
     most = max(g.norm() for g in stock.values())
-    for n, g in stock.items(): assert (mine[n] - g).norm() <= 1e-4 * g.norm() + 1e-6 * most, n
+    for n, g in stock.items():
+        assert (mine[n] - g).norm() <= 1e-4 * g.norm() + 1e-6 * most, n
+
 
 @pytest.mark.parametrize("stage", [{}, {"lora": True, "lora_rank": 4}], ids=["full", "lora"])
-def test_loss_and_gradients(stage, tmp_path): same(*trainer(tmp_path, stage=stage))
+def test_loss_and_gradients(stage, tmp_path):
+    same(*trainer(tmp_path, stage=stage))
+
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "internvl"])
 def test_every_family(family, tmp_path):
-    if family == "smolvlm": pytest.importorskip("num2words")
-    same(*trainer(tmp_path, random_model(family, tmp_path/family), family != "text"))
+    if family == "smolvlm":
+        pytest.importorskip("num2words")
+    same(*trainer(tmp_path, random_model(family, tmp_path / family), family != "text"))
+
 
 def test_images_in_tiles_are_left_to_trl(tmp_path, capsys):
-    t, inputs = trainer(tmp_path, random_model("internvl", tmp_path/"internvl"))
-    assert capsys.readouterr().out.count("it isn't clear to which prompt the rows belong in pixel_values") == 2 and gradients(t, inputs)[1]
+    t, inputs = trainer(tmp_path, random_model("internvl", tmp_path / "internvl"))
+    assert (
+        capsys.readouterr().out.count("it isn't clear to which prompt the rows belong in pixel_values") == 2
+        and gradients(t, inputs)[1]
+    )
+
 
 @pytest.mark.parametrize("how", [{"dtype": "bfloat16"}, {"bf16": True}], ids=["bfloat16", "autocast"])
 def test_precisions(how, tmp_path):
@@ -55,51 +92,80 @@ def test_precisions(how, tmp_path):
     t, inputs = trainer(tmp_path, load=load, **{k: v for k, v in how.items() if k != "dtype"})
     assert t._tried == {"writing", "scoring"} and gradients(t, inputs)[1]
 
+
 def test_groups_divided_over_batches(tmp_path):
     "A shuffled generation batch that is used in two parts, each with rows of all groups"
-    same(*trainer(tmp_path, per_device_train_batch_size=4, steps_per_generation=2, gradient_accumulation_steps=2))
+    same(
+        *trainer(
+            tmp_path, per_device_train_batch_size=4, steps_per_generation=2, gradient_accumulation_steps=2
+        )
+    )
+
 
 def test_a_batch_without_pictures_after_one_with(monkeypatch):
     "Qwen2.5-VL keeps the last batch's positions in itself; they must not reach the next one"
     from specs_nb import generate as g
+
     model, processor = load_model("tiny")
-    how, asks = g.Sampling(temperature=0., max_new_tokens=24), [FMT.instruction] * 4
+    how, asks = g.Sampling(temperature=0.0, max_new_tokens=24), [FMT.instruction] * 4
     ids = lambda: [c.ids for (c,) in g.draw(model, processor, rows(4, eyes=False), asks, how)]
     g.draw(model, processor, rows(4), asks, how)
     mine = ids()
     monkeypatch.setattr(g, "_writes", {(model.config.model_type, model.dtype): False})
     assert mine == ids(), "as generate has it"
 
+
 def test_greedy_answers_are_generates():
     model, processor = load_model("tiny")
     asked = rows(3)
-    inputs = encode(processor, asked, [FMT.instruction + " Be brief." * i for i in range(3)]).to(model.device)  # prompts of different length
+    # prompts of different length
+    inputs = encode(processor, asked, [FMT.instruction + " Be brief." * i for i in range(3)]).to(model.device)
     ids, logps = write(model, inputs, 2, 40, [processor.tokenizer.eos_token_id], temperature=0)
-    theirs = model.generate(**inputs, do_sample=False, max_new_tokens=40)[:, inputs["input_ids"].shape[1]:].tolist()
+    theirs = model.generate(**inputs, do_sample=False, max_new_tokens=40)[
+        :, inputs["input_ids"].shape[1] :
+    ].tolist()
     assert len({len(i) for i in ids}) > 1, "answers end at different times, so that some left the batch early"
-    for i, mine in enumerate(ids): assert mine == theirs[i // 2][:len(mine)] and (len(mine) == 40 or mine[-1] == processor.tokenizer.eos_token_id)
+    for i, mine in enumerate(ids):
+        assert mine == theirs[i // 2][: len(mine)] and (
+            len(mine) == 40 or mine[-1] == processor.tokenizer.eos_token_id
+        )
+
 
 def test_drawn_as_the_model_says():
     "Frequencies of the first token against its probabilities, at a temperature, with one token never written"
     model, processor = load_model("tiny")
     inputs, n = encode(processor, rows(1), [FMT.instruction]).to(model.device), 4000
-    with torch.no_grad(): p = (model(**inputs).logits[0, -1] / 2).softmax(-1).cpu()
+    with torch.no_grad():
+        p = (model(**inputs).logits[0, -1] / 2).softmax(-1).cpu()
     never = int(p.argmax())
     torch.manual_seed(0)
-    ids, logps = write(model, inputs, n, 1, [0], temperature=2., suppress=[never])
+    ids, logps = write(model, inputs, n, 1, [0], temperature=2.0, suppress=[never])
     drawn = torch.tensor([i[0] for i in ids])
     assert torch.allclose(torch.tensor([l[0] for l in logps]), p[drawn].log(), atol=1e-4)
     p[never] = 0
     p = p / p.sum()
-    assert ((drawn.bincount(minlength=len(p)) - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt() + 3).all() and not (drawn == never).any()
+    assert (
+        (drawn.bincount(minlength=len(p)) - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt() + 3
+    ).all() and not (drawn == never).any()
+
 
 def test_left_to_trl_and_said(tmp_path, capsys, monkeypatch):
     t, inputs = trainer(tmp_path, gradient_checkpointing=True, top_k=5)
     said = capsys.readouterr().out
-    assert "writing of answers is left to TRL" in said and "scoring of answers is left to TRL" in said and "group" not in inputs
+    assert (
+        "writing of answers is left to TRL" in said
+        and "scoring of answers is left to TRL" in said
+        and "group" not in inputs
+    )
     counted = fast.positions
-    monkeypatch.setattr(fast, "positions", lambda *args: counted(*args) + 3)  # a model that counts otherwise than we thought
+    # a model that counts otherwise than we thought
+    monkeypatch.setattr(fast, "positions", lambda *args: counted(*args) + 3)
     t, inputs = trainer(tmp_path)
     assert not t._tried and "from TRL's own, more than" in capsys.readouterr().out and gradients(t, inputs)[1]
 
-def test_switched_off(tmp_path): assert type(grpo_trainer("tiny", rows(8), tmp_path, GRPOStage(fast=False, trainer=HOW), FMT)).__name__ == "GRPOTrainer"
+
+def test_switched_off(tmp_path):
+    assert (
+        type(grpo_trainer("tiny", rows(8), tmp_path, GRPOStage(fast=False, trainer=HOW), FMT)).__name__
+        == "GRPOTrainer"
+    )

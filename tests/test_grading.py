@@ -1,4 +1,5 @@
 "Grading: the table of cases, properties of any input, safety, and what importing costs"
+
 import json, subprocess, sys, time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from fractions import Fraction
@@ -8,13 +9,25 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from specs_nb.grading import KINDS, conclusion, consistent, explain_grade, grade, kind_of, limited, read_number, too_hard, unwrap
+from specs_nb.grading import (
+    KINDS,
+    conclusion,
+    consistent,
+    explain_grade,
+    grade,
+    kind_of,
+    limited,
+    read_number,
+    too_hard,
+    unwrap,
+)
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "data/graded.jsonl").open(encoding="utf-8")]
 calm = settings(max_examples=150, deadline=None, derandomize=True)
 
 
-def verdict(case): return grade(case["prediction"], case["gold"], case["kind"], case.get("choices"))
+def verdict(case):
+    return grade(case["prediction"], case["gold"], case["kind"], case.get("choices"))
 
 
 def test_the_table_is_large_and_explained():
@@ -27,7 +40,7 @@ def test_the_table_is_large_and_explained():
 def test_agreement(kind):
     cases = [c for c in CASES if c["kind"] == kind]
     wrong = [(c["prediction"], c["gold"]) for c in cases if verdict(c) is not c["verdict"]]
-    assert len(wrong) <= .04 * len(cases), wrong
+    assert len(wrong) <= 0.04 * len(cases), wrong
 
 
 def test_no_wrong_answer_is_paid():
@@ -40,15 +53,25 @@ def test_none_has_a_reason():
         assert isinstance(why, str) and why and v in (True, False, None)
 
 
-answers = st.one_of(st.integers().map(str), st.floats(allow_nan=False, allow_infinity=False).map(repr), st.fractions().map(str), st.sampled_from("ABCDEFGH"),
-                    st.sampled_from(sorted({c["gold"] for c in CASES})), st.text(max_size=60), st.text("0123456789.,-+/%$ ", max_size=12), st.text(r"\{}()[]^_xyABab12+=<>,; ", max_size=20))
+answers = st.one_of(
+    st.integers().map(str),
+    st.floats(allow_nan=False, allow_infinity=False).map(repr),
+    st.fractions().map(str),
+    st.sampled_from("ABCDEFGH"),
+    st.sampled_from(sorted({c["gold"] for c in CASES})),
+    st.text(max_size=60),
+    st.text("0123456789.,-+/%$ ", max_size=12),
+    st.text(r"\{}()[]^_xyABab12+=<>,; ", max_size=20),
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_equals_itself(kind):
     @calm
     @given(answers)
-    def check(x): assert grade(x, x, kind) is not False
+    def check(x):
+        assert grade(x, x, kind) is not False
+
     check()
 
 
@@ -59,6 +82,7 @@ def test_any_text_gets_a_verdict(kind):
     def check(p, g):
         v, why = explain_grade(p, g, kind)
         assert v in (True, False, None) and why
+
     check()
 
 
@@ -69,19 +93,37 @@ def test_fractions_equal_only_when_they_are(a, b):
 
 
 @calm
-@given(st.integers(-10**9, 10**9), st.integers(-10**9, 10**9))
+@given(st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9))
 def test_integers_have_no_tolerance(a, b):
     assert grade(f"{a:,}", str(b), "number") is (a == b)
 
 
 @calm
-@given(st.integers(-999, 999), st.sampled_from(["{}", "${}$", r"\boxed{{{}}}", r"The answer is $\boxed{{{}}}$.", "**{}**", "Answer: {}", "{} circles", "x = {}"]))
+@given(
+    st.integers(-999, 999),
+    st.sampled_from([
+        "{}",
+        "${}$",
+        r"\boxed{{{}}}",
+        r"The answer is $\boxed{{{}}}$.",
+        "**{}**",
+        "Answer: {}",
+        "{} circles",
+        "x = {}",
+    ]),
+)
 def test_wrapping_changes_nothing(n, wrap):
-    assert grade(wrap.format(n), str(n), "number") is True and grade(wrap.format(n + 1), str(n), "number") is False
+    assert (
+        grade(wrap.format(n), str(n), "number") is True
+        and grade(wrap.format(n + 1), str(n), "number") is False
+    )
 
 
 @calm
-@given(st.lists(st.sampled_from("ABCDEFGH"), min_size=2, unique=True), st.sampled_from([", ", " and ", " or ", "", "/", ") ("]))
+@given(
+    st.lists(st.sampled_from("ABCDEFGH"), min_size=2, unique=True),
+    st.sampled_from([", ", " and ", " or ", "", "/", ") ("]),
+)
 def test_several_letters_are_no_choice(letters, between):
     assert not any(grade(between.join(letters), gold, "choice") for gold in letters)
 
@@ -89,7 +131,8 @@ def test_several_letters_are_no_choice(letters, between):
 @calm
 @given(st.integers(0, 99), st.integers(0, 99), st.sampled_from([", ", " or ", " and ", " ", "; ", " to "]))
 def test_two_numbers_are_no_number(a, b, between):
-    if a != b: assert grade(f"{a}{between}{b}", str(b), "number") is False
+    if a != b:
+        assert grade(f"{a}{between}{b}", str(b), "number") is False
 
 
 @calm
@@ -99,10 +142,43 @@ def test_unwrap_ends(text):
     assert len(once) <= len(text) + 60 and (n := read_number(once)) is None or isinstance(n.value, Fraction)
 
 
-HOSTILE = ["9^{9^{9^9}}", "{" * 10_000, "}" * 10_000, "9" * 10**6, "\\boxed{" * 1400, "\x00" * 99, "\u202e21\u202c", "a" * 10**6, "\\frac{" * 3000, "x^" * 190, "1," * 5000,
-           "2^{2^{9999}}", "9999!", "((9^{99})^{99})^{99}", "\\int_0^1" * 20 + "x" + " dx" * 20, "\\sum_{n=1}^{\\infty}\\frac{\\sin n}{n^3+n}", "[[1,2]," * 900, "\\exp(\\exp(\\exp(9999)))",
-           "\\binom{99999}{49999}", "\\pm " * 2000, '{"a":' * 1500, "x=1 or " * 1000, "(0,1)\\cup" * 1000, "\\begin{matrix}" * 25, "__import__('os').system('touch hacked')"]
-GOLDS = {"choice": "B", "number": "12", "latex": r"\frac{x+1}{2}", "text": "red", "set": r"\{1,2\}", "interval": "[0,1)", "multi": "3; 5", "box": "[0,0,9,9]"}
+HOSTILE = [
+    "9^{9^{9^9}}",
+    "{" * 10_000,
+    "}" * 10_000,
+    "9" * 10**6,
+    "\\boxed{" * 1400,
+    "\x00" * 99,
+    "\u202e21\u202c",
+    "a" * 10**6,
+    "\\frac{" * 3000,
+    "x^" * 190,
+    "1," * 5000,
+    "2^{2^{9999}}",
+    "9999!",
+    "((9^{99})^{99})^{99}",
+    "\\int_0^1" * 20 + "x" + " dx" * 20,
+    "\\sum_{n=1}^{\\infty}\\frac{\\sin n}{n^3+n}",
+    "[[1,2]," * 900,
+    "\\exp(\\exp(\\exp(9999)))",
+    "\\binom{99999}{49999}",
+    "\\pm " * 2000,
+    '{"a":' * 1500,
+    "x=1 or " * 1000,
+    "(0,1)\\cup" * 1000,
+    "\\begin{matrix}" * 25,
+    "__import__('os').system('touch hacked')",
+]
+GOLDS = {
+    "choice": "B",
+    "number": "12",
+    "latex": r"\frac{x+1}{2}",
+    "text": "red",
+    "set": r"\{1,2\}",
+    "interval": "[0,1)",
+    "multi": "3; 5",
+    "box": "[0,0,9,9]",
+}
 
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=lambda h: f"{h[:12]!r}{len(h)}")
@@ -120,15 +196,20 @@ def test_hostile_text_is_cheap(hostile, tmp_path, monkeypatch):
 
 
 def test_the_guard_lets_common_answers_pass():
-    assert not [c["gold"] for c in CASES if c["kind"] == "latex" and c["verdict"] is not None and too_hard(c["gold"])]
+    assert not [
+        c["gold"] for c in CASES if c["kind"] == "latex" and c["verdict"] is not None and too_hard(c["gold"])
+    ]
 
 
 def test_a_time_limit_works_in_threads():
     def forever():
-        while True: pass
+        while True:
+            pass
+
     with ThreadPoolExecutor(4) as pool:
-        for f in [pool.submit(limited, .1, forever) for _ in range(4)]:
-            with pytest.raises(TimeoutError): f.result()
+        for f in [pool.submit(limited, 0.1, forever) for _ in range(4)]:
+            with pytest.raises(TimeoutError):
+                f.result()
         assert list(pool.map(lambda i: limited(1, abs, -i), range(20))) == list(range(20))
 
 
@@ -136,85 +217,149 @@ def test_a_swallowed_limit_is_raised_again():
     def stubborn():
         for _ in range(3):
             try:
-                while True: pass
-            except BaseException: pass
-        while True: pass
+                while True:
+                    pass
+            except BaseException:
+                pass
+        while True:
+            pass
+
     start = time.monotonic()
-    with pytest.raises(TimeoutError): limited(.05, stubborn)
+    with pytest.raises(TimeoutError):
+        limited(0.05, stubborn)
     assert time.monotonic() - start < 1
 
 
 def test_no_late_shot_hits_what_follows():
     def just_in_time():
-        end = time.monotonic() + .01
-        while time.monotonic() < end: pass
+        end = time.monotonic() + 0.01
+        while time.monotonic() < end:
+            pass
+
     for _ in range(100):
-        try: limited(.01, just_in_time)
-        except TimeoutError: pass
+        try:
+            limited(0.01, just_in_time)
+        except TimeoutError:
+            pass
         sum(range(1000))
-    time.sleep(.05)
+    time.sleep(0.05)
 
 
 def test_an_error_inside_a_time_limit_comes_out():
-    with pytest.raises(ZeroDivisionError): limited(1, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        limited(1, lambda: 1 / 0)
 
 
-SAME = [(r"\frac{2}{4}", "1/2", "latex"), ("BA", "AB", "latex"), ("x+1", "1+x", "latex"), ("12 cm", "12", "number"), ("B", "B", "choice")]
+SAME = [
+    (r"\frac{2}{4}", "1/2", "latex"),
+    ("BA", "AB", "latex"),
+    ("x+1", "1+x", "latex"),
+    ("12 cm", "12", "number"),
+    ("B", "B", "choice"),
+]
 
 
 def test_threads_agree():
-    with ThreadPoolExecutor(8) as pool: found = list(pool.map(lambda a: grade(*a), SAME * 20))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda a: grade(*a), SAME * 20))
     assert found == [True, False, True, True, True] * 20
 
 
 def test_processes_agree():
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool: assert list(pool.map(grade, *zip(*SAME))) == [True, False, True, True, True]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        assert list(pool.map(grade, *zip(*SAME))) == [True, False, True, True, True]
 
 
 def test_no_signal_is_used():
     import signal
+
     before = signal.getsignal(signal.SIGALRM)
     grade("x^2+1", "x^2+2", "latex")
     assert signal.getsignal(signal.SIGALRM) is before and signal.alarm(0) == 0
 
 
 def test_importing_is_light():
-    code = "import sys, specs_nb.grading as g; assert g.grade('12', '12', 'number'); assert not {'sympy', 'torch', 'math_verify', 'trl', 'transformers'} & set(sys.modules)"
+    code = (
+        "import sys, specs_nb.grading as g; assert g.grade('12', '12', 'number'); assert not {'sympy',"
+        " 'torch', 'math_verify', 'trl', 'transformers'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_unknown_kind_names_the_nearest():
-    with pytest.raises(ValueError, match="did you mean 'number'"): grade("1", "1", "numbr")
+    with pytest.raises(ValueError, match="did you mean 'number'"):
+        grade("1", "1", "numbr")
 
 
 @pytest.mark.parametrize("gold", ["", " ", None, "\u200b", "x" * 20_000])
-def test_an_empty_or_endless_gold_is_no_opinion(gold): assert grade("1", gold, "number") is None
+def test_an_empty_or_endless_gold_is_no_opinion(gold):
+    assert grade("1", gold, "number") is None
 
 
 @pytest.mark.parametrize("prediction", ["", " ", None, "\u200b", "x" * 20_000])
-def test_an_empty_or_endless_prediction_is_wrong(prediction): assert grade(prediction, "1", "number") is False
+def test_an_empty_or_endless_prediction_is_wrong(prediction):
+    assert grade(prediction, "1", "number") is False
 
 
 def test_settings():
-    assert grade("3.2", "3.14", "number", tol=.05) and not grade("3.2", "3.14", "number")
-    assert grade("3.16", "3.2", "number", precision=1) and grade("[0, 0, 10, 10]", "[0, 0, 10, 5]", "box", iou_at=.4)
+    assert grade("3.2", "3.14", "number", tol=0.05) and not grade("3.2", "3.14", "number")
+    assert grade("3.16", "3.2", "number", precision=1) and grade(
+        "[0, 0, 10, 10]", "[0, 0, 10, 5]", "box", iou_at=0.4
+    )
 
 
-def test_numbers_that_are_no_strings(): assert grade(12, 12.0, "number") and grade(3, "4", "number") is False
+def test_numbers_that_are_no_strings():
+    assert grade(12, 12.0, "number") and grade(3, "4", "number") is False
 
 
-@pytest.mark.parametrize("text, kind, says", [("Count: circle red 1, empty, square blue. So 1.", "number", "1"), ("I see square blue. So 2.", "number", "2"), ("Looks like B.", "choice", "B"),
-                                              ("Two and one is three.", "number", "3"), (r"Thus \boxed{x+1}.", "latex", "x+1"), ("Hm.", "number", None), ("Hm.", "choice", None), ("", "text", None),
-                                              ("I see more circles. So the answer is A.", "choice", "A"), ("It is 0.50 m.", "number", "0.50 m")])
-def test_conclusions(text, kind, says): assert conclusion(text, kind) == says
+@pytest.mark.parametrize(
+    "text, kind, says",
+    [
+        ("Count: circle red 1, empty, square blue. So 1.", "number", "1"),
+        ("I see square blue. So 2.", "number", "2"),
+        ("Looks like B.", "choice", "B"),
+        ("Two and one is three.", "number", "3"),
+        (r"Thus \boxed{x+1}.", "latex", "x+1"),
+        ("Hm.", "number", None),
+        ("Hm.", "choice", None),
+        ("", "text", None),
+        ("I see more circles. So the answer is A.", "choice", "A"),
+        ("It is 0.50 m.", "number", "0.50 m"),
+    ],
+)
+def test_conclusions(text, kind, says):
+    assert conclusion(text, kind) == says
 
 
-@pytest.mark.parametrize("text, answer, kind, choices, want", [("So 1.", "1", "number", None, True), ("So 1.", "2", "number", None, False), ("So 1, no, 2.", "2", "number", None, True),
-                                                               ("Looks like B.", "B", "choice", None, True), ("Looks like B.", "A", "choice", None, False), ("Hm.", "A", "choice", None, None),
-                                                               ("There are more red circles", "B", "choice", ["blue circles", "red circles"], True), ("So 1/3.", "0.333", "number", None, True)])
-def test_consistency(text, answer, kind, choices, want): assert consistent(text, answer, kind, choices) is want
+@pytest.mark.parametrize(
+    "text, answer, kind, choices, want",
+    [
+        ("So 1.", "1", "number", None, True),
+        ("So 1.", "2", "number", None, False),
+        ("So 1, no, 2.", "2", "number", None, True),
+        ("Looks like B.", "B", "choice", None, True),
+        ("Looks like B.", "A", "choice", None, False),
+        ("Hm.", "A", "choice", None, None),
+        ("There are more red circles", "B", "choice", ["blue circles", "red circles"], True),
+        ("So 1/3.", "0.333", "number", None, True),
+    ],
+)
+def test_consistency(text, answer, kind, choices, want):
+    assert consistent(text, answer, kind, choices) is want
 
 
-@pytest.mark.parametrize("gold, kind", [("12", "number"), ("50%", "number"), ("B", "choice"), (r"\frac{x}{2}", "latex"), ("[0, 1)", "interval"), (r"\{1, 2\}", "set"), ("red circle", "text"),
-                                        ('[{"bbox_2d": [0, 0, 1, 1], "label": "a"}]', "box")])
-def test_kinds_are_guessed(gold, kind): assert kind_of(gold) == kind
+@pytest.mark.parametrize(
+    "gold, kind",
+    [
+        ("12", "number"),
+        ("50%", "number"),
+        ("B", "choice"),
+        (r"\frac{x}{2}", "latex"),
+        ("[0, 1)", "interval"),
+        (r"\{1, 2\}", "set"),
+        ("red circle", "text"),
+        ('[{"bbox_2d": [0, 0, 1, 1], "label": "a"}]', "box"),
+    ],
+)
+def test_kinds_are_guessed(gold, kind):
+    assert kind_of(gold) == kind

@@ -1,4 +1,5 @@
 "Models of every family through our own stages: text alone, adapters, 4 bits, and what is refused."
+
 import json, os, subprocess, sys
 from pathlib import Path
 import pytest, torch
@@ -8,137 +9,251 @@ from specs_nb.formats import FORMATS
 from specs_nb.models import FAMILIES, is_4bit, load_model, load_processor, random_model
 
 FMT = FORMATS["think_answer"]
-GRPO = dict(per_device_train_batch_size=8, num_generations=4, max_completion_length=8, learning_rate=1e-3, lr_scheduler_type="constant",
-            warmup_steps=0, gradient_checkpointing=False)
+GRPO = dict(
+    per_device_train_batch_size=8,
+    num_generations=4,
+    max_completion_length=8,
+    learning_rate=1e-3,
+    lr_scheduler_type="constant",
+    warmup_steps=0,
+    gradient_checkpointing=False,
+)
 DPO = dict(per_device_train_batch_size=2, max_steps=1, learning_rate=1e-3, gradient_checkpointing=False)
 
+
 def built(family, tmp_path):
-    if family == "smolvlm": pytest.importorskip("num2words")
-    return random_model(family, tmp_path/family)
+    if family == "smolvlm":
+        pytest.importorskip("num2words")
+    return random_model(family, tmp_path / family)
 
-def rows(n, eyes=True): return [r if eyes else {**r, "images": []} for r in world.rows("train", n)]
 
-def length(completions, **kw): return [float(len(c[0]["content"])) for c in completions]
+def rows(n, eyes=True):
+    return [r if eyes else {**r, "images": []} for r in world.rows("train", n)]
+
+
+def length(completions, **kw):
+    return [float(len(c[0]["content"])) for c in completions]
+
 
 def pairs(n, eyes, tmp_path):
     from specs_nb.distill import make_pairs, read_pairs, write_pairs
+
     said = [[("One, two.", "2")]] * n
-    write_pairs(make_pairs(rows(n, eyes), said, said, FMT, ["drop_all_tags", "plain_answer"], n), tmp_path/"pairs.parquet")
-    return tmp_path/"pairs.parquet"
+    write_pairs(
+        make_pairs(rows(n, eyes), said, said, FMT, ["drop_all_tags", "plain_answer"], n),
+        tmp_path / "pairs.parquet",
+    )
+    return tmp_path / "pairs.parquet"
+
 
 def moved(a, b):
     a, b = (load_model(str(p))[0].state_dict() for p in (a, b))
     return [k for k in a if not torch.equal(a[k], b[k])]
 
+
 @pytest.fixture
 def pay(monkeypatch):
     from specs_nb import grpo
-    monkeypatch.setattr(grpo, "resolve_rewards", lambda table: ([length], [1.]))
+
+    monkeypatch.setattr(grpo, "resolve_rewards", lambda table: ([length], [1.0]))
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_grpo_and_dpo(family, tmp_path, pay):
     "One step of each of TRL's trainers; with an adapter, only the language model moves"
     from specs_nb.coldstart import train_coldstart
     from specs_nb.grpo import train_grpo
+
     start, eyes = built(family, tmp_path), family != "text"
-    facts = train_grpo(start, rows(4, eyes), tmp_path/"zero", GRPOStage(steps=1, lora=True, lora_rank=4, trainer=GRPO), FMT)
+    facts = train_grpo(
+        start, rows(4, eyes), tmp_path / "zero", GRPOStage(steps=1, lora=True, lora_rank=4, trainer=GRPO), FMT
+    )
     assert facts["steps"] == 1
-    went = moved(start, tmp_path/"zero/model")
+    went = moved(start, tmp_path / "zero/model")
     assert went and all("layers." in k and k.endswith("_proj.weight") and "vis" not in k for k in went)
-    train_coldstart(start, pairs(2, eyes, tmp_path), tmp_path/"cold", ColdStartStage(lora=False, trainer=DPO))
-    assert moved(start, tmp_path/"cold/model")
+    train_coldstart(
+        start, pairs(2, eyes, tmp_path), tmp_path / "cold", ColdStartStage(lora=False, trainer=DPO)
+    )
+    assert moved(start, tmp_path / "cold/model")
+
 
 @pytest.mark.parametrize("family", ["qwen2.5-vl", "text"])
 def test_answers(family, tmp_path):
     from specs_nb.generate import Sampling, sample_batch
+
     model, processor = load_model(built(family, tmp_path))
-    texts = sample_batch(model, processor, rows(3, family != "text"), [FMT.instruction] * 3, Sampling(n=2, max_new_tokens=4))
+    texts = sample_batch(
+        model, processor, rows(3, family != "text"), [FMT.instruction] * 3, Sampling(n=2, max_new_tokens=4)
+    )
     assert [len(t) for t in texts] == [2, 2, 2]
+
 
 def test_rows_without_images_through_a_vision_language_model(tmp_path, pay):
     from specs_nb.coldstart import train_coldstart
     from specs_nb.grpo import train_grpo
-    assert train_grpo("tiny", rows(4, False), tmp_path/"zero", GRPOStage(steps=1, trainer=GRPO), FMT)["steps"] == 1
-    assert train_coldstart("tiny", pairs(2, False, tmp_path), tmp_path/"cold", ColdStartStage(trainer=DPO))["steps"] == 1
+
+    assert (
+        train_grpo("tiny", rows(4, False), tmp_path / "zero", GRPOStage(steps=1, trainer=GRPO), FMT)["steps"]
+        == 1
+    )
+    assert (
+        train_coldstart("tiny", pairs(2, False, tmp_path), tmp_path / "cold", ColdStartStage(trainer=DPO))[
+            "steps"
+        ]
+        == 1
+    )
+
 
 def test_text_model_refuses_images(tmp_path, pay):
     from specs_nb.grpo import grpo_trainer
+
     with pytest.raises(SpecsError, match="text model, but row .* has images: set data.images"):
         grpo_trainer(built("text", tmp_path), rows(4), tmp_path, GRPOStage(steps=1, trainer=GRPO), FMT)
+
 
 def test_a_frozen_tower_is_not_computed_backward(tmp_path, pay, monkeypatch):
     "Checkpointing makes TRL ask for gradients of the tower's input; without them the adapter's are the same"
     from specs_nb import grpo
+
     def gradients(name):
-        t = grpo.grpo_trainer("tiny", rows(4), tmp_path/name, GRPOStage(steps=1, lora=True, lora_rank=4, trainer={**GRPO, "gradient_checkpointing": True}), FMT)
+        t = grpo.grpo_trainer(
+            "tiny",
+            rows(4),
+            tmp_path / name,
+            GRPOStage(steps=1, lora=True, lora_rank=4, trainer={**GRPO, "gradient_checkpointing": True}),
+            FMT,
+        )
         t.model.train()
         t.current_gradient_accumulation_steps, asked = 1, []
-        t.model.get_base_model().model.visual.patch_embed.register_forward_hook(lambda module, args, out: asked.append(out.requires_grad))
+        t.model.get_base_model().model.visual.patch_embed.register_forward_hook(
+            lambda module, args, out: asked.append(out.requires_grad)
+        )
         torch.manual_seed(0)
         inputs = t._prepare_inputs(next(iter(t.get_train_dataloader())))
-        inputs["advantages"] = torch.linspace(-1, 1, len(inputs["advantages"]), device=inputs["advantages"].device)
+        inputs["advantages"] = torch.linspace(
+            -1, 1, len(inputs["advantages"]), device=inputs["advantages"].device
+        )
         asked.clear()
         t._compute_loss(t.model, inputs).backward()
         return any(asked), {n: p.grad.clone() for n, p in t.model.named_parameters() if p.grad is not None}
+
     rested, mine = gradients("rested")
     monkeypatch.setattr(grpo, "rest_eyes", lambda model: None)
     stock, theirs = gradients("stock")
     assert stock and not rested and mine.keys() == theirs.keys() and any(g.any() for g in mine.values())
-    for n in mine: torch.testing.assert_close(mine[n], theirs[n])
+    for n in mine:
+        torch.testing.assert_close(mine[n], theirs[n])
+
 
 def test_4_bit_stages_go_on_with_one_adapter(tmp_path, pay):
     "Cold start, then GRPO, both in 4 bits: the second trains the first one's adapter, and each merged model is what was trained"
     from specs_nb.coldstart import train_coldstart
     from specs_nb.grpo import grpo_trainer, train_grpo
-    train_coldstart("tiny", pairs(4, True, tmp_path), tmp_path/"cold", ColdStartStage(qlora=True, lora_rank=4, trainer={**DPO, "max_steps": 2}))
+
+    train_coldstart(
+        "tiny",
+        pairs(4, True, tmp_path),
+        tmp_path / "cold",
+        ColdStartStage(qlora=True, lora_rank=4, trainer={**DPO, "max_steps": 2}),
+    )
     stage = GRPOStage(steps=1, qlora=True, lora_rank=8, trainer=GRPO)
-    trainer = grpo_trainer(str(tmp_path/"cold/model"), rows(4), tmp_path/"final", stage, FMT)
-    assert is_4bit(trainer.model) and all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
+    trainer = grpo_trainer(str(tmp_path / "cold/model"), rows(4), tmp_path / "final", stage, FMT)
+    assert is_4bit(trainer.model) and all(
+        p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad
+    )
     assert next(iter(trainer.model.peft_config.values())).r == 4, "the cold start's adapter, not a new one"
-    train_grpo(str(tmp_path/"cold/model"), rows(4), tmp_path/"final", stage, FMT)
+    train_grpo(str(tmp_path / "cold/model"), rows(4), tmp_path / "final", stage, FMT)
     words = torch.arange(4, 60)[None]
     for name in ("cold", "final"):
-        whole, four = load_model(str(tmp_path/name/"model"))[0], load_model(str(tmp_path/name/"model/adapter"), quantize=True)[0]
+        whole, four = (
+            load_model(str(tmp_path / name / "model"))[0],
+            load_model(str(tmp_path / name / "model/adapter"), quantize=True)[0],
+        )
         words = words.to(whole.device)
-        with torch.no_grad(): assert torch.allclose(whole(input_ids=words).logits, four(input_ids=words).logits, atol=1e-3)
-    assert moved(tmp_path/"cold/model", tmp_path/"final/model")
+        with torch.no_grad():
+            assert torch.allclose(whole(input_ids=words).logits, four(input_ids=words).logits, atol=1e-3)
+    assert moved(tmp_path / "cold/model", tmp_path / "final/model")
+
 
 def test_4_bit_run_cut_and_continued(tmp_path):
     from specs_nb.coldstart import train_coldstart
-    config, path = ColdStartStage(qlora=True, lora_rank=4, trainer={**DPO, "max_steps": 4, "save_steps": 2}), pairs(8, True, tmp_path)
-    def stop(): raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): train_coldstart("tiny", path, tmp_path/"cut", config, tick=stop)
-    for name in ("cut", "whole"): train_coldstart("tiny", path, tmp_path/name, config)
-    cut, whole = ((tmp_path/n/"model/model.safetensors").read_bytes() for n in ("cut", "whole"))
+
+    config, path = ColdStartStage(
+        qlora=True, lora_rank=4, trainer={**DPO, "max_steps": 4, "save_steps": 2}
+    ), pairs(8, True, tmp_path)
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_coldstart("tiny", path, tmp_path / "cut", config, tick=stop)
+    for name in ("cut", "whole"):
+        train_coldstart("tiny", path, tmp_path / name, config)
+    cut, whole = ((tmp_path / n / "model/model.safetensors").read_bytes() for n in ("cut", "whole"))
     assert cut == whole
+
 
 def test_packages_that_are_asked_for_and_absent(monkeypatch, tmp_path):
     from specs_nb import models
+
     folder = built("text", tmp_path)
     monkeypatch.setattr(models, "_installed", lambda name: False)
-    with pytest.raises(SpecsError, match="qlora needs bitsandbytes: pip install"): load_model(folder, quantize=True)
-    with pytest.raises(SpecsError, match="flash_attention_2, but"): load_model(folder, attn="flash_attention_2")
-    with pytest.raises(SpecsError, match="liger_kernel is not installed"): load_model(folder, liger="need")
+    with pytest.raises(SpecsError, match="qlora needs bitsandbytes: pip install"):
+        load_model(folder, quantize=True)
+    with pytest.raises(SpecsError, match="flash_attention_2, but"):
+        load_model(folder, attn="flash_attention_2")
+    with pytest.raises(SpecsError, match="liger_kernel is not installed"):
+        load_model(folder, liger="need")
+
 
 def test_tokenizer_without_a_template(tmp_path):
     folder = Path(built("text", tmp_path))
-    (folder/"chat_template.jinja").unlink()
-    with pytest.raises(SpecsError, match="no chat template"): load_processor(str(folder))
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(SpecsError, match="no chat template"):
+        load_processor(str(folder))
+
 
 def test_not_a_model_that_talks(tmp_path):
     from transformers import ViTConfig
+
     ViTConfig().save_pretrained(tmp_path)
-    with pytest.raises(SpecsError, match="vit is neither"): load_model(str(tmp_path))
+    with pytest.raises(SpecsError, match="vit is neither"):
+        load_model(str(tmp_path))
+
 
 def test_whole_run_of_a_text_model(tmp_path):
     "`specs run` on questions without pictures; the base can't answer any, so the run ends at the pairs and says why"
-    data = tmp_path/"data"; data.mkdir()
+    data = tmp_path / "data"
+    data.mkdir()
     for f in ("data.jsonl", "test.jsonl"):
-        (data/f).write_text("".join(json.dumps({"question": f"What is {i} + {len(f)}?", "answer": i + len(f)}) + "\n" for i in range(8)))
-    r = subprocess.run([sys.executable, "-c", "import sys; from specs_nb.pipeline import main; sys.exit(main())", "run", "-c", "smoke", "--run-dir", str(tmp_path/"r"),
-                        f"model.path={built('text', tmp_path)}", f"data.source={data}", "workers=1", "distill.max_new_tokens=8"],
-                       capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        (data / f).write_text(
+            "".join(
+                json.dumps({"question": f"What is {i} + {len(f)}?", "answer": i + len(f)}) + "\n"
+                for i in range(8)
+            )
+        )
+    r = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from specs_nb.pipeline import main; sys.exit(main())",
+            "run",
+            "-c",
+            "smoke",
+            "--run-dir",
+            str(tmp_path / "r"),
+            f"model.path={built('text', tmp_path)}",
+            f"data.source={data}",
+            "workers=1",
+            "distill.max_new_tokens=8",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     assert r.returncode == 2 and "no pair is left" in r.stderr, r.stderr[-2000:]
-    assert read_json(tmp_path/"r/zero/stage.json")["state"] == "done" and is_text(tmp_path/"r/zero/model")
+    assert read_json(tmp_path / "r/zero/stage.json")["state"] == "done" and is_text(tmp_path / "r/zero/model")
 
-def is_text(folder): return json.loads((folder/"config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+
+def is_text(folder):
+    return json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]

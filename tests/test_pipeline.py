@@ -1,4 +1,5 @@
 "The `specs` command: what it does twice, what it does after a cut, what it says about bad input"
+
 import json, os, subprocess, sys, time
 from pathlib import Path
 import pytest
@@ -7,152 +8,267 @@ from specs_nb.pipeline import STAGES, main
 
 SMALL = ["-c", "smoke", "distill.n_prompts=16", "data.n_test=4"]
 
+
 def specs(*words, **kw):
     "`specs` in a process of its own"
-    return subprocess.run([sys.executable, "-c", "import sys; from specs_nb.pipeline import main; sys.exit(main())", *map(str, words)],
-                          capture_output=True, text=True, **kw)
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from specs_nb.pipeline import main; sys.exit(main())",
+            *map(str, words),
+        ],
+        capture_output=True,
+        text=True,
+        **kw,
+    )
 
-def states(run): return {s: json.loads((run/s/"stage.json").read_text()) for s in STAGES if (run/s/"stage.json").exists()}
+
+def states(run):
+    return {
+        s: json.loads((run / s / "stage.json").read_text())
+        for s in STAGES
+        if (run / s / "stage.json").exists()
+    }
+
 
 def says(result, *words):
     "Exit code 2 and one line on stderr with these words"
     lines = [l for l in result.stderr.splitlines() if l.startswith("specs: ")]
     assert result.returncode == 2 and len(lines) == 1, result.stderr[-2000:]
     assert "Traceback" not in result.stderr
-    for w in words: assert w in lines[0], lines[0]
+    for w in words:
+        assert w in lines[0], lines[0]
+
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     "A finished smoke run"
-    run = tmp_path_factory.mktemp("runs")/"a"
+    run = tmp_path_factory.mktemp("runs") / "a"
     r = specs("run", *SMALL, "--run-dir", run)
     assert r.returncode == 0, r.stderr[-3000:]
     return run
 
+
 def test_a_run_leaves_what_others_rely_on(done):
-    for f in ("config.yaml", "zero/model/model.safetensors", "pairs/pairs.parquet", "coldstart/model/model.safetensors", "final/model/model.safetensors",
-              "eval/metrics.json", "report.html"): assert (done/f).exists(), f
-    metrics = json.loads((done/"eval/metrics.json").read_text())
+    for f in (
+        "config.yaml",
+        "zero/model/model.safetensors",
+        "pairs/pairs.parquet",
+        "coldstart/model/model.safetensors",
+        "final/model/model.safetensors",
+        "eval/metrics.json",
+        "report.html",
+    ):
+        assert (done / f).exists(), f
+    metrics = json.loads((done / "eval/metrics.json").read_text())
     assert set(metrics) == {"base", "zero", "coldstart", "final"}
     for model in metrics.values():
         assert set(model) == {"id", "ood_format", "ood_visual"}
         for split in model.values():
-            for m in split.values(): assert set(m) == {"mean", "lo", "hi", "n"} and m["lo"] <= m["mean"] <= m["hi"]
-    for s in states(done).values(): assert s["state"] == "done" and s["seconds"] >= 0 and 0 < s["peak_memory_gb"] < 8
+            for m in split.values():
+                assert set(m) == {"mean", "lo", "hi", "n"} and m["lo"] <= m["mean"] <= m["hi"]
+    for s in states(done).values():
+        assert s["state"] == "done" and s["seconds"] >= 0 and 0 < s["peak_memory_gb"] < 8
+
 
 def test_again_skips_everything(done):
     before = states(done)
     r = specs("run", *SMALL, "--run-dir", done)
     assert r.returncode == 0 and r.stdout.count("done before") == len(STAGES) and states(done) == before
 
+
 def test_the_run_folder_keeps_its_configuration(done):
     assert specs("run", "--run-dir", done).stdout.count("done before") == len(STAGES)
 
+
 def test_a_changed_value_redoes_what_follows_from_it(done, tmp_path):
     import shutil
-    run = tmp_path/"b"
+
+    run = tmp_path / "b"
     shutil.copytree(done, run)
     r = specs("coldstart", "--run-dir", run, "coldstart.lam=0.5")
     assert r.returncode == 0
     assert [l.split()[0] for l in r.stdout.splitlines() if "done before" in l] == ["zero", "pairs"]
     assert "its configuration or an input has changed" in r.stdout
-    assert states(run)["coldstart"]["lam"] == .5 and (run/"pairs/pairs.parquet").read_bytes() == (done/"pairs/pairs.parquet").read_bytes()
+    assert (
+        states(run)["coldstart"]["lam"] == 0.5
+        and (run / "pairs/pairs.parquet").read_bytes() == (done / "pairs/pairs.parquet").read_bytes()
+    )
+
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(done, tmp_path):
-    r = specs("final", *SMALL, "--run-dir", tmp_path/"same")
+    r = specs("final", *SMALL, "--run-dir", tmp_path / "same")
     assert r.returncode == 0
-    for f in ("pairs/pairs.parquet", "final/model/model.safetensors"): assert (tmp_path/"same"/f).read_bytes() == (done/f).read_bytes(), f
-    r = specs("zero", *SMALL, "--run-dir", tmp_path/"other", "seed=1")
-    assert (tmp_path/"other/zero/model/model.safetensors").read_bytes() != (done/"zero/model/model.safetensors").read_bytes()
+    for f in ("pairs/pairs.parquet", "final/model/model.safetensors"):
+        assert (tmp_path / "same" / f).read_bytes() == (done / f).read_bytes(), f
+    r = specs("zero", *SMALL, "--run-dir", tmp_path / "other", "seed=1")
+    assert (tmp_path / "other/zero/model/model.safetensors").read_bytes() != (
+        done / "zero/model/model.safetensors"
+    ).read_bytes()
+
 
 def test_a_killed_run_goes_on_and_ends_the_same(done, tmp_path):
-    run = tmp_path/"killed"
-    cmd = [sys.executable, "-c", "import sys; from specs_nb.pipeline import main; sys.exit(main())", "final", *SMALL, "--run-dir", str(run)]
+    run = tmp_path / "killed"
+    cmd = [
+        sys.executable,
+        "-c",
+        "import sys; from specs_nb.pipeline import main; sys.exit(main())",
+        "final",
+        *SMALL,
+        "--run-dir",
+        str(run),
+    ]
     p = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     for _ in range(600):
-        if list(run.glob("zero/checkpoints/checkpoint-1/rng_state.pth")): break
-        time.sleep(.1)
-    os.killpg(p.pid, 9); p.wait()
+        if list(run.glob("zero/checkpoints/checkpoint-1/rng_state.pth")):
+            break
+        time.sleep(0.1)
+    os.killpg(p.pid, 9)
+    p.wait()
     assert states(run)["zero"]["state"] == "running"
     r = specs("final", *SMALL, "--run-dir", run)
     assert r.returncode == 0 and "it was cut off" in r.stdout
-    for f in ("pairs/pairs.parquet", "final/model/model.safetensors"): assert (run/f).read_bytes() == (done/f).read_bytes(), f
+    for f in ("pairs/pairs.parquet", "final/model/model.safetensors"):
+        assert (run / f).read_bytes() == (done / f).read_bytes(), f
+
 
 def test_a_lost_model_is_made_again(done, tmp_path):
     import shutil
-    run = tmp_path/"r"
+
+    run = tmp_path / "r"
     shutil.copytree(done, run)
-    shutil.rmtree(run/"coldstart/model")
+    shutil.rmtree(run / "coldstart/model")
     r = specs("coldstart", "--run-dir", run)
-    assert r.returncode == 0 and r.stdout.count("done before") == 2 and "model/config.json is missing" in r.stdout
-    assert (run/"coldstart/model/model.safetensors").read_bytes() == (done/"coldstart/model/model.safetensors").read_bytes()
+    assert (
+        r.returncode == 0
+        and r.stdout.count("done before") == 2
+        and "model/config.json is missing" in r.stdout
+    )
+    assert (run / "coldstart/model/model.safetensors").read_bytes() == (
+        done / "coldstart/model/model.safetensors"
+    ).read_bytes()
+
 
 # ---- bad input
 
+
 def test_unknown_key(tmp_path):
     says(specs("run", "--run-dir", tmp_path, "zero.stpes=3"), "zero.stpes", "did you mean 'steps'?")
-    (tmp_path/"c.yaml").write_text("coldstart: {lamda: 1}")
-    says(specs("run", "--run-dir", tmp_path/"r", "-c", tmp_path/"c.yaml"), "c.yaml", "coldstart.lamda", "'lam'")
+    (tmp_path / "c.yaml").write_text("coldstart: {lamda: 1}")
+    says(
+        specs("run", "--run-dir", tmp_path / "r", "-c", tmp_path / "c.yaml"),
+        "c.yaml",
+        "coldstart.lamda",
+        "'lam'",
+    )
+
 
 def test_unknown_trainer_key(tmp_path):
-    says(specs("zero", *SMALL, "--run-dir", tmp_path/"r", "zero.trainer.leraning_rate=1"), "zero.trainer.leraning_rate", "'learning_rate'")
+    says(
+        specs("zero", *SMALL, "--run-dir", tmp_path / "r", "zero.trainer.leraning_rate=1"),
+        "zero.trainer.leraning_rate",
+        "'learning_rate'",
+    )
+
 
 def test_unknown_trainer_key_of_a_late_stage_is_told_before_anything_is_trained(tmp_path):
-    says(specs("run", *SMALL, "--run-dir", tmp_path/"r", "final.trainer.leraning_rate=1"), "final.trainer.leraning_rate", "'learning_rate'")
-    assert not (tmp_path/"r/zero/model").exists()
+    says(
+        specs("run", *SMALL, "--run-dir", tmp_path / "r", "final.trainer.leraning_rate=1"),
+        "final.trainer.leraning_rate",
+        "'learning_rate'",
+    )
+    assert not (tmp_path / "r/zero/model").exists()
 
-def test_negative_lambda(tmp_path): says(specs("run", "--run-dir", tmp_path, "coldstart.lam=-1"), "λ", "0 or more")
+
+def test_negative_lambda(tmp_path):
+    says(specs("run", "--run-dir", tmp_path, "coldstart.lam=-1"), "λ", "0 or more")
+
 
 def test_broken_yaml(tmp_path):
-    (tmp_path/"c.yaml").write_text("zero: [")
-    says(specs("run", "--run-dir", tmp_path/"r", "-c", tmp_path/"c.yaml"), "c.yaml", "no valid YAML")
+    (tmp_path / "c.yaml").write_text("zero: [")
+    says(specs("run", "--run-dir", tmp_path / "r", "-c", tmp_path / "c.yaml"), "c.yaml", "no valid YAML")
+
 
 def test_yaml_makes_no_objects(tmp_path):
-    (tmp_path/"c.yaml").write_text(f"seed: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{tmp_path}/x']]")
-    says(specs("run", "--run-dir", tmp_path/"r", "-c", tmp_path/"c.yaml"), "no valid YAML")
-    assert not (tmp_path/"x").exists()
+    (tmp_path / "c.yaml").write_text(
+        "seed: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path"
+        f" ['{tmp_path}/x']]"
+    )
+    says(specs("run", "--run-dir", tmp_path / "r", "-c", tmp_path / "c.yaml"), "no valid YAML")
+    assert not (tmp_path / "x").exists()
+
 
 def test_unwritable_run_folder(tmp_path):
-    (tmp_path/"file").write_text("")
-    says(specs("run", "--run-dir", tmp_path/"file/run"), "can't be made", "--run-dir")
+    (tmp_path / "file").write_text("")
+    says(specs("run", "--run-dir", tmp_path / "file/run"), "can't be made", "--run-dir")
+
 
 def test_two_runs_in_one_folder(tmp_path):
-    run = Run(tmp_path/"r", Config())
-    says(specs("run", "--run-dir", tmp_path/"r"), "another run is at work")
+    run = Run(tmp_path / "r", Config())
+    says(specs("run", "--run-dir", tmp_path / "r"), "another run is at work")
     run.close()
 
+
 def folder(tmp_path, train="", test=""):
-    d = tmp_path/"data"; d.mkdir()
-    if train is not None: (d/"data.jsonl").write_text(train)
-    (d/"test.jsonl").write_text(test)
+    d = tmp_path / "data"
+    d.mkdir()
+    if train is not None:
+        (d / "data.jsonl").write_text(train)
+    (d / "test.jsonl").write_text(test)
     return d
 
+
 def test_missing_data(tmp_path):
-    says(specs("zero", *SMALL, "--run-dir", tmp_path/"r", f"data.source={tmp_path}/nowhere"), "nowhere", "data.jsonl")
+    says(
+        specs("zero", *SMALL, "--run-dir", tmp_path / "r", f"data.source={tmp_path}/nowhere"),
+        "nowhere",
+        "data.jsonl",
+    )
+
 
 def test_empty_data(tmp_path):
-    says(specs("zero", *SMALL, "--run-dir", tmp_path/"r", f"data.source={folder(tmp_path)}"), "data.jsonl is empty")
+    says(
+        specs("zero", *SMALL, "--run-dir", tmp_path / "r", f"data.source={folder(tmp_path)}"),
+        "data.jsonl is empty",
+    )
+
 
 def test_unreadable_image(tmp_path):
     d = folder(tmp_path, '{"question": "How many?", "answer": 1, "images": ["a.png"]}\n')
-    (d/"a.png").write_text("no image")
-    says(specs("zero", *SMALL, "--run-dir", tmp_path/"r", f"data.source={d}"), "line 1", "a.png", "can't be read")
+    (d / "a.png").write_text("no image")
+    says(
+        specs("zero", *SMALL, "--run-dir", tmp_path / "r", f"data.source={d}"),
+        "line 1",
+        "a.png",
+        "can't be read",
+    )
+
 
 def test_model_without_processor(tmp_path):
     from specs_nb.models import load_model
-    load_model("tiny")[0].save_pretrained(tmp_path/"bare")
-    says(specs("zero", *SMALL, "--run-dir", tmp_path/"r", f"model.path={tmp_path}/bare"), "processor")
+
+    load_model("tiny")[0].save_pretrained(tmp_path / "bare")
+    says(specs("zero", *SMALL, "--run-dir", tmp_path / "r", f"model.path={tmp_path}/bare"), "processor")
+
 
 def test_no_pairs_keeps_what_was_finished(done, tmp_path):
     import shutil
-    run = tmp_path/"r"
+
+    run = tmp_path / "r"
     shutil.copytree(done, run)
     says(specs("pairs", "--run-dir", run, "distill.max_new_tokens=2"), "no pair is left", "distill")
-    assert (run/"zero/model/model.safetensors").exists() and states(run)["zero"]["state"] == "done"
+    assert (run / "zero/model/model.safetensors").exists() and states(run)["zero"]["state"] == "done"
     assert specs("zero", "--run-dir", run).stdout.count("done before") == 1
 
-def test_default_yaml_is_the_default(): assert load_config("default") == Config()
+
+def test_default_yaml_is_the_default():
+    assert load_config("default") == Config()
+
 
 def test_help_shows_examples(capsys):
-    with pytest.raises(SystemExit) as e: main(["--help"])
-    assert e.value.code == 0 and "examples:" in (out := capsys.readouterr().out) and "specs run -c smoke" in out
+    with pytest.raises(SystemExit) as e:
+        main(["--help"])
+    assert (
+        e.value.code == 0 and "examples:" in (out := capsys.readouterr().out) and "specs run -c smoke" in out
+    )

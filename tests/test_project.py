@@ -1,43 +1,61 @@
 "The project as a whole: its files agree with each other, and nothing slips in that shouldn't be public."
+
 import ast, configparser, importlib.metadata, io, json, re, subprocess, sys, tokenize, tomllib
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT/"tools"))
-NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-PYPROJECT = tomllib.loads((ROOT/"pyproject.toml").read_text())
+sys.path.insert(0, str(ROOT / "tools"))
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-def named(path): return path.relative_to(ROOT).as_posix()
+
+def named(path):
+    return path.relative_to(ROOT).as_posix()
+
 
 def project_files():
     "What is, or would be, committed; without git, everything that .gitignore doesn't name"
-    git = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if git.returncode == 0: paths = [ROOT/n for n in git.stdout.split("\0") if n]
+    git = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True
+    )
+    if git.returncode == 0:
+        paths = [ROOT / n for n in git.stdout.split("\0") if n]
     else:
-        ignored = [l.strip().rstrip("/") for l in (ROOT/".gitignore").read_text().splitlines()] + [".git"]
-        paths = [p for p in ROOT.rglob("*") if not any(Path(part).match(i) for part in p.relative_to(ROOT).parts for i in ignored if i)]
+        ignored = [l.strip().rstrip("/") for l in (ROOT / ".gitignore").read_text().splitlines()] + [".git"]
+        paths = [
+            p
+            for p in ROOT.rglob("*")
+            if not any(Path(part).match(i) for part in p.relative_to(ROOT).parts for i in ignored if i)
+        ]
     return sorted(p for p in paths if p.is_file())
+
 
 def code_cells(path):
     "Source, directives and syntax tree of each code cell of a notebook"
     for cell in json.loads(path.read_text())["cells"]:
-        if cell["cell_type"] != "code": continue
+        if cell["cell_type"] != "code":
+            continue
         src = "".join(cell["source"])
         flags = set(re.findall(r"^\s*#\s*\|\s*(\w+)", src, re.M))
-        src = re.sub(r"^(\s*)[%!].*$", r"\1pass", src, flags=re.M)  # magics are no Python
-        if not re.match(r"\s*pass", src): yield src, flags, ast.parse(src)
+        src = re.sub(r"^(\s*)[%!](?=\w).*$", r"\1pass", src, flags=re.M)  # magics are no Python
+        if not re.match(r"\s*pass", src):
+            yield src, flags, ast.parse(src)
+
 
 # ---- settings.ini and pyproject.toml
 
+
 def setting(key):
     ini = configparser.ConfigParser(interpolation=None)
-    ini.read(ROOT/"settings.ini")
+    ini.read(ROOT / "settings.ini")
     return ini["DEFAULT"][key]
+
 
 def test_settings_equal_pyproject():
     p, tool = PYPROJECT["project"], PYPROJECT["tool"]["nbdev"]
     import specs_nb
+
     assert setting("version") == specs_nb.__version__
     assert setting("lib_name") == setting("repo") == p["name"]
     assert setting("description") == p["description"]
@@ -46,34 +64,49 @@ def test_settings_equal_pyproject():
     assert setting("keywords").split() == p["keywords"]
     assert setting("author") == p["authors"][0]["name"]
     assert dict(s.split("=") for s in setting("console_scripts").split()) == p["scripts"]
-    for key in ("nbs_path", "lib_path", "doc_path", "tst_flags"): assert setting(key) == tool[key]
-    for key in ("recursive", "black_formatting", "jupyter_hooks", "clean_ids"): assert (setting(key) == "True") == tool[key]
+    for key in ("nbs_path", "lib_path", "doc_path", "tst_flags"):
+        assert setting(key) == tool[key]
+    for key in ("recursive", "black_formatting", "jupyter_hooks", "clean_ids"):
+        assert (setting(key) == "True") == tool[key]
     assert setting("allowed_out_metadata_keys").split() == tool["allowed_out_metadata_keys"]
+
 
 def test_requirements_equal_pyproject():
     p = PYPROJECT["project"]
     assert setting("requirements").split() == p["dependencies"]
-    for extra, needs in p["optional-dependencies"].items(): assert setting(f"{extra}_requirements").split() == needs, extra
+    for extra, needs in p["optional-dependencies"].items():
+        assert setting(f"{extra}_requirements").split() == needs, extra
+
 
 def test_imports_are_declared():
     "The base install is enough: what a module imports is required, and what an extra brings is imported inside functions"
-    def names(reqs): return {re.match(r"[\w.-]+", r)[0].lower().replace("_", "-") for r in reqs}
+
+    def names(reqs):
+        return {re.match(r"[\w.-]+", r)[0].lower().replace("_", "-") for r in reqs}
+
     base = names(PYPROJECT["project"]["dependencies"])
     extras = {n for reqs in PYPROJECT["project"]["optional-dependencies"].values() for n in names(reqs)}
     dists, missing = importlib.metadata.packages_distributions(), []
-    for path in (ROOT/"specs_nb").glob("*.py"):
+    for path in (ROOT / "specs_nb").glob("*.py"):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
-            if not isinstance(node, (ast.Import, ast.ImportFrom)) or getattr(node, "level", 0): continue
+            if not isinstance(node, (ast.Import, ast.ImportFrom)) or getattr(node, "level", 0):
+                continue
             for full in [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]:
                 top = full.split(".")[0]
-                if top in sys.stdlib_module_names or top == "specs_nb": continue
+                if top in sys.stdlib_module_names or top == "specs_nb":
+                    continue
                 owners = names(dists.get(top, [top]))
                 allowed = base if node in tree.body else base | extras
-                if not owners & allowed: missing.append(f"{named(path)}:{node.lineno} imports {full}, which the project does not require")
+                if not owners & allowed:
+                    missing.append(
+                        f"{named(path)}:{node.lineno} imports {full}, which the project does not require"
+                    )
     assert not missing, "\n".join(missing)
 
+
 # ---- notebooks
+
 
 def modules():
     "module → number of the notebook that exports it"
@@ -81,12 +114,15 @@ def modules():
     for path in NOTEBOOKS:
         m = re.search(r"#\s*\|\s*default_exp\s+(\S+)", "\n".join(src for src, *_ in code_cells(path)))
         n = re.match(r"\d+", path.name)
-        if m and n: found[m[1]] = int(n[0])
+        if m and n:
+            found[m[1]] = int(n[0])
     return found
 
+
 def test_numbers_are_unique():
-    numbers = [m[0] for p in (ROOT/"nbs").glob("*.ipynb") if (m := re.match(r"\d+", p.name))]
+    numbers = [m[0] for p in (ROOT / "nbs").glob("*.ipynb") if (m := re.match(r"\d+", p.name))]
     assert len(numbers) == len(set(numbers)), numbers
+
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if re.match(r"\d+", p.name)], ids=named)
 def test_imports_only_lower_numbers(path):
@@ -94,19 +130,31 @@ def test_imports_only_lower_numbers(path):
     own = [m for m, n in known.items() if n == number]
     for src, _, tree in code_cells(path):
         for node in ast.walk(tree):
-            if isinstance(node, ast.Import): used = [a.name for a in node.names]
+            if isinstance(node, ast.Import):
+                used = [a.name for a in node.names]
             elif isinstance(node, ast.ImportFrom):
                 inside = "specs_nb." + (node.module or "") if node.level else node.module
-                used = [inside] if inside.strip(".") != "specs_nb" else [f"specs_nb.{a.name}" for a in node.names]
-            else: continue
+                used = (
+                    [inside]
+                    if inside.strip(".") != "specs_nb"
+                    else [f"specs_nb.{a.name}" for a in node.names]
+                )
+            else:
+                continue
             for module in (u.split(".")[1] for u in used if u.startswith("specs_nb.")):
                 assert module in known or module.startswith("_"), f"no notebook exports specs_nb.{module}"
-                assert module in own or known.get(module, -1) < number, f"{path.name} imports {module}, which comes later"
+                assert (
+                    module in own or known.get(module, -1) < number
+                ), f"{path.name} imports {module}, which comes later"
+
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=named)
 def test_kernel_is_named(path):
     "Else JupyterLab asks for one at every opening"
-    assert json.loads(path.read_text())["metadata"].get("kernelspec", {}).get("name") == "python3", "metadata.kernelspec.name should be python3"
+    assert (
+        json.loads(path.read_text())["metadata"].get("kernelspec", {}).get("name") == "python3"
+    ), "metadata.kernelspec.name should be python3"
+
 
 def undocumented(src, tree):
     "Public definitions of an export cell without docstring, and parameters without a comment of their own"
@@ -114,41 +162,65 @@ def undocumented(src, tree):
     comments = [t for t in tokenize.generate_tokens(io.StringIO(src).readline) if t.type == tokenize.COMMENT]
     commented = {t.start[0] + t.line.lstrip().startswith("#") for t in comments}
     for node in tree.body:
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or node.name.startswith("_"): continue
-        if not ast.get_docstring(node): yield f"{node.name}: no docstring"
-        if isinstance(node, ast.ClassDef): continue
+        if not isinstance(
+            node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        ) or node.name.startswith("_"):
+            continue
+        if not ast.get_docstring(node):
+            yield f"{node.name}: no docstring"
+        if isinstance(node, ast.ClassDef):
+            continue
         a = node.args
         params = [*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg]
         lines = [p.lineno for p in params if p]
         for p in filter(None, params):
-            if lines.count(p.lineno) > 1 or p.lineno not in commented: yield f"{node.name}: {p.arg}"
+            if lines.count(p.lineno) > 1 or p.lineno not in commented:
+                yield f"{node.name}: {p.arg}"
+
 
 def test_undocumented_is_recognized():
-    def found(src): return list(undocumented(src, ast.parse(src)))
+    def found(src):
+        return list(undocumented(src, ast.parse(src)))
+
     assert found("def f(\n    a, # one\n    # two\n    b,\n):\n    'Doc.'") == []
     assert found("def f(\n    a, # one\n    b,\n):\n    'Doc.'") == ["f: b"]
     assert found("def f(a, b): # both\n    pass") == ["f: no docstring", "f: a", "f: b"]
 
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=named)
 def test_docments(path):
-    missing = [m for src, flags, tree in code_cells(path) if flags & {"export", "exports"} for m in undocumented(src, tree)]
+    missing = [
+        m
+        for src, flags, tree in code_cells(path)
+        if flags & {"export", "exports"}
+        for m in undocumented(src, tree)
+    ]
     assert not missing, "\n".join(missing)
+
 
 def test_readme_is_the_index():
     from make_readme import readme
+
     text, files = readme()
-    assert (ROOT/"README.md").read_text() == text, "run `make readme`"
-    for name, data in files.items(): assert (ROOT/name).read_bytes() == data, "run `make readme`"
+    assert (ROOT / "README.md").read_text() == text, "run `make readme`"
+    for name, data in files.items():
+        assert (ROOT / name).read_bytes() == data, "run `make readme`"
+
 
 # ---- links of README.md
+
 
 def anchors(text):
     "The anchors that GitHub gives to the headings of a Markdown text"
     text = re.sub(r"^(```|~~~).*?^\1", "", text, flags=re.M | re.S)
-    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in re.findall(r"^#+\s+(.+?)\s*#*$", text, re.M)}
+    return {
+        re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-")
+        for h in re.findall(r"^#+\s+(.+?)\s*#*$", text, re.M)
+    }
+
 
 def test_readme_links():
-    text = (ROOT/"README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     prose = re.sub(r"^(```|~~~).*?^\1|`[^`\n]+`", "", text, flags=re.M | re.S)
     links = re.findall(r"\]\(([^)\s]+)[^)]*\)", prose) + re.findall(r"(?:src|href)=\"([^\"]+)\"", prose)
     for link in links:
@@ -156,58 +228,96 @@ def test_readme_links():
             assert re.fullmatch(r"https://[\w.-]+\.[a-z]{2,}(/[^\s<>]*)?|mailto:\S+@\S+", link), link
             continue
         path, _, anchor = link.partition("#")
-        to = ROOT/path if path else ROOT/"README.md"
+        to = ROOT / path if path else ROOT / "README.md"
         assert to.exists(), f"README.md links to {path}, which does not exist"
-        if anchor and to.suffix == ".md": assert anchor in anchors(to.read_text()), f"README.md: no heading for {link}"
+        if anchor and to.suffix == ".md":
+            assert anchor in anchors(to.read_text()), f"README.md: no heading for {link}"
+
 
 # ---- nothing private, nothing heavy
 
 PRIVATE = {
     "path of one machine": r"(?<![\w.~-])/(?:root|home|work|tmp|opt)/[\w.]",
-    "registry": r"(?:extra-)?index[-_]url|find[-_]links|\b(?:pypi|pythonhosted|npmjs|debian|pytorch)\.org/(?:simple|packages|whl|debian)|registry\.\w+\.\w+|files\.pythonhosted",
+    "registry": (
+        r"(?:extra-)?index[-_]url|find[-_]links|\b(?:pypi|pythonhosted|npmjs|debian|pytorch)\.org/(?:simple|packages|whl|debian)|registry\.\w+\.\w+|files\.pythonhosted"
+    ),
     "address": r"https?://(?:10|172|192)\.\d+\.\d+\.\d+",
-    "secret": r"-----BEGIN [A-Z ]*PRIVATE KEY|\bhf_[A-Za-z0-9]{24,}|\bsk-[A-Za-z0-9_-]{24,}|\bgh[pousr]_[A-Za-z0-9]{24,}|\bAKIA[0-9A-Z]{16}\b"
-              r"|(?i:api_?key|password|secret|token)[\"']?\s*[:=]\s*[\"'][A-Za-z0-9_\-+/]{20,}[\"']",
+    "secret": (
+        r"-----BEGIN [A-Z ]*PRIVATE"
+        r" KEY|\bhf_[A-Za-z0-9]{24,}|\bsk-[A-Za-z0-9_-]{24,}|\bgh[pousr]_[A-Za-z0-9]{24,}|\bAKIA[0-9A-Z]{16}\b"
+        r"|(?i:api_?key|password|secret|token)[\"']?\s*[:=]\s*[\"'][A-Za-z0-9_\-+/]{20,}[\"']"
+    ),
 }
+
 
 def readable(path):
     "The text of a file; of a notebook without its pictures, whose base64 says anything sooner or later"
     data = path.read_bytes()
-    if b"\0" in data[:4096]: return ""
+    if b"\0" in data[:4096]:
+        return ""
     text = data.decode("utf-8", errors="replace")
     return re.sub(r'"image/\w+": ?"[^"]*"', "", text) if path.suffix == ".ipynb" else text
 
+
 @pytest.mark.parametrize("kind", PRIVATE)
 def test_nothing_private(kind):
-    found = [f"{named(p)}:{text.count(chr(10), 0, m.start()) + 1}: {m[0]}" for p in project_files() if (text := readable(p))
-             for m in re.finditer(PRIVATE[kind], text)]
+    found = [
+        f"{named(p)}:{text.count(chr(10), 0, m.start()) + 1}: {m[0]}"
+        for p in project_files()
+        if (text := readable(p))
+        for m in re.finditer(PRIVATE[kind], text)
+    ]
     assert not found, "\n".join(found)
 
-@pytest.mark.parametrize("kind, text", [("path of one machine", '"/ho' + 'me/ann/specs"'), ("registry", "--extra-ind" + "ex-url x"),
-    ("address", "http://10" + ".0.0.5:8080"), ("secret", "hf" + "_" + "a" * 34), ("secret", 'api_key = "' + "a1" * 12 + '"')])
-def test_private_is_recognized(kind, text): assert re.search(PRIVATE[kind], text)
+
+@pytest.mark.parametrize(
+    "kind, text",
+    [
+        ("path of one machine", '"/ho' + 'me/ann/specs"'),
+        ("registry", "--extra-ind" + "ex-url x"),
+        ("address", "http://10" + ".0.0.5:8080"),
+        ("secret", "hf" + "_" + "a" * 34),
+        ("secret", 'api_key = "' + "a1" * 12 + '"'),
+    ],
+)
+def test_private_is_recognized(kind, text):
+    assert re.search(PRIVATE[kind], text)
+
 
 def test_files_are_small():
     "Nothing over 3 MB but the embedded model"
-    big = [named(p) for p in project_files() if p.stat().st_size > 3_000_000 and not named(p).startswith("specs_nb/tiny/")]
+    big = [
+        named(p)
+        for p in project_files()
+        if p.stat().st_size > 3_000_000 and not named(p).startswith("specs_nb/tiny/")
+    ]
     assert not big, big
+
 
 # ---- light imports
 
-@pytest.mark.parametrize("code", ["import specs_nb", "from specs_nb.pipeline import main; main()"], ids=["import", "help"])
+
+@pytest.mark.parametrize(
+    "code", ["import specs_nb", "from specs_nb.pipeline import main; main()"], ids=["import", "help"]
+)
 def test_no_torch_is_loaded(code):
-    code = f"import sys; sys.argv = ['specs', '--help']\ntry: {code}\nexcept SystemExit as e: assert not e.code, e.code\n" \
-           "print('\\nloaded:', *sorted({'torch', 'transformers', 'trl', 'datasets', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    code = (
+        f"import sys; sys.argv = ['specs', '--help']\ntry: {code}\nexcept SystemExit as e: assert not e.code,"
+        " e.code\nprint('\\nloaded:', *sorted({'torch', 'transformers', 'trl', 'datasets', 'numpy',"
+        " 'matplotlib'} & set(sys.modules)))"
+    )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1].strip() == "loaded:", run.stdout.splitlines()[-1]
 
+
 def test_promises_name_tests_that_exist():
     "docs/promises.md: every `file::test` is defined there, and every notebook it names is there."
     import re
-    text = (ROOT/"docs/promises.md").read_text()
+
+    text = (ROOT / "docs/promises.md").read_text()
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
     assert len(named) > 40
-    missing = [f"{f}::{t}" for f, t in named if not re.search(rf"^def {t}\(", (ROOT/f).read_text(), re.M)]
-    missing += [n for n in re.findall(r"`(\d\d_\w+)`", text) if not (ROOT/f"nbs/{n}.ipynb").exists()]
+    missing = [f"{f}::{t}" for f, t in named if not re.search(rf"^def {t}\(", (ROOT / f).read_text(), re.M)]
+    missing += [n for n in re.findall(r"`(\d\d_\w+)`", text) if not (ROOT / f"nbs/{n}.ipynb").exists()]
     assert not missing, missing

@@ -1,4 +1,5 @@
 "The report of a run: whole, half, and with hostile content. Numbers here are made up."
+
 import csv, html.parser, json, re, shutil, sys
 from pathlib import Path
 import pytest
@@ -9,204 +10,432 @@ from specs_nb.report import Table, compare, embed, grid_report, hashed, latex, w
 sys.path.insert(0, str(Path(__file__).parent))
 import chromium
 
-HOSTILE = "<think>\"'><script>document.title = 'taken'</script><!--<script><img src=https://example.com/x.png onerror=document.title='taken'></think>\n{{ 7*7 }} {% raw %} </pre></script> <answer>1</answer>"
+HOSTILE = (
+    "<think>\"'><script>document.title = 'taken'</script><!--<script><img src=https://example.com/x.png"
+    " onerror=document.title='taken'></think>\n{{ 7*7 }} {% raw %} </pre></script> <answer>1</answer>"
+)
 
-def stat(mean, n=60): return dict(mean=mean, lo=None if mean is None else max(0, mean - .05), hi=None if mean is None else min(1, mean + .05), n=n)
+
+def stat(mean, n=60):
+    return dict(
+        mean=mean,
+        lo=None if mean is None else max(0, mean - 0.05),
+        hi=None if mean is None else min(1, mean + 0.05),
+        n=n,
+    )
+
 
 def put(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data))
+
 
 @pytest.fixture
 def run(tmp_path):
     "A run folder with everything in it"
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     from specs_nb import distill, world
-    run, level = tmp_path/"<i>run", dict(base=.3, zero=.5, coldstart=.6, final=.8)
-    put(run/"eval/metrics.json", {m: {s: {k: stat(level[m]) for k in ("accuracy", "format", "strict", "passk", "pass@1", "pass@2", "entropy")} for s in SPLITS} for m in MODELS})
-    right = lambda m, i: None if i == 59 else i < 60*level[m]
-    flat = [dict(model=m, split=s, id=f"world-{'ood_visual' if s == 'ood_visual' else 'test'}-0-{i}", asked="think_answer", greedy=g, sample=0, text=HOSTILE if i % 2 else f"plain {m}", accuracy=right(m, i),
-                 format=i % 3 > 0, strict=right(m, i)) for m in MODELS for s in SPLITS for i in range(60) for g in (False, True)]
-    pq.write_table(pa.Table.from_pylist(flat), run/"eval/answers.parquet")
-    for s in ("zero", "final"): put(run/s/"history.json", [{"step": i, "reward": i/9, "rewards/format_reward/mean": .4, "rewards/accuracy_reward/mean": None} for i in range(9)])
-    put(run/"coldstart/history.json", [{"step": 1, "loss": 1, "rewards/chosen": 0, "rewards/rejected": float("nan")}])
-    for s in ("zero", "pairs", "coldstart", "final", "eval"): put(run/s/"stage.json", dict(state="done", seconds=60, peak_memory_gb=1.5))
-    pairs = [dict(r, prompt=[], chosen=distill._says(HOSTILE), rejected=distill._says("& <b>"), corruption="plain_answer") for r in world.rows("train", 3)]
-    distill.write_pairs(pairs, run/"pairs/pairs.parquet")
-    (run/"config.yaml").write_text("seed: 7\nmodel: {path: '<script>m'}\ndata: {n_test: 60}\neval: {n_samples: 4}\n")
+
+    run, level = tmp_path / "<i>run", dict(base=0.3, zero=0.5, coldstart=0.6, final=0.8)
+    put(
+        run / "eval/metrics.json",
+        {
+            m: {
+                s: {
+                    k: stat(level[m])
+                    for k in ("accuracy", "format", "strict", "passk", "pass@1", "pass@2", "entropy")
+                }
+                for s in SPLITS
+            }
+            for m in MODELS
+        },
+    )
+    right = lambda m, i: None if i == 59 else i < 60 * level[m]
+    flat = [
+        dict(
+            model=m,
+            split=s,
+            id=f"world-{'ood_visual' if s == 'ood_visual' else 'test'}-0-{i}",
+            asked="think_answer",
+            greedy=g,
+            sample=0,
+            text=HOSTILE if i % 2 else f"plain {m}",
+            accuracy=right(m, i),
+            format=i % 3 > 0,
+            strict=right(m, i),
+        )
+        for m in MODELS
+        for s in SPLITS
+        for i in range(60)
+        for g in (False, True)
+    ]
+    pq.write_table(pa.Table.from_pylist(flat), run / "eval/answers.parquet")
+    for s in ("zero", "final"):
+        put(
+            run / s / "history.json",
+            [
+                {
+                    "step": i,
+                    "reward": i / 9,
+                    "rewards/format_reward/mean": 0.4,
+                    "rewards/accuracy_reward/mean": None,
+                }
+                for i in range(9)
+            ],
+        )
+    put(
+        run / "coldstart/history.json",
+        [{"step": 1, "loss": 1, "rewards/chosen": 0, "rewards/rejected": float("nan")}],
+    )
+    for s in ("zero", "pairs", "coldstart", "final", "eval"):
+        put(run / s / "stage.json", dict(state="done", seconds=60, peak_memory_gb=1.5))
+    pairs = [
+        dict(
+            r,
+            prompt=[],
+            chosen=distill._says(HOSTILE),
+            rejected=distill._says("& <b>"),
+            corruption="plain_answer",
+        )
+        for r in world.rows("train", 3)
+    ]
+    distill.write_pairs(pairs, run / "pairs/pairs.parquet")
+    (run / "config.yaml").write_text(
+        "seed: 7\nmodel: {path: '<script>m'}\ndata: {n_test: 60}\neval: {n_samples: 4}\n"
+    )
     return run
+
 
 class Reader(html.parser.HTMLParser):
     "Elements of a page, its links, its ids; a closing tag must fit"
+
     void = {"meta", "img", "br", "link", "hr", "input"}
+
     def __init__(self, text):
         super().__init__()
         self.tags, self.links, self.ids, self.open = [], [], [], []
         self.feed(text)
+
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
         self.ids += [v for k, v in attrs if k == "id"]
-        if tag not in self.void: self.open.append(tag)
-    def handle_startendtag(self, tag, attrs): self.handle_starttag(tag, attrs); tag in self.void or self.open.pop()
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        tag in self.void or self.open.pop()
+
     def handle_endtag(self, tag):
-        while self.open and self.open[-1] != tag and self.open[-1] in ("tr", "td", "th", "li", "p", "tbody", "thead"): self.open.pop()
+        while (
+            self.open
+            and self.open[-1] != tag
+            and self.open[-1] in ("tr", "td", "th", "li", "p", "tbody", "thead")
+        ):
+            self.open.pop()
         assert self.open.pop() == tag
+
 
 def test_page_is_whole_and_self_contained(run):
     text = write_report(run).read_text()
     page = Reader(text)
-    assert not page.open and page.tags.count("svg") == 12 and page.tags.count("img") == 123 and len(text) < 3e6
-    assert all(l.startswith(("data:image/png;base64,", "#")) or (run/l).is_file() for l in page.links)
+    assert (
+        not page.open and page.tags.count("svg") == 12 and page.tags.count("img") == 123 and len(text) < 3e6
+    )
+    assert all(l.startswith(("data:image/png;base64,", "#")) or (run / l).is_file() for l in page.links)
     assert not re.search(r"url\((?!#)|@import", text.split("<script")[0])
     assert {l[1:] for l in page.links if l[0] == "#"} <= set(page.ids)
-    for word in ("right more often than the base: 80.0 % against 30.0 %", "in 4 tries", "5 min 00 s", "gf_gain", "seed 7"): assert word in text, word
+    for word in (
+        "right more often than the base: 80.0 % against 30.0 %",
+        "in 4 tries",
+        "5 min 00 s",
+        "gf_gain",
+        "seed 7",
+    ):
+        assert word in text, word
+
 
 def test_what_models_wrote_is_text(run):
     text = write_report(run).read_text()
-    assert Reader(text).tags.count("script") == 4 and not {"iframe", "link", "object"} & set(Reader(text).tags) and "<i>run" not in text
+    assert (
+        Reader(text).tags.count("script") == 4
+        and not {"iframe", "link", "object"} & set(Reader(text).tags)
+        and "<i>run" not in text
+    )
     assert "{{ 7*7 }} {% raw %}" in text, "and no template either"
+
 
 def test_only_the_pages_own_scripts_may_run(run):
     text = write_report(run).read_text()
-    policy, scripts = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1], re.findall(r"<script>(.*?)</script>", text, re.S)
-    assert policy.startswith("default-src 'none'") and "unsafe-eval" not in policy and "unsafe-inline" not in policy.split("script-src")[1]
+    policy, scripts = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1], re.findall(
+        r"<script>(.*?)</script>", text, re.S
+    )
+    assert (
+        policy.startswith("default-src 'none'")
+        and "unsafe-eval" not in policy
+        and "unsafe-inline" not in policy.split("script-src")[1]
+    )
     assert re.findall(r"'sha256-[^']*'", policy) == [hashed(s) for s in scripts] and len(scripts) == 3
 
-def test_data_cannot_end_its_script(): assert json.loads(embed(HOSTILE)) == HOSTILE and not set("<>&") & set(embed(HOSTILE))
 
-def test_same_run_same_page(run): assert write_report(run).read_bytes() == write_report(run).read_bytes()
+def test_data_cannot_end_its_script():
+    assert json.loads(embed(HOSTILE)) == HOSTILE and not set("<>&") & set(embed(HOSTILE))
 
-@pytest.mark.parametrize("gone", ["zero", "pairs", "coldstart", "final", "eval/answers.parquet", "eval/stage.json", "config.yaml"])
+
+def test_same_run_same_page(run):
+    assert write_report(run).read_bytes() == write_report(run).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "gone", ["zero", "pairs", "coldstart", "final", "eval/answers.parquet", "eval/stage.json", "config.yaml"]
+)
 def test_missing_stage_is_named(run, gone):
     import shutil
-    path = run/gone
+
+    path = run / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     text = write_report(run).read_text()
     assert not Reader(text).open
-    if path.suffix == "": assert "not run" in text
-    if gone in ("zero", "coldstart", "final"): assert f"<code>{gone}</code> left no history" in text
+    if path.suffix == "":
+        assert "not run" in text
+    if gone in ("zero", "coldstart", "final"):
+        assert f"<code>{gone}</code> left no history" in text
 
-@pytest.mark.parametrize("metrics", [{}, {"base": {}}, {"final": None}, {"final": {"id": {"accuracy": stat(.5)}}, "base": {"id": {"accuracy": stat(None)}}}])
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {},
+        {"base": {}},
+        {"final": None},
+        {"final": {"id": {"accuracy": stat(0.5)}}, "base": {"id": {"accuracy": stat(None)}}},
+    ],
+)
 def test_missing_numbers_are_dashes(run, metrics):
-    put(run/"eval/metrics.json", metrics)
+    put(run / "eval/metrics.json", metrics)
     text = write_report(run).read_text()
-    assert "<td>–" in text and "None" not in text.split("</style>")[1].split("What was run")[0] and "nan" not in text.lower().split("</style>")[1].split("<svg")[0]
+    assert (
+        "<td>–" in text
+        and "None" not in text.split("</style>")[1].split("What was run")[0]
+        and "nan" not in text.lower().split("</style>")[1].split("<svg")[0]
+    )
+
 
 def test_no_metrics_no_report(run):
-    (run/"eval/metrics.json").unlink()
-    with pytest.raises(SpecsError, match="run `specs eval` first"): write_report(run)
-    assert not (run/"report.html").exists()
+    (run / "eval/metrics.json").unlink()
+    with pytest.raises(SpecsError, match="run `specs eval` first"):
+        write_report(run)
+    assert not (run / "report.html").exists()
 
-@pytest.mark.parametrize("name, hint", [("eval/metrics.json", "delete it"), ("eval/answers.parquet", "specs eval"), ("pairs/pairs.parquet", "specs distill")])
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("eval/metrics.json", "delete it"),
+        ("eval/answers.parquet", "specs eval"),
+        ("pairs/pairs.parquet", "specs distill"),
+    ],
+)
 def test_broken_file_is_named(run, name, hint):
-    (run/name).write_text("broken")
-    with pytest.raises(SpecsError, match=hint): write_report(run)
+    (run / name).write_text("broken")
+    with pytest.raises(SpecsError, match=hint):
+        write_report(run)
+
 
 def test_report_follows_the_numbers(run):
     "Final and base change places: the headline says so"
-    m = json.loads((run/"eval/metrics.json").read_text())
-    put(run/"eval/metrics.json", {**m, "final": m["base"], "base": m["final"]})
+    m = json.loads((run / "eval/metrics.json").read_text())
+    put(run / "eval/metrics.json", {**m, "final": m["base"], "base": m["final"]})
     assert "right less often than the base" in write_report(run).read_text()
-    put(run/"eval/metrics.json", {**m, "final": m["base"]})
+    put(run / "eval/metrics.json", {**m, "final": m["base"]})
     assert "not clearly different from the base" in write_report(run).read_text()
 
+
 def test_pairing_finds_what_two_intervals_hide():
-    flat = [dict(model=m, split="id", id=i, accuracy=(i + k) % 4 < (i % 3) + (m == "a")) for m in "ab" for i in range(90) for k in range(4)]
+    flat = [
+        dict(model=m, split="id", id=i, accuracy=(i + k) % 4 < (i % 3) + (m == "a"))
+        for m in "ab"
+        for i in range(90)
+        for k in range(4)
+    ]
     means = question_means(flat, "accuracy")
     d = paired_difference(means["a", "id"], means["b", "id"])
-    assert d["lo"] == d["hi"] == d["mean"] == .25 and d["n"] == 90
+    assert d["lo"] == d["hi"] == d["mean"] == 0.25 and d["n"] == 90
+
 
 # ---- files beside the page
 
+
 def test_numbers_are_files_too(run):
     write_report(run)
-    rows = list(csv.DictReader((run/"report/scores.csv").open()))
-    final = next(r for r in rows if (r["metric"], r["model"], r["split"]) == ("Right answer", "final", "trained format"))
-    assert [float(final[k]) for k in ("mean", "lo", "hi", "n")] == pytest.approx([.8, .75, .85, 60])
-    assert "final & 80.0 {\\scriptsize [75.0, 85.0]}" in (run/"report/scores.tex").read_text()
-    gf = [r for r in csv.DictReader((run/"report/gf.csv").open()) if r["model"] == "final" and r["quantity"] == "gf_gain"]
+    rows = list(csv.DictReader((run / "report/scores.csv").open()))
+    final = next(
+        r
+        for r in rows
+        if (r["metric"], r["model"], r["split"]) == ("Right answer", "final", "trained format")
+    )
+    assert [float(final[k]) for k in ("mean", "lo", "hi", "n")] == pytest.approx([0.8, 0.75, 0.85, 60])
+    assert "final & 80.0 {\\scriptsize [75.0, 85.0]}" in (run / "report/scores.tex").read_text()
+    gf = [
+        r
+        for r in csv.DictReader((run / "report/gf.csv").open())
+        if r["model"] == "final" and r["quantity"] == "gf_gain"
+    ]
     assert len(gf) == 2 and float(gf[0]["lo"]) <= float(gf[0]["mean"]) <= float(gf[0]["hi"])
     for name in ("reward", "score-strict", "gf-strict", "passk-id", "coldstart-rewards"):
-        assert (run/f"report/{name}.png").read_bytes()[:4] == b"\x89PNG" and (run/f"report/{name}.svg").read_text().lstrip().startswith("<?xml"), name
+        assert (run / f"report/{name}.png").read_bytes()[:4] == b"\x89PNG" and (
+            run / f"report/{name}.svg"
+        ).read_text().lstrip().startswith("<?xml"), name
+
 
 def test_hostile_names_stay_text_in_tables():
-    t = Table("t", "50 % & more", [dict(a="=1+1", b="\\input{x}", c="c_1", mean=.5)], ("a", "b", "c"))
+    t = Table("t", "50 % & more", [dict(a="=1+1", b="\\input{x}", c="c_1", mean=0.5)], ("a", "b", "c"))
     assert "\\textbackslash{}input\\{x\\}" in latex(t) and "50 \\% \\& more" in latex(t)
+
 
 def test_judges_counts_are_shown(run):
     assert "What a judge decided" not in write_report(run).read_text()
-    put(run/"pairs/stage.json", dict(state="done", seconds=1, judge={"<b>j": {"yes": 31, "no opinion": 2}, "spent": {"calls": 33, "tokens": 4321}}, calibration=[dict(judge="<b>j", task="answer", agree=9, both=10)]))
+    put(
+        run / "pairs/stage.json",
+        dict(
+            state="done",
+            seconds=1,
+            judge={"<b>j": {"yes": 31, "no opinion": 2}, "spent": {"calls": 33, "tokens": 4321}},
+            calibration=[dict(judge="<b>j", task="answer", agree=9, both=10)],
+        ),
+    )
     text = write_report(run).read_text()
-    assert all(w in text for w in ("What a judge decided", "33 requests, 4321 tokens", "&lt;b&gt;j", '<td>no opinion</td><td class="n">2</td>', "90.0")) and "<b>j" not in text
+    assert (
+        all(
+            w in text
+            for w in (
+                "What a judge decided",
+                "33 requests, 4321 tokens",
+                "&lt;b&gt;j",
+                '<td>no opinion</td><td class="n">2</td>',
+                "90.0",
+            )
+        )
+        and "<b>j" not in text
+    )
+
 
 # ---- several runs
 
+
 @pytest.fixture
 def two(run):
-    other = shutil.copytree(run, run.parent/"other")
-    (other/"config.yaml").write_text((run/"config.yaml").read_text().replace("seed: 7", "seed: 8"))
+    other = shutil.copytree(run, run.parent / "other")
+    (other / "config.yaml").write_text((run / "config.yaml").read_text().replace("seed: 7", "seed: 8"))
     return [run, other]
 
+
 def test_compared_on_the_same_questions(two):
-    page = compare(two, two[0].parent/"out")
-    text, rows = page.read_text(), list(csv.DictReader((page.parent/"report/differences.csv").open()))
-    assert not Reader(text).open and "unpaired" not in text and len(rows) == 36 and all(float(r[k]) == 0 for r in rows for k in ("mean", "lo", "hi"))
+    page = compare(two, two[0].parent / "out")
+    text, rows = page.read_text(), list(csv.DictReader((page.parent / "report/differences.csv").open()))
+    assert (
+        not Reader(text).open
+        and "unpaired" not in text
+        and len(rows) == 36
+        and all(float(r[k]) == 0 for r in rows for k in ("mean", "lo", "hi"))
+    )
     assert "<code>seed</code>" in text and "<code>eval.n_samples</code>" not in text
+
 
 def test_other_questions_are_compared_unpaired(two):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    flat = pq.read_table(two[1]/"eval/answers.parquet").to_pylist()
-    pq.write_table(pa.Table.from_pylist([dict(r, id="other" + r["id"]) for r in flat]), two[1]/"eval/answers.parquet")
-    page = compare(two, two[0].parent/"out")
-    rows = [r for r in csv.DictReader((page.parent/"report/differences.csv").open()) if "right answer" in r["what"] and r["model"] == "final"]
-    assert "they are compared unpaired" in page.read_text() and len(rows) == 6 and all(float(r["lo"]) < 0 < float(r["hi"]) for r in rows[:3])
+    flat = pq.read_table(two[1] / "eval/answers.parquet").to_pylist()
+    pq.write_table(
+        pa.Table.from_pylist([dict(r, id="other" + r["id"]) for r in flat]), two[1] / "eval/answers.parquet"
+    )
+    page = compare(two, two[0].parent / "out")
+    rows = [
+        r
+        for r in csv.DictReader((page.parent / "report/differences.csv").open())
+        if "right answer" in r["what"] and r["model"] == "final"
+    ]
+    assert (
+        "they are compared unpaired" in page.read_text()
+        and len(rows) == 6
+        and all(float(r["lo"]) < 0 < float(r["hi"]) for r in rows[:3])
+    )
+
 
 def test_unfinished_run_is_not_compared(two):
-    put(two[1]/"eval/stage.json", dict(state="running"))
-    with pytest.raises(SpecsError, match="other is not finished"): compare(two, two[0].parent/"out")
-    with pytest.raises(SpecsError, match="no run .*gone"): compare([two[0], two[0].parent/"gone"], two[0].parent/"out")
-    assert not (two[0].parent/"out").exists()
+    put(two[1] / "eval/stage.json", dict(state="running"))
+    with pytest.raises(SpecsError, match="other is not finished"):
+        compare(two, two[0].parent / "out")
+    with pytest.raises(SpecsError, match="no run .*gone"):
+        compare([two[0], two[0].parent / "gone"], two[0].parent / "out")
+    assert not (two[0].parent / "out").exists()
+
 
 def test_grid_has_intervals_over_seeds(tmp_path):
-    rows = [dict(arm=a, seed=s, model="final", split="id", metric="strict", mean=.5 + .1*s) for a in ("<b>a", "b") for s in range(3)] + [dict(arm="c", seed=0, model="final", split="id", metric="strict", mean=.4)]
-    text = grid_report(rows, tmp_path/"grid/report.html").read_text()
-    assert "<b>a" not in text and {r["arm"]: r["lo"] for r in csv.DictReader((tmp_path/"grid/report/grid.csv").open())}["c"] == ""
+    rows = [
+        dict(arm=a, seed=s, model="final", split="id", metric="strict", mean=0.5 + 0.1 * s)
+        for a in ("<b>a", "b")
+        for s in range(3)
+    ] + [dict(arm="c", seed=0, model="final", split="id", metric="strict", mean=0.4)]
+    text = grid_report(rows, tmp_path / "grid/report.html").read_text()
+    assert (
+        "<b>a" not in text
+        and {r["arm"]: r["lo"] for r in csv.DictReader((tmp_path / "grid/report/grid.csv").open())}["c"] == ""
+    )
     assert "[35.2, 84.8]" in text, "60 ± 4.303·10/√3"
+
 
 # ---- in a browser
 
+
 @pytest.fixture
 def browser(tmp_path):
-    if not chromium.find(): pytest.skip("there is no Chromium or Chrome here")
-    b = chromium.Browser(tmp_path/"profile")
+    if not chromium.find():
+        pytest.skip("there is no Chromium or Chrome here")
+    b = chromium.Browser(tmp_path / "profile")
     yield b
     b.close()
 
+
 READY = "document.documentElement.dataset.ready"
+
 
 @pytest.mark.parametrize("width, dark", [(390, True), (1280, False)])
 def test_page_works_in_a_browser(run, browser, width, dark):
     browser.look(width, dark=dark)
     browser.open(write_report(run), READY)
-    assert browser.run("document.querySelectorAll('figure[data-drawn] .plot svg').length") == browser.run("document.querySelectorAll('figure[data-chart]').length") == 12
+    assert (
+        browser.run("document.querySelectorAll('figure[data-drawn] .plot svg').length")
+        == browser.run("document.querySelectorAll('figure[data-chart]').length")
+        == 12
+    )
     assert browser.run("document.title") == "SPECS: <i>run" and not browser.complaints(), browser.complaints()
     assert browser.run("document.documentElement.scrollWidth") <= width, "nothing to scroll sideways"
     light = browser.run("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]")
     assert light < 60 if dark else light > 200
     fit = "Number(document.querySelector('output').dataset.fit)"
-    def choose(name, value): browser.run(f"(e => {{ e.value = {json.dumps(value)}; e.dispatchEvent(new Event('input', {{bubbles: true}})) }})(document.querySelector('[name={name}]'))")
+
+    def choose(name, value):
+        browser.run(
+            f"(e => {{ e.value = {json.dumps(value)}; e.dispatchEvent(new Event('input', {{bubbles: true}}))"
+            f" }})(document.querySelector('[name={name}]'))"
+        )
+
     every = browser.run(fit)
     choose("model", "final")
     some = browser.run(fit)
-    assert 4*some == every > 400
+    assert 4 * some == every > 400
     choose("right", "none")
     assert 0 < browser.run(fit) < some
-    assert browser.run("[...document.querySelectorAll('.said')].filter(s => s.checkVisibility()).every(s => s.dataset.model === 'final' && s.dataset.right === 'none')")
+    assert browser.run(
+        "[...document.querySelectorAll('.said')].filter(s => s.checkVisibility()).every(s => s.dataset.model"
+        " === 'final' && s.dataset.right === 'none')"
+    )
     choose("right", ""), choose("text", "PLAIN FINAL")
     assert 0 < browser.run(fit) < some
     choose("text", "nobody said this")
     assert browser.run("document.querySelector('output').value") == "no answer fits"
+
 
 def test_charts_answer(run, browser):
     "A name in the legend is switched off; the pointer is told a value"
@@ -217,7 +446,12 @@ def test_charts_answer(run, browser):
     browser.run("document.querySelector('figure[data-chart=score-accuracy] .legend button').click()")
     assert browser.run(drawn) == "3"
     browser.run("document.querySelector('figure[data-chart=reward]').scrollIntoView()")
-    at = browser.run("(r => [r.x + r.width/2, r.y + r.height/2])(document.querySelector('figure[data-chart=reward] svg').getBoundingClientRect())")
+    at = browser.run(
+        "(r => [r.x + r.width/2, r.y + r.height/2])(document.querySelector('figure[data-chart=reward]"
+        " svg').getBoundingClientRect())"
+    )
     browser.ask("Input.dispatchMouseEvent", type="mouseMoved", x=at[0], y=at[1])
     browser.run("new Promise(r => setTimeout(r, 500))")
-    assert "step 4: " in browser.run("document.querySelector('figure[data-chart=reward] [aria-label=tip]').textContent")
+    assert "step 4: " in browser.run(
+        "document.querySelector('figure[data-chart=reward] [aria-label=tip]').textContent"
+    )

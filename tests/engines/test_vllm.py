@@ -1,10 +1,14 @@
 "vLLM's engines against transformers, on the embedded model in float32. `python tools/check.py vllm` runs this in the environment of `make vllm`"
+
 import json, os, re, signal, socket, subprocess, sys, time
 from importlib.util import find_spec
 from pathlib import Path
 import pytest
 
-if find_spec("vllm") is None: pytest.skip("vLLM isn't installed here: `make vllm`, then `python tools/check.py vllm`", allow_module_level=True)
+if find_spec("vllm") is None:
+    pytest.skip(
+        "vLLM isn't installed here: `make vllm`, then `python tools/check.py vllm`", allow_module_level=True
+    )
 
 from PIL import Image
 from specs_nb import generate as g, world
@@ -15,29 +19,60 @@ from specs_nb.models import load_model, resolve
 FMT = FORMATS["think_answer"]
 GREEDY = g.Sampling(temperature=0, max_new_tokens=48)
 BESIDE = dict(use_vllm=True, vllm_mode="colocate", vllm_max_model_length=256)
-GRPO = dict(per_device_train_batch_size=16, num_generations=8, max_completion_length=48, learning_rate=1e-3, lr_scheduler_type="constant", gradient_checkpointing=False)
+GRPO = dict(
+    per_device_train_batch_size=16,
+    num_generations=8,
+    max_completion_length=48,
+    learning_rate=1e-3,
+    lr_scheduler_type="constant",
+    gradient_checkpointing=False,
+)
 
-def asks(rows): return [FMT.instruction] * len(rows)
-def farthest(drawn, scores): return max(abs(a - b) for d, s in zip(drawn, scores) for c, one in zip(d, s) for a, b in zip(c.logps, one, strict=True))
+
+def asks(rows):
+    return [FMT.instruction] * len(rows)
+
+
+def farthest(drawn, scores):
+    return max(
+        abs(a - b)
+        for d, s in zip(drawn, scores)
+        for c, one in zip(d, s)
+        for a, b in zip(c.logps, one, strict=True)
+    )
+
 
 @pytest.fixture(scope="module")
-def rows(): return world.rows("test", 12)
+def rows():
+    return world.rows("test", 12)
+
 
 @pytest.fixture(scope="module")
 def hard(rows, tmp_path_factory):
     "A good row, one with a broken image, one that is too long, and a good one again"
-    path = tmp_path_factory.mktemp("images")/"broken.png"
+    path = tmp_path_factory.mktemp("images") / "broken.png"
     rows[1]["images"][0].save(path)
     path.write_bytes(path.read_bytes()[:150])
-    return [rows[0], dict(rows[1], images=[Image.open(path)]), dict(rows[2], question="How many? " * 800), rows[3]]
+    return [
+        rows[0],
+        dict(rows[1], images=[Image.open(path)]),
+        dict(rows[2], question="How many? " * 800),
+        rows[3],
+    ]
+
 
 @pytest.fixture(scope="module")
-def hf(): return g.Transformers("tiny", {}, {})
+def hf():
+    return g.Transformers("tiny", {}, {})
+
 
 @pytest.fixture(scope="module")
-def engine(): return g.VLLM("tiny", {}, {})
+def engine():
+    return g.VLLM("tiny", {}, {})
+
 
 # ---- in process
+
 
 def test_same_log_probabilities(hf, engine, rows):
     drawn = engine.sample(rows, asks(rows), g.Sampling(n=4, logps=True), 0)
@@ -47,25 +82,33 @@ def test_same_log_probabilities(hf, engine, rows):
     theirs = hf.sample(rows, asks(rows), g.Sampling(n=2, logps=True), 0)
     assert farthest(theirs, engine.score(rows, asks(rows), [[c.ids for c in d] for d in theirs])) < 1e-3
 
+
 def test_rows_of_text_alone(hf, engine, rows):
     plain = [dict(r, images=[]) for r in rows]
     drawn = engine.sample(plain, asks(rows), g.Sampling(n=2, logps=True), 0)
     assert farthest(drawn, hf.score(plain, asks(rows), [[c.ids for c in d] for d in drawn])) < 1e-3
 
+
 def test_greedy_says_the_same(hf, engine, rows):
-    assert [[c.ids for c in d] for d in engine.sample(rows, asks(rows), GREEDY, 0)] == [[c.ids for c in d] for d in hf.sample(rows, asks(rows), GREEDY, 0)]
+    assert [[c.ids for c in d] for d in engine.sample(rows, asks(rows), GREEDY, 0)] == [
+        [c.ids for c in d] for d in hf.sample(rows, asks(rows), GREEDY, 0)
+    ]
+
 
 def test_distributions_agree(hf, engine, rows):
     "600 samples of one question: how often each first word comes is the same, up to chance"
     from collections import Counter
+
     n = g.Sampling(n=600, max_new_tokens=1)
     a, b = (Counter(c.ids[0] for c in e.sample(rows[:1], asks(rows[:1]), n, 1)[0]) for e in (hf, engine))
-    assert sum(abs(a[t] - b[t]) for t in a | b) / 1200 < .1
+    assert sum(abs(a[t] - b[t]) for t in a | b) / 1200 < 0.1
+
 
 def test_the_seed_decides(engine, rows):
     how, draw = g.Sampling(n=2), lambda rs, seed: g.texts_of(engine.sample(rs, asks(rs), how, seed), 2)
     assert draw(rows, 1) == draw(rows, 1) != draw(rows, 2)
     assert draw(rows[:2], 1) == draw(rows, 1)[:2], "whatever else is in the batch"
+
 
 def test_same_failures(hf, engine, hard):
     for e in (hf, engine):
@@ -73,36 +116,54 @@ def test_same_failures(hf, engine, hard):
         assert [isinstance(d, g.Failed) for d in drawn] == [False, True, True, False]
         assert "truncated" in drawn[1].reason and "2048" in drawn[2].reason
 
+
 def test_no_room_says_by_how_much():
     code = "from specs_nb import generate as g; g.VLLM('tiny', {}, {'max_model_len': 1_000_000})"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"})
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
+    )
     said = re.search("SpecsError: out of memory: .* lower vllm.max_model_len to ([0-9]+)", out.stderr)
     assert said and 100_000 < int(said[1]) < 1_000_000, out.stderr[-2000:]
 
+
 def test_what_vllm_is_not_given(tmp_path):
-    with pytest.raises(SpecsError, match="without quantize, or engine: transformers"): g.VLLM("tiny", dict(quantize=True), {})
-    (tmp_path/"adapter_config.json").write_text("{}")
-    with pytest.raises(SpecsError, match="merge it first"): g.VLLM(str(tmp_path), {}, {})
-    with pytest.raises(SpecsError, match="vLLM can't start with"): g.VLLM("tiny", {}, {"options": {"no_such_option": 1}})
+    with pytest.raises(SpecsError, match="without quantize, or engine: transformers"):
+        g.VLLM("tiny", dict(quantize=True), {})
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(SpecsError, match="merge it first"):
+        g.VLLM(str(tmp_path), {}, {})
+    with pytest.raises(SpecsError, match="vLLM can't start with"):
+        g.VLLM("tiny", {}, {"options": {"no_such_option": 1}})
+
 
 @pytest.mark.parametrize("version", ["0.21.0", "0.32.0"])
 def test_unsupported_version(version, monkeypatch):
     monkeypatch.setattr(g, "vllm_version", lambda: version)
-    with pytest.raises(SpecsError, match=f"vLLM {version} is not supported; versions 0.22 to 0.31 are"): g.pick_engine("vllm")
-    with pytest.raises(SpecsError, match="0.22 to 0.31"): g.VLLM("tiny", {}, {})
+    with pytest.raises(SpecsError, match=f"vLLM {version} is not supported; versions 0.22 to 0.31 are"):
+        g.pick_engine("vllm")
+    with pytest.raises(SpecsError, match="0.22 to 0.31"):
+        g.VLLM("tiny", {}, {})
     assert g.pick_engine("auto")[0] == "transformers"
 
+
 # ---- many batches
+
 
 def test_auto_and_failures_on_disk(hard, tmp_path, capsys, monkeypatch):
     assert g.pick_engine() == ("transformers", "on a CPU vLLM is slower with so small a model")
     monkeypatch.setattr(g, "SMALL", 0)  # as if the model were a larger one
     how = g.Sampling(n=2, batch_size=4)
     got = g.answer_all([g.Job("hard", "tiny", hard, FMT.instruction)], how, 0, tmp_path, keep=False)["hard"]
-    assert [t[0] is None for t in got] == [False, True, True, False] and [f["row"] for f in got.failures()] == [1, 2]
+    assert [t[0] is None for t in got] == [False, True, True, False] and [
+        f["row"] for f in got.failures()
+    ] == [1, 2]
     said = capsys.readouterr().out
     assert "engine: vLLM 0." in said and "2 of 4 questions have no answer" in said
-    assert "vLLM" in (tmp_path/"engine.txt").read_text()
+    assert "vLLM" in (tmp_path / "engine.txt").read_text()
+
 
 def test_killed_and_continued(tmp_path):
     "A run that is killed after its first batch and goes on ends with the same answers as one that wasn't"
@@ -112,51 +173,109 @@ def test_killed_and_continued(tmp_path):
         from specs_nb.formats import FORMATS
         g.answer_all([g.Job("a", "tiny", world.rows("test", 40), FORMATS["think_answer"].instruction)], g.Sampling(n=2, batch_size=8), 0, sys.argv[1], engine="vllm")
     """
-    (tmp_path/"run.py").write_text("\n".join(l[4:] if l.startswith("        ") else l for l in code.splitlines()))
-    run = lambda to, **kw: subprocess.Popen([sys.executable, tmp_path/"run.py", to], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **kw)
-    p, until = run(tmp_path/"cut"), time.time() + 240
-    while not list((tmp_path/"cut").glob("a-*.json")) and p.poll() is None and time.time() < until: time.sleep(.02)
+    (tmp_path / "run.py").write_text(
+        "\n".join(l[4:] if l.startswith("        ") else l for l in code.splitlines())
+    )
+    run = lambda to, **kw: subprocess.Popen(
+        [sys.executable, tmp_path / "run.py", to],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        **kw,
+    )
+    p, until = run(tmp_path / "cut"), time.time() + 240
+    while not list((tmp_path / "cut").glob("a-*.json")) and p.poll() is None and time.time() < until:
+        time.sleep(0.02)
     os.killpg(p.pid, signal.SIGKILL)
     p.wait()
-    before = {f: f.stat().st_mtime_ns for f in (tmp_path/"cut").glob("a-*.json")}
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "cut").glob("a-*.json")}
     assert before, "it was killed too early"
-    for to in ("cut", "whole"): assert run(tmp_path/to).wait() == 0
-    cut, whole = ({f.name: f.read_text() for f in sorted((tmp_path/d).glob("a-*.json"))} for d in ("cut", "whole"))
+    for to in ("cut", "whole"):
+        assert run(tmp_path / to).wait() == 0
+    cut, whole = (
+        {f.name: f.read_text() for f in sorted((tmp_path / d).glob("a-*.json"))} for d in ("cut", "whole")
+    )
     assert len(whole) == 10 and cut == whole
     assert all(f.stat().st_mtime_ns == t for f, t in before.items()), "what was there is not asked again"
 
+
 # ---- a server
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    log = tmp_path_factory.mktemp("server")/"log.txt"
-    p = subprocess.Popen([Path(sys.executable).parent/"vllm", "serve", resolve("tiny"), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--no-enable-chunked-prefill",
-                          "--logprobs-mode", "raw_logprobs", "--generation-config", "vllm"], stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    p = subprocess.Popen(
+        [
+            Path(sys.executable).parent / "vllm",
+            "serve",
+            resolve("tiny"),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--dtype",
+            "float32",
+            "--enforce-eager",
+            "--no-enable-chunked-prefill",
+            "--logprobs-mode",
+            "raw_logprobs",
+            "--generation-config",
+            "vllm",
+        ],
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     url, until = f"http://127.0.0.1:{port}/v1", time.time() + 300
     try:
         while True:
-            try: g.Server("tiny", {}, {"urls": [url]}); break
-            except SpecsError: time.sleep(1)
+            try:
+                g.Server("tiny", {}, {"urls": [url]})
+                break
+            except SpecsError:
+                time.sleep(1)
             assert p.poll() is None and time.time() < until, log.read_text()[-3000:]
         yield url, p
     finally:
-        if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
+        if p.poll() is None:
+            os.killpg(p.pid, signal.SIGKILL)
         p.wait()
+
 
 def test_server_says_the_same(hf, server, rows):
     s = g.Server("tiny", {}, {"urls": ["http://127.0.0.1:9/v1", server[0]]})
     drawn = s.sample(rows, asks(rows), g.Sampling(n=4, logps=True), 0)
     assert farthest(drawn, hf.score(rows, asks(rows), [[c.ids for c in d] for d in drawn])) < 1e-3
-    assert g.texts_of(s.sample(rows, asks(rows), GREEDY, 0), 1) == g.texts_of(hf.sample(rows, asks(rows), GREEDY, 0), 1)
-    assert g.texts_of(s.sample(rows, asks(rows), g.Sampling(), 3), 1) == g.texts_of(s.sample(rows, asks(rows), g.Sampling(), 3), 1)
-    with pytest.raises(SpecsError, match="can't score given tokens"): s.score(rows, asks(rows), [])
+    assert g.texts_of(s.sample(rows, asks(rows), GREEDY, 0), 1) == g.texts_of(
+        hf.sample(rows, asks(rows), GREEDY, 0), 1
+    )
+    assert g.texts_of(s.sample(rows, asks(rows), g.Sampling(), 3), 1) == g.texts_of(
+        s.sample(rows, asks(rows), g.Sampling(), 3), 1
+    )
+    with pytest.raises(SpecsError, match="can't score given tokens"):
+        s.score(rows, asks(rows), [])
+
 
 def test_server_answers_jobs(server, hard, tmp_path):
     how = dict(engine="server", options={"urls": [server[0]]})
-    got = g.answer_all([g.Job("hard", resolve("tiny"), hard, FMT.instruction)], g.Sampling(n=2, batch_size=4), 0, tmp_path, keep=False, **how)["hard"]
-    assert [t[0] is None for t in got] == [False, True, True, False] and "2048" in [f["reason"] for f in got.failures()][1]
-    with pytest.raises(SpecsError, match="no server has other .there is .* at .*vllm serve other"): g.answer_all([g.Job("o", "other", hard, FMT.instruction)], g.Sampling(), 0, tmp_path, **how)
+    got = g.answer_all(
+        [g.Job("hard", resolve("tiny"), hard, FMT.instruction)],
+        g.Sampling(n=2, batch_size=4),
+        0,
+        tmp_path,
+        keep=False,
+        **how,
+    )["hard"]
+    assert [t[0] is None for t in got] == [False, True, True, False] and "2048" in [
+        f["reason"] for f in got.failures()
+    ][1]
+    with pytest.raises(SpecsError, match="no server has other .there is .* at .*vllm serve other"):
+        g.answer_all([g.Job("o", "other", hard, FMT.instruction)], g.Sampling(), 0, tmp_path, **how)
+
 
 def test_server_that_goes(server, rows, tmp_path):
     "Last, since the server is gone afterwards"
@@ -164,22 +283,42 @@ def test_server_that_goes(server, rows, tmp_path):
     s = g.Server("tiny", {}, {"urls": [url]})
     os.killpg(p.pid, signal.SIGKILL)
     p.wait()
-    with pytest.raises(SpecsError, match="can't be reached any more .*start it again with `vllm serve"): s.sample(rows[:1], asks(rows[:1]), g.Sampling(), 0)
+    with pytest.raises(SpecsError, match="can't be reached any more .*start it again with `vllm serve"):
+        s.sample(rows[:1], asks(rows[:1]), g.Sampling(), 0)
     with pytest.raises(SpecsError, match="no server answers at .*start one with `vllm serve tiny --port"):
-        g.answer_all([g.Job("r", "tiny", rows, FMT.instruction)], g.Sampling(), 0, tmp_path, engine="server", options={"urls": [url]})
+        g.answer_all(
+            [g.Job("r", "tiny", rows, FMT.instruction)],
+            g.Sampling(),
+            0,
+            tmp_path,
+            engine="server",
+            options={"urls": [url]},
+        )
+
 
 # ---- GRPO
 
+
 def in_process(body):
     "Run code that starts vLLM in a Python of its own: two engines in one process get in each other's way"
-    return subprocess.run([sys.executable, "-c", f"""if True:
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"""if True:
         import json, sys
         from specs_nb import world
         from specs_nb.core import GRPOStage, VLLMConfig, SpecsError
         from specs_nb.formats import FORMATS
         from specs_nb.grpo import grpo_trainer, train_grpo
         FMT, GRPO, BESIDE, rows = FORMATS["think_answer"], {GRPO}, {BESIDE}, world.rows("train", 16)
-        {body}"""], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        {body}""",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+
 
 @pytest.mark.parametrize("how", ["", "lora=True, lora_rank=4", "qlora=True, lora_rank=4"])
 def test_colocate_trains_with_checked_weights(how, tmp_path):
@@ -190,7 +329,12 @@ def test_colocate_trains_with_checked_weights(how, tmp_path):
         print("FOUND", json.dumps(found))""")
     assert out.returncode == 0, out.stderr[-3000:]
     found = json.loads(out.stdout.split("FOUND")[1].strip().splitlines()[0])
-    assert [f["step"] for f in found] == [1, 2] and max(f["max"] for f in found) < 1e-3 and min(f["tokens"] for f in found) > 10
+    assert (
+        [f["step"] for f in found] == [1, 2]
+        and max(f["max"] for f in found) < 1e-3
+        and min(f["tokens"] for f in found) > 10
+    )
+
 
 def test_a_broken_sync_is_noticed(tmp_path):
     out = in_process(f"""
@@ -198,7 +342,10 @@ def test_a_broken_sync_is_noticed(tmp_path):
         VLLMGeneration.sync_weights = lambda self: None
         try: train_grpo("tiny", rows, {str(tmp_path)!r}, GRPOStage(steps=2, trainer={{**GRPO, **BESIDE}}), FMT, vllm=VLLMConfig())
         except SpecsError as e: print("SAID", e)""")
-    assert "SAID after step 1 vLLM's log-probabilities are" in out.stdout, out.stdout[-1000:] + out.stderr[-3000:]
+    assert "SAID after step 1 vLLM's log-probabilities are" in out.stdout, (
+        out.stdout[-1000:] + out.stderr[-3000:]
+    )
+
 
 def test_other_prompts_are_noticed(tmp_path):
     "Without `one_per_image` vLLM would read other prompts, and the first batch says so"
@@ -207,19 +354,52 @@ def test_other_prompts_are_noticed(tmp_path):
         v.one_per_image = lambda ids, processor: ids
         try: train_grpo("tiny", rows, {str(tmp_path)!r}, GRPOStage(steps=2, trainer={{**GRPO, **BESIDE}}), FMT, vllm=VLLMConfig())
         except SpecsError as e: print("SAID", e)""")
-    assert "SAID vLLM reads other tokens than the trainer in 16 of 16 prompts" in out.stdout, out.stdout[-1000:] + out.stderr[-3000:]
+    assert "SAID vLLM reads other tokens than the trainer in 16 of 16 prompts" in out.stdout, (
+        out.stdout[-1000:] + out.stderr[-3000:]
+    )
+
 
 def test_server_mode_is_refused_without_its_server():
     from specs_nb.vllm_sync import before_vllm
-    for how, says in ((dict(), "no vLLM server answers at http://127.0.0.1:9"), (dict(qlora=True), "packed 4-bit weights")):
+
+    for how, says in (
+        (dict(), "no vLLM server answers at http://127.0.0.1:9"),
+        (dict(qlora=True), "packed 4-bit weights"),
+    ):
         with pytest.raises(SpecsError, match=says):
-            before_vllm(GRPOStage(**how, trainer=dict(use_vllm=True, vllm_mode="server", vllm_server_base_url="http://127.0.0.1:9")), "tiny")
+            before_vllm(
+                GRPOStage(
+                    **how,
+                    trainer=dict(
+                        use_vllm=True, vllm_mode="server", vllm_server_base_url="http://127.0.0.1:9"
+                    ),
+                ),
+                "tiny",
+            )
+
 
 # ---- the pipeline
 
+
 def test_run_up_to_pairs(tmp_path):
     "GRPO-zero with vLLM beside it and pairs from vLLM, from the command line"
-    out = subprocess.run([Path(sys.executable).parent/"specs", "pairs", "-c", "smoke", "--run-dir", tmp_path/"run", "engine=vllm", "zero.trainer.use_vllm=true",
-                          "zero.trainer.vllm_max_model_length=256"], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    out = subprocess.run(
+        [
+            Path(sys.executable).parent / "specs",
+            "pairs",
+            "-c",
+            "smoke",
+            "--run-dir",
+            tmp_path / "run",
+            "engine=vllm",
+            "zero.trainer.use_vllm=true",
+            "zero.trainer.vllm_max_model_length=256",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-3000:]
-    assert (tmp_path/"run/pairs/pairs.parquet").exists() and "vLLM" in (tmp_path/"run/pairs/samples/engine.txt").read_text()
+    assert (tmp_path / "run/pairs/pairs.parquet").exists() and "vLLM" in (
+        tmp_path / "run/pairs/samples/engine.txt"
+    ).read_text()
