@@ -5,7 +5,7 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: install run test vllm lab docs bench audit readme clean help
+.PHONY: install run test check vllm lab docs bench audit readme clean help
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -17,6 +17,9 @@ run: $(VENV)/.base ## all stages of SPECS on the embedded model, into runs/defau
 
 test: $(VENV)/.dev ## round trip, all notebooks, pytest, wheel, docs
 	$(BIN)/python tools/check.py $(ARGS)
+
+check: $(VENV)/.dev ## round trip, ruff and the quick tests: before a commit (3 minutes)
+	$(BIN)/python tools/check.py check
 
 vllm: $(BIN)/pip ## an environment for vLLM's CPU build, in .venv-vllm (3 minutes, 4 GB)
 	$(BIN)/python tools/make_vllm.py
@@ -48,8 +51,8 @@ clean: ## remove what was generated; runs/ and .venv stay
 	find nbs specs_nb tests tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 # No hub: the embedded model ships with the package; override to train one from the hub. One thread is faster on tiny models.
-run test bench: export HF_HUB_OFFLINE ?= 1
-run test bench: export OMP_NUM_THREADS ?= 1
+run test check bench: export HF_HUB_OFFLINE ?= 1
+run test check bench: export OMP_NUM_THREADS ?= 1
 
 # Stamps make a second call instant; a changed pyproject.toml installs again.
 $(VENV)/.dev: pyproject.toml | $(BIN)/pip

@@ -1,0 +1,34 @@
+"""Which test files are heavy, and in which order the whole run takes them.
+
+The longest come first, so that two processes end at about the same time.
+"""
+
+import pytest
+
+# They start processes, servers or training runs; `make check` leaves them out. Longest first.
+HEAVY = [
+    "test_survival.py",
+    "test_launch.py",
+    "test_pipeline.py",
+    "test_stop.py",
+    "test_judge.py",
+    "test_coldstart.py",
+    "test_fast.py",
+    "test_models.py",
+    "test_doctor.py",
+    "test_ablate.py",
+    "test_report.py",
+    "test_monitor.py",
+    "test_audit.py",
+    "test_benchmarks.py",
+    "test_sources.py",
+]
+
+
+def pytest_collection_modifyitems(items):
+    "Mark the tests of heavy files, and put the longest files first"
+    place = {name: i for i, name in enumerate(HEAVY)}
+    for item in items:
+        if item.path.name in place or "engines" in item.path.parts:
+            item.add_marker(pytest.mark.heavy)
+    items.sort(key=lambda item: place.get(item.path.name, len(HEAVY)))
