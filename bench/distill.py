@@ -1,13 +1,22 @@
-"""How fast answers are written for self-distillation: transformers as people write it, ours on transformers, and vLLM; the embedded model, in turn, in one run.
+"""How fast answers are written for self-distillation: transformers as people write it, ours on transformers,
+and vLLM; the embedded model, in turn, in one run.
 
 Usage: python bench/distill.py [--json OUT.json] [--rounds N] [--questions N]
 
-Where .venv-vllm exists (`make vllm`), the same is measured there too, with vLLM: it pins a transformers and a torch of its own, so only figures of one environment are compared.
-`ours` is what the package does by default (`engine: auto`): the engine that `generate.pick_engine` picks. Batches are of 64 completions, 4 a question, up to 96 tokens, as in the default
-configuration. The first round warms up and isn't counted. Tokens are those that were really written; the processor's seconds count, since other work may share the machine.
-"""
+Where .venv-vllm exists (`make vllm`), the same is measured there too, with vLLM: it pins a transformers and a
+torch of its own, so only figures of one environment are compared. `ours` is what the package does by default
+(`engine: auto`): the engine that `generate.pick_engine` picks. Batches are of 64 completions, 4 a question,
+up to 96 tokens, as in the default configuration. The first round warms up and isn't counted. Tokens are those
+that were really written; the processor's seconds count, since other work may share the machine."""
 
-import argparse, json, os, platform, statistics, subprocess, sys, time
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +30,7 @@ OTHER = Path(os.environ.get("VLLM_VENV") or ROOT / ".venv-vllm") / "bin/python"
 def stock(rows, ask, how):
     "The loop that people write: chat template, processor, `generate`, `batch_decode`"
     import torch
+
     from specs_nb.data import conversation
     from specs_nb.models import load_model
 

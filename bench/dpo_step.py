@@ -1,9 +1,18 @@
-"""A step of the cold start, ours beside TRL's own, in turn in one process; and the whole stage with what is computed beforehand.
+"""A step of the cold start, ours beside TRL's own, in turn in one process; and the whole stage with what is
+computed beforehand.
 
-Usage: python bench/dpo_step.py [--json OUT.json] [--rounds N] [--seed N]
-"""
+Usage: python bench/dpo_step.py [--json OUT.json] [--rounds N] [--seed N]"""
 
-import argparse, datetime, json, logging, os, platform, shutil, statistics, tempfile, time
+import argparse
+import datetime
+import json
+import logging
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +25,7 @@ BATCH, STEPS, EPOCHS = 16, 25, 4  # the default configuration: 400 pairs, four e
 def pairs(folder, n, seed):
     "A few distilled pairs of the embedded world, repeated up to `n`: their number changes no step's cost"
     from datasets import concatenate_datasets
+
     from specs_nb import world
     from specs_nb.core import DistillStage
     from specs_nb.distill import distill, read_pairs
@@ -42,9 +52,10 @@ def clock(f):
 
 
 def measure(ds, folder, rounds, seed, **stage):
-    "Median seconds of a step of both, in turn, with fetching and preparing the batch; and of the making of both trainers"
-    from specs_nb.core import ColdStartStage
+    """Median seconds of a step of both, in turn, with fetching and preparing the batch; and of the making of
+    both trainers"""
     from specs_nb.coldstart import coldstart_trainer
+    from specs_nb.core import ColdStartStage
 
     made, step = {}, {"stock": [], "ours": []}
     for name in ("warm up", "stock", "ours"):  # the first pays for imports

@@ -1,19 +1,29 @@
-"""How fast and how large: distillation (answering), DPO and GRPO on a model of 7B's shape with random weights, all weights or LoRA or QLoRA.
+"""How fast and how large: distillation (answering), DPO and GRPO on a model of 7B's shape with random
+weights, all weights or LoRA or QLoRA.
 
-What an H100 said is in results/gpu_*.json. On a CPU with the embedded model it only shows that the script works:
+What an H100 said is in results/gpu_*.json. On a CPU with the embedded model it only shows that the script
+works:
 
     python bench/gpu.py --shape tiny --device cpu           # seconds; figures that mean nothing for a GPU
     python bench/gpu.py gpu.json                            # the 7B shape on the GPU at hand, LoRA and QLoRA
     python bench/gpu.py --shape 3b --compare                # and TRL as it is beside our faster steps
     specs doctor -c qwen7b_qlora_80gb --rate gpu.json       # its pace as the doctor's
 
-Weights are drawn from the configuration, nothing is downloaded; they are written once to a temporary folder (16 GiB for 7B) so that the
-stages' own code loads them. Random weights never end an answer, so every completion has full length. The first step of each
-measurement is not counted. On a CPU `peak_gib` holds the interpreter and its libraries too (0.9 GiB); on a GPU it is what torch allocated. MFU counts the model's own arithmetic: 2 operations a weight and token for reading, 4 more for training all weights, 2 more for an
+Weights are drawn from the configuration, nothing is downloaded; they are written once to a temporary folder
+(16 GiB for 7B) so that the stages' own code loads them. Random weights never end an answer, so every
+completion has full length. The first step of each measurement is not counted. On a CPU `peak_gib` holds the
+interpreter and its libraries too (0.9 GiB); on a GPU it is what torch allocated. MFU counts the model's own
+arithmetic: 2 operations a weight and token for reading, 4 more for training all weights, 2 more for an
 adapter's backward pass; attention over the sequence and recomputing (gradient checkpointing) are not in it.
 """
 
-import argparse, json, shutil, statistics, sys, tempfile, time
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 # dense bfloat16 TFLOP/s, makers' data sheets
@@ -25,6 +35,7 @@ def make(shape, folder, pixels, device):
     "A model of that shape with random weights and the embedded tokenizer, as a folder."
     import torch
     from transformers import AutoModelForImageTextToText
+
     from specs_nb.doctor import known_config
     from specs_nb.models import load_config_of, load_processor
 
@@ -63,7 +74,10 @@ class Clock:
         self.cuda, self.at = cuda, []
 
     def start(self):
-        import gc, torch
+        import gc
+
+        import torch
+
         from specs_nb.core import reset_peak_memory
 
         gc.collect()  # the last measurement's trainer holds itself, and its model
@@ -87,6 +101,7 @@ class Clock:
 
     def peak(self):
         import torch
+
         from specs_nb.core import peak_memory_gb
 
         return torch.cuda.max_memory_allocated() / 2**30 if self.cuda else peak_memory_gb()
@@ -111,6 +126,7 @@ def timed(trainer, clock):
 def distill(start, a, how, load, shape, tmp, fast):
     "Answering: the prompts of one batch, each with `new` tokens."
     import torch
+
     from specs_nb.doctor import generation
     from specs_nb.formats import FORMATS
     from specs_nb.generate import encode

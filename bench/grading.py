@@ -3,7 +3,13 @@
 Usage: python bench/grading.py [--json OUT.json]
 """
 
-import argparse, json, logging, os, platform, random, time
+import argparse
+import json
+import logging
+import os
+import platform
+import random
+import time
 from datetime import date
 from importlib import metadata
 from pathlib import Path

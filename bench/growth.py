@@ -1,12 +1,23 @@
-"""How time and memory grow with the rows: reading them, making pairs of stored answers, and scoring stored answers, at 1, 10 and 100 times the rows. No model is asked.
+"""How time and memory grow with the rows: reading them, making pairs of stored answers, and scoring stored
+answers, at 1, 10 and 100 times the rows. No model is asked.
 
 Usage: python bench/growth.py [--json OUT.json] [--rows N]
 
-`distill` and `evaluate` are run as they are; the answers that a model would write lie on disk already, so nothing is sampled. Each measurement has a process of its own. Of time, the
-processor's seconds count, and the exponent is that of its growth from 10 to 100 times the rows (1: linear). Of memory, the peak over what was held before.
-"""
+`distill` and `evaluate` are run as they are; the answers that a model would write lie on disk already, so
+nothing is sampled. Each measurement has a process of its own. Of time, the processor's seconds count, and the
+exponent is that of its growth from 10 to 100 times the rows (1: linear). Of memory, the peak over what was
+held before."""
 
-import argparse, json, math, os, platform, random, subprocess, sys, tempfile, time
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
 from datetime import date
 from itertools import cycle, islice
 from pathlib import Path
@@ -38,7 +49,7 @@ def prepare(folder, n):
     "`n` rows in a file, and the answers to them where `distill` and `evaluate` look for them"
     from specs_nb import world
     from specs_nb.core import DistillStage, EvalStage, write_json
-    from specs_nb.data import pixel_digest, write_rows, Picture, to_png
+    from specs_nb.data import Picture, to_png, write_rows
 
     few, rng = world.rows("train", 100), random.Random(0)
     rows = [{**r, "images": [Picture(to_png(i), i) for i in r["images"]]} for r in few]

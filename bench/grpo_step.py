@@ -1,14 +1,24 @@
-"""How long a GRPO step takes: TRL's `GRPOTrainer` beside ours, the embedded model with the default configuration, in one process on one thread.
+"""How long a GRPO step takes: TRL's `GRPOTrainer` beside ours, the embedded model with the default
+configuration, in one process on one thread.
 
 Usage: python bench/grpo_step.py [--steps N] [--json OUT.json]
 
-The two trainers take turns, a step each, with the same weights to begin with, the same batch and the same seed. The first turn warms up and isn't
-counted. The processor's seconds are what counts, since on a machine that others use too the clock on the wall measures them; both are kept.
-The floor is what the step can't do without (each token of a prompt read once for eight answers, each token of an answer written once and scored
-once, no padding, forward and backward), in floating-point operations, over the rate at which this machine multiplies matrices of 1024 x 1024.
-"""
+The two trainers take turns, a step each, with the same weights to begin with, the same batch and the same
+seed. The first turn warms up and isn't counted. The processor's seconds are what counts, since on a machine
+that others use too the clock on the wall measures them; both are kept. The floor is what the step can't do
+without (each token of a prompt read once for eight answers, each token of an answer written once and scored
+once, no padding, forward and backward), in floating-point operations, over the rate at which this machine
+multiplies matrices of 1024 x 1024."""
 
-import argparse, importlib.metadata, json, os, platform, statistics, tempfile, threading, time
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import tempfile
+import threading
+import time
 from datetime import date
 from pathlib import Path
 
@@ -16,6 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from transformers import TrainerCallback
+
 from specs_nb import fast, world
 from specs_nb.core import Config
 from specs_nb.formats import FORMATS

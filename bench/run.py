@@ -1,9 +1,18 @@
-"""The whole `specs run`, stage by stage, and what it costs beside its stages (starting, imports, fingerprints).
+"""The whole `specs run`, stage by stage, and what it costs beside its stages (starting, imports,
+fingerprints).
 
-Usage: python bench/run.py [--json OUT.json] [--full]     smoke configuration; --full: the default one (half an hour on 2 cores)
-"""
+Usage: python bench/run.py [--json OUT.json] [--full]     smoke configuration; --full: the default one (half
+an hour on 2 cores)"""
 
-import argparse, json, os, platform, resource, subprocess, sys, tempfile, time
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
 from datetime import date
 from importlib import metadata
 from pathlib import Path

@@ -3,7 +3,15 @@
 Usage: python bench/startup.py [--json OUT.json] [--rounds N]
 """
 
-import argparse, json, os, platform, resource, statistics, subprocess, sys, time
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
 from datetime import date
 from pathlib import Path
 

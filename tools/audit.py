@@ -1,24 +1,43 @@
-"""Are the installed packages those of requirements.lock, untouched since, and free of known holes? `make audit` runs this from an environment of its own.
+"""Are the installed packages those of requirements.lock, unchanged since, and free of known holes?
+
+`make audit` runs this from an environment of its own.
 
     python tools/audit.py [--env .venv] [--offline] [--also NAME …] [--fetch NAME …]
-    python tools/audit.py --write        the lock anew: the versions of --env, with the hash of every file that the registry has of them
+    python tools/audit.py --write    write the lock anew: the versions of --env, with the registry's hashes
 
 What is looked at, one line each; exit code 1 if anything is found:
 
 - lock: it pins, with hashes, a version that fits for everything that pyproject.toml asks for (base and dev)
 - versions: each installed package is in the lock with that version, or named with --also
-- files: each file of each package has the hash that its RECORD noted when it was installed; files that no RECORD names are found
+- files: each file of each package has the hash that its RECORD noted when it was installed; files that no
+  RECORD names are found
 - conflicts: `pip check`
-- origin (only with --fetch): the wheel that the lock's hash names is fetched again, and its files are those installed. RECORD alone can be forged, this can't
-- advisories (not with --offline): pip-audit. First it is asked about a version with known holes: a source that doesn't know those is no source, which is said
+- origin (only with --fetch): the wheel that the lock's hash names is fetched again, and its files are those
+  installed. RECORD alone can be forged, this can't
+- advisories (not with --offline): pip-audit. First it is asked about a version with known holes: a source
+  that doesn't know those is no source, which is said
 
-Not looked at: compiled files (`__pycache__`; delete them in doubt), .venv-vllm, packages of the system, and what code does that was published with bad intent.
-"""
+Not looked at: compiled files (`__pycache__`; delete them in doubt), .venv-vllm, packages of the system, and
+what code does that was published with bad intent."""
 
-import argparse, base64, csv, hashlib, io, json, os, re, shutil, subprocess, sys, tempfile, tomllib, zipfile
+import argparse
+import base64
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+import zipfile
 from datetime import date
 from importlib import metadata
 from pathlib import Path
+
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name

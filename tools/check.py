@@ -1,6 +1,14 @@
 "Everything that must hold before a change lands. `make test` runs all parts; name some to run only these."
 
-import os, re, shutil, subprocess, sys, sysconfig, tempfile, threading, time
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 

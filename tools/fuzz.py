@@ -1,11 +1,17 @@
-"""Fuzz the formats, the grader and the rewards with atheris: python tools/fuzz.py [seconds] (default 3600; needs `pip install atheris`).
+"""Fuzz the formats, the grader and the rewards with atheris: python tools/fuzz.py [seconds] (default 3600;
+needs `pip install atheris`).
 
-Coverage-guided: libFuzzer mutates byte strings, a quarter of which begin as answers from tests/data/graded.jsonl, towards code not yet reached in specs_nb.
-What must hold for any input: no exception; a verdict of True, False or None; an answer is never a *wrong* answer to itself; at most a second; whatever
-is rendered reads back as it was or not at all; a text that does not parse is never paid for its format. A finding is printed with its input and counted; fuzzing goes on.
-"""
+Coverage-guided: libFuzzer mutates byte strings, a quarter of which begin as answers from
+tests/data/graded.jsonl, towards code not yet reached in specs_nb. What must hold for any input: no exception;
+a verdict of True, False or None; an answer is never a *wrong* answer to itself; at most a second; whatever is
+rendered reads back as it was or not at all; a text that does not parse is never paid for its format. A
+finding is printed with its input and counted; fuzzing goes on."""
 
-import faulthandler, json, sys, tempfile, time
+import faulthandler
+import json
+import sys
+import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 

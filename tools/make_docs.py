@@ -1,6 +1,14 @@
-"The site: every notebook a page with its saved outputs, an API page a module, docs/*.md, search. Nothing is executed, no network."
+"""The site: every notebook a page with its saved outputs, an API page a module, docs/*.md, search. Nothing is
+executed, no network."""
 
-import argparse, dataclasses, importlib, inspect, logging, os, re, shutil
+import argparse
+import dataclasses
+import importlib
+import inspect
+import logging
+import os
+import re
+import shutil
 from pathlib import Path
 
 os.environ["DISABLE_MKDOCS_2_WARNING"] = "true"  # an advertisement of Material's in the output
@@ -33,14 +41,15 @@ class Site:
             **{n: "notebooks/" + n.removeprefix("nbs/").replace(".ipynb", ".md") for n in self.notebooks},
         }
 
-    def write(self, page, text, files={}):
-        for name, data in {page: text.encode(), **files}.items():
+    def write(self, page, text, files=None):
+        for name, data in {page: text.encode(), **(files or {})}.items():
             to = self.work / name
             to.parent.mkdir(parents=True, exist_ok=True)
             to.write_bytes(data)
 
     def target(self, page):
-        "For `relink`: where, seen from `page`, something of the project is found in the site; other files are taken along"
+        """For `relink`: where, seen from `page`, something of the project is found in the site; other files
+        are taken along"""
 
         def link(path):
             to = self.known.get(path)

@@ -1,10 +1,13 @@
-"""An environment of its own for vLLM's CPU build, in .venv-vllm. `make vllm` runs this; VLLM_VENV names another folder.
+"""An environment of its own for vLLM's CPU build, in .venv-vllm. `make vllm` runs this; VLLM_VENV names
+another folder.
 
-It is apart from .venv because vLLM pins torch and transformers to versions of its own. On a GPU none of this is needed: there
-`pip install 'specs_nb[vllm]'` brings PyPI's vllm, a CUDA build.
-"""
+It is apart from .venv because vLLM pins torch and transformers to versions of its own. On a GPU none of this
+is needed: there `pip install 'specs_nb[vllm]'` brings PyPI's vllm, a CUDA build."""
 
-import os, subprocess, sys, time
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,8 +35,15 @@ HOOK = """"Written by tools/make_vllm.py"
 import os, sys
 from importlib.abc import MetaPathFinder
 
-for k, v in dict(VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", TORCHDYNAMO_DISABLE="1", VLLM_USE_AOT_COMPILE="0",
-                 VLLM_NO_USAGE_STATS="1").items(): os.environ.setdefault(k, v)
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_USE_AOT_COMPILE": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+for k, v in SETTINGS.items():
+    os.environ.setdefault(k, v)
 
 class Operators(MetaPathFinder):
     "Gives torchvision the schemas of its operators, and finds nothing itself"
@@ -42,7 +52,8 @@ class Operators(MetaPathFinder):
         sys.meta_path.remove(self)
         import torch
         if torch.version.cuda: return None
-        self.library = Operators.library = torch.library.Library("torchvision", "DEF")  # the schemas go when this object goes
+        # the schemas go when this object goes
+        self.library = Operators.library = torch.library.Library("torchvision", "DEF")
         self.library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         self.library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         return None
@@ -50,10 +61,11 @@ class Operators(MetaPathFinder):
 sys.meta_path.insert(0, Operators())
 """
 
-CHECK = (
-    "import torchvision, transformers, trl, vllm, specs_nb; print('vllm', vllm.__version__, '· transformers',"
-    " transformers.__version__, '· trl', trl.__version__)"
-)
+CHECK = """
+import torchvision, transformers, trl, vllm, specs_nb
+
+print("vllm", vllm.__version__, "· transformers", transformers.__version__, "· trl", trl.__version__)
+"""
 
 
 def main():

@@ -1,7 +1,11 @@
-"Notebooks as Markdown, with the outputs that are saved in them: for README.md and the site. Nothing is executed."
+"""Notebooks as Markdown, with the outputs that are saved in them: for README.md and the site. Nothing is
+executed."""
 
-import base64, posixpath, re
+import base64
+import posixpath
+import re
 from pathlib import Path
+
 from nbdev.process import NBProcessor
 
 ROOT = Path(__file__).resolve().parent.parent

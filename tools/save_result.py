@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+
 from specs_nb.analysis import gf_table
 from specs_nb.core import load_config, read_json, write_json
 from specs_nb.pipeline import STAGES

@@ -1,11 +1,22 @@
-"""Kill `specs run` at random moments and see that nothing is lost: python tools/survive.py [kills] [seed] (30 kills by default, some 15 minutes on 2 cores).
+"""Kill `specs run` at random moments and see that nothing is lost: python tools/survive.py [kills] [seed] (30
+kills by default, some 15 minutes on 2 cores).
 
-A smoke run is started again and again in a process group of its own and killed with SIGKILL, in turn in each stage, at a random moment of it. After each kill:
-no stage that was finished has changed; after the next start: training goes on from the last whole checkpoint. When a run has come to its end, its final weights, pairs
-and tables equal those of a run that was never disturbed, byte for byte. Prints one line a kill, then a summary as JSON; exit code 1 if anything differs.
-"""
+A smoke run is started again and again in a process group of its own and killed with SIGKILL, in turn in each
+stage, at a random moment of it. After each kill: no stage that was finished has changed; after the next
+start: training goes on from the last whole checkpoint. When a run has come to its end, its final weights,
+pairs and tables equal those of a run that was never disturbed, byte for byte. Prints one line a kill, then a
+summary as JSON; exit code 1 if anything differs."""
 
-import hashlib, json, os, random, re, signal, subprocess, sys, tempfile, time
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 STAGES = ("zero", "pairs", "coldstart", "final", "eval", "report")

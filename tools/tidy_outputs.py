@@ -1,4 +1,5 @@
-"After `nbdev-test --save`: drop stderr (libraries' warnings, with paths) and all but the last state of progress bars from saved outputs; then run nbdev-clean"
+"""After `nbdev-test --save`: drop stderr (libraries' warnings, with paths) and all but the last state of
+progress bars from saved outputs; then run nbdev-clean"""
 
 import json
 from pathlib import Path
