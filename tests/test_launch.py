@@ -312,8 +312,9 @@ def test_slurm_example(tmp_path):
 
 
 def test_other_examples():
-    "They are YAML, and our command line takes what they run"
+    "They are YAML, and our command line takes what they run, with a configuration that is shipped"
     import yaml
+    from specs_nb.core import load_config
     from specs_nb.pipeline import parse
 
     job = yaml.safe_load((EXAMPLES / "kubernetes.yaml").read_text())["spec"]["template"]["spec"][
@@ -327,4 +328,7 @@ def test_other_examples():
     )
     for words in (job["command"], sky):
         args = parse(words[1:])
-        assert words[0] == "specs" and args.stage == "report" and args.launcher in accelerate_configs()
+        assert words[0] == "specs"
+        assert args.stage == "report"
+        assert args.launcher in accelerate_configs()
+        load_config(args.config)  # raises for a name that isn't shipped
