@@ -40,7 +40,7 @@ from specs_nb.data import (
     write_rows,
 )
 from . import data as rows_of
-from .formats import boxed, find_answer
+from .formats import FORMATS, boxed, find_answer
 from specs_nb.grading import (
     KINDS,
     UNITS,
@@ -144,6 +144,7 @@ def unbox(
     if isinstance(answer, (dict, list, tuple, bytes)):
         raise Drop("its answer is no text and no number", repr(answer)[:80])
     text = clean("" if answer is None or answer != answer else str(answer))
+    text = _untagged(text)
     if "\\boxed" in text:
         found = list(dict.fromkeys(b.strip() for b in boxed(text)))
         if not found:
@@ -156,6 +157,15 @@ def unbox(
         raise Drop("it has no answer")
     return text
 
+
+def _untagged(text):
+    "What stands in the answer tags of a format, if the set wrote its gold answers as a model would"
+    for f in FORMATS.values():
+        if parts := f.parse(text):
+            return parts[1].strip()
+    tagged = re.findall(r"<(answer|ans|final)>(.*?)</\1>|\[(answer|final)\](.*?)\[/\3\]", text, re.S | re.I)
+    return (tagged[-1][1] or tagged[-1][3]).strip() if tagged else text
+
 # %% ../nbs/24_sources.ipynb #a0bd29f0
 _OTHER = "7.1719"  # an answer that nothing has
 
@@ -167,7 +177,10 @@ def infer(
     as_text=False,  # the answer is a choice's text, even if it looks like a letter (MathVista)
 ) -> tuple:  # (answer, kind, choices)
     "Which kind of answer this is, with a choice's answer as its letter; raises `Drop` if it is none of the choices."
-    choices = choices or find_choices(question)[0]
+    listed = None if choices else find_choices(question)[0]
+    if listed and not _is_listing(question, listed, answer):
+        listed = None
+    choices = choices or listed
     if not choices:
         return answer, _kind(answer), None
     exact = [chr(65 + i) for i, c in enumerate(choices) if c.strip() == answer.strip()]
@@ -176,9 +189,27 @@ def infer(
         letters = re.findall("[A-J]", answer)
     else:
         letters = exact[:1] if as_text and exact else read_letters(unwrap(answer), tuple(choices))
+    if not several and len(letters) > 1:
+        raise Drop("its answer is more than one of its choices", f"{answer!r} of {choices}"[:200])
     if not letters or max(letters) > chr(64 + len(choices)):
         raise Drop("its answer is none of its choices", f"{answer!r} of {choices}"[:200])
     return ", ".join(letters), "choice", list(choices)
+
+
+def _is_listing(question, choices, answer):
+    "Do the labels end the question, rather than name two tanks or figures? A letter as the gold answer says yes"
+    if re.fullmatch(r"\(?[A-J]\)?[.:]?(?:(?:[,;& ]|and)*\(?[A-J]\)?)*", answer):
+        return True
+    last = question[find_choices(question)[1] :]
+    asked = "?" in last or re.search(
+        r"\b(?:how (?:many|much)|what is|which|find|calculate|determine|compare)\b", last, re.I
+    )
+    before = question[: find_choices(question)[1]].rstrip()
+    inside = re.search(
+        r"\b(?:and|or|in|of|from|to|figure|plan|tank|bar|point|line|box|group|option)$", before, re.I
+    )
+    inside = inside and not before.endswith(("?", ":", ".", "\n"))
+    return not asked and not inside
 
 
 def _kind(answer):

@@ -21,8 +21,10 @@ from specs_nb.grading import (
     too_hard,
     unwrap,
 )
+from specs_nb.sources import Drop, check_gold, infer, unbox
 
-CASES = [json.loads(line) for line in (Path(__file__).parent / "data/graded.jsonl").open(encoding="utf-8")]
+DATA = Path(__file__).parent / "data"
+CASES = [json.loads(line) for line in (DATA / "graded.jsonl").open(encoding="utf-8")]
 calm = settings(max_examples=150, deadline=None, derandomize=True)
 
 
@@ -45,6 +47,26 @@ def test_agreement(kind):
 
 def test_no_wrong_answer_is_paid():
     assert not [c for c in CASES if verdict(c) is True and c["verdict"] is not True]
+
+
+def by_the_path_of_data(case):
+    "The verdict on a case as real data gets it: unbox → infer → check_gold → explain_grade"
+    try:
+        gold, kind, choices = infer(case["question"], unbox(case["gold"]), case["choices"])
+        check_gold(gold, kind, choices)
+    except Drop as e:
+        return None, f"dropped: {e}"
+    return explain_grade(case["pred"], gold, kind, choices)
+
+
+@pytest.mark.parametrize("name", ["grading_cases.jsonl", "grading_more.jsonl"])
+def test_what_people_bring(name):
+    cases = [json.loads(line) for line in (DATA / name).open(encoding="utf-8")]
+    verdicts = [by_the_path_of_data(c) for c in cases]
+    wrong = [(v, why, c) for (v, why), c in zip(verdicts, cases) if v is not c["want"]]
+    report = "\n".join(f"{v}: {c['pred']!r} for {c['gold']!r} ({why})" for v, why, c in wrong)
+    assert not [1 for v, *_ in wrong if v is True], f"a wrong answer is paid:\n{report}"
+    assert len(wrong) <= 0.02 * len(cases), report
 
 
 def test_none_has_a_reason():
@@ -101,16 +123,18 @@ def test_integers_have_no_tolerance(a, b):
 @calm
 @given(
     st.integers(-999, 999),
-    st.sampled_from([
-        "{}",
-        "${}$",
-        r"\boxed{{{}}}",
-        r"The answer is $\boxed{{{}}}$.",
-        "**{}**",
-        "Answer: {}",
-        "{} circles",
-        "x = {}",
-    ]),
+    st.sampled_from(
+        [
+            "{}",
+            "${}$",
+            r"\boxed{{{}}}",
+            r"The answer is $\boxed{{{}}}$.",
+            "**{}**",
+            "Answer: {}",
+            "{} circles",
+            "x = {}",
+        ]
+    ),
 )
 def test_wrapping_changes_nothing(n, wrap):
     assert (
