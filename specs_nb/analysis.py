@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'SPLITS', 'METRICS', 'STAGES', 'PAIRED', 'generalization_factor', 'value_at', 'gf_table', 'read_run',
-           'read_answers', 'question_means', 'paired_difference', 'comparisons', 'percent', 'interval', 'title',
-           'difference', 'findings']
+           'read_answers', 'question_means', 'detectable', 'paired_difference', 'comparisons', 'percent', 'interval',
+           'title', 'difference', 'findings']
 
 # %% ../nbs/71_analysis.ipynb #4eed9970
 from pathlib import Path
@@ -125,6 +125,23 @@ def question_means(
         if a[metric] is not None:
             out.setdefault((a["model"], a["split"]), {}).setdefault(a["id"], []).append(a[metric])
     return {key: {i: sum(v) / len(v) for i, v in of.items()} for key, of in out.items()}
+
+# %% ../nbs/71_analysis.ipynb #d7e7ec02
+def detectable(
+    sd: float,  # standard deviation of the differences
+    n: int,  # how many: seeds, or questions
+    alpha: float = 0.05,  # level of the test; with m contrasts, alpha / m is on the safe side
+    power: float = 0.8,  # share of experiments that shall find it
+) -> float:  # smallest difference, in the unit of `sd`; None with one
+    "Minimal detectable effect of a paired t test."
+    from scipy.optimize import brentq
+    from scipy.stats import nct, t
+
+    if n < 2:
+        return None
+    crit = t.ppf(1 - alpha / 2, n - 1)
+    power_at = lambda shift: nct.sf(crit, n - 1, shift)
+    return float(sd / n**0.5 * brentq(lambda shift: power_at(shift) - power, 0, 50 + 2 * crit))
 
 # %% ../nbs/71_analysis.ipynb #764dfbdf
 def paired_difference(
