@@ -54,7 +54,9 @@ def evaluated(tmp_path, monkeypatch):
         }
 
     monkeypatch.setattr(ev, "answer_all", said)
-    rows = [row(i) for i in range(6)] + [row(6, "light scatters on air", "text")]
+    rows = [dict(row(i), source="a set", level=2) for i in range(6)] + [
+        row(6, "light scatters on air", "text")
+    ]
 
     def run(**kw):
         metrics = ev.evaluate(
@@ -82,6 +84,21 @@ def test_metrics_of_an_evaluation(evaluated):
     assert m["distinct_right"]["n"] == 6 and m["distinct_right"]["mean"] == 2
     assert math.isclose(m["no_opinion"]["mean"], (6 / 4 + 1) / 7) and m["accuracy"]["n"] == 6
     assert m["surprise"]["mean"] == 0.5, "what could not be asked surprises nobody"
+
+
+def test_answers_know_their_question(evaluated):
+    "Source, kind and difficulty stand beside each answer, so that the report can tell them apart"
+    _, path = evaluated()
+    rows = pq.read_table(path).to_pylist()
+    assert {(r["kind"], r["source"]) for r in rows} == {("number", "a set"), ("text", None)}
+    assert {r["id"]: r["difficulty"] for r in rows} == {f"q{i}": "2" for i in range(6)} | {"q6": None}
+    assert {"source", "kind", "difficulty"} <= set(read_answers(path)[0])
+
+
+def test_perfect_scores_are_not_sure(evaluated):
+    m, _ = evaluated()
+    v = m["pass@2"]
+    assert v["mean"] == v["hi"] == 1 and 0.4 < v["lo"] < 0.95 and m["surprise"]["lo"] == 0.5
 
 
 def test_greedy_is_kept_apart(evaluated):
