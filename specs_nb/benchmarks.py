@@ -298,7 +298,7 @@ def tabulate(
         failed=[s["failed"] for s in samples],
         truncated=[s["truncated"] for s in samples],
     )
-    return {k: bootstrap(v) for k, v in columns.items()}
+    return {k: bootstrap(v, ends=(0, 1)) for k, v in columns.items()}
 
 
 def read_back(

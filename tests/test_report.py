@@ -1,11 +1,32 @@
 "The report of a run: whole, half, and with hostile content. Numbers here are made up."
 
-import csv, html.parser, json, re, shutil, sys
+import csv, html.parser, json, random, re, shutil, sys
 from pathlib import Path
 import pytest
-from specs_nb.analysis import MODELS, SPLITS, paired_difference, question_means
+from specs_nb.analysis import (
+    MODELS,
+    SPLITS,
+    comparisons,
+    findings,
+    paired_difference,
+    question_means,
+    read_run,
+    title,
+)
 from specs_nb.core import SpecsError
-from specs_nb.report import Table, compare, embed, grid_report, hashed, latex, write_report
+from specs_nb.report import (
+    Table,
+    compare,
+    contrast_words,
+    embed,
+    grid_report,
+    group_table,
+    hashed,
+    latex,
+    seed_contrasts,
+    seed_groups,
+    write_report,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 import chromium
@@ -243,13 +264,60 @@ def test_broken_file_is_named(run, name, hint):
         write_report(run)
 
 
+def swap(run, names):
+    "Give models each other's metrics and answers: model → whose"
+    import pyarrow as pa, pyarrow.parquet as pq
+
+    m = json.loads((run / "eval/metrics.json").read_text())
+    put(run / "eval/metrics.json", {k: m[names.get(k, k)] for k in m})
+    rows = pq.read_table(run / "eval/answers.parquet").to_pylist()
+    of = {k: [r for r in rows if r["model"] == k] for k in MODELS}
+    rows = [dict(r, model=k) for k in MODELS for r in of[names.get(k, k)]]
+    pq.write_table(pa.Table.from_pylist(rows), run / "eval/answers.parquet")
+
+
 def test_report_follows_the_numbers(run):
     "Final and base change places: the headline says so"
-    m = json.loads((run / "eval/metrics.json").read_text())
-    put(run / "eval/metrics.json", {**m, "final": m["base"], "base": m["final"]})
+    swap(run, dict(final="base", base="final"))
     assert "right less often than the base" in write_report(run).read_text()
-    put(run / "eval/metrics.json", {**m, "final": m["base"]})
+    swap(run, dict(final="base"))
     assert "not clearly different from the base" in write_report(run).read_text()
+
+
+def words(run):
+    "Title and findings of a report, without its charts"
+    data = read_run(run)
+    versus = comparisons(data["answers"])
+    return title(data["metrics"], versus), findings(data["metrics"], versus, data["stages"])
+
+
+def test_headline_goes_by_the_difference_on_the_same_questions(run):
+    "Intervals that overlap hide no difference, and without the answers there is no verdict"
+    m = json.loads((run / "eval/metrics.json").read_text())
+    for model in ("base", "final"):
+        m[model]["id"]["accuracy"].update(lo=0.0, hi=1.0)
+    put(run / "eval/metrics.json", m)
+    assert "right more often than the base" in words(run)[0]
+    (run / "eval/answers.parquet").unlink()
+    assert "no answers to compare question by question" in words(run)[0]
+
+
+def test_no_difference_says_what_could_be_seen(run):
+    swap(run, dict(final="zero"))
+    line = words(run)[1][2]
+    assert re.search(r"neither a gain nor a loss is shown; a true difference of \d+\.\d would be seen", line)
+    assert "<small>could see " in write_report(run).read_text()
+
+
+def test_cold_start_is_judged_at_equal_compute(run):
+    "Final had more training than GRPO-zero: the report says so and doesn't answer"
+    line = words(run)[1][2]
+    assert "worth it can't be told from this" in line and "240 against 60 seconds" in line
+    for s, sec in dict(zero=100, pairs=1, coldstart=1, final=1).items():
+        put(run / s / "stage.json", dict(state="done", seconds=sec, steps=5))
+    assert "10 against 5 steps of GRPO" in words(run)[1][2], "as long, and twice the steps"
+    put(run / "final/stage.json", dict(state="done", seconds=1, steps=0))
+    assert words(run)[1][2].startswith("Was the cold start worth it? Final − GRPO-zero, at equal compute")
 
 
 def test_pairing_finds_what_two_intervals_hide():
@@ -261,7 +329,8 @@ def test_pairing_finds_what_two_intervals_hide():
     ]
     means = question_means(flat, "accuracy")
     d = paired_difference(means["a", "id"], means["b", "id"])
-    assert d["lo"] == d["hi"] == d["mean"] == 0.25 and d["n"] == 90
+    assert d["mean"] == 0.25 and d["n"] == 90
+    assert 0.19 < d["lo"] < 0.25 < d["hi"] < 0.3, "as sure as ninety questions can be, and no more"
 
 
 # ---- files beside the page
@@ -338,8 +407,9 @@ def test_compared_on_the_same_questions(two):
         not Reader(text).open
         and "unpaired" not in text
         and len(rows) == 36
-        and all(float(r[k]) == 0 for r in rows for k in ("mean", "lo", "hi"))
+        and all(float(r["lo"]) < float(r["mean"]) == 0 < float(r["hi"]) for r in rows)
     )
+    assert "2 seeds" in text and "Seeds pooled" in text, "they differ in their seed alone"
     assert "<code>seed</code>" in text and "<code>eval.n_samples</code>" not in text
 
 
@@ -383,6 +453,68 @@ def test_grid_has_intervals_over_seeds(tmp_path):
         and {r["arm"]: r["lo"] for r in csv.DictReader((tmp_path / "grid/report/grid.csv").open())}["c"] == ""
     )
     assert "[35.2, 84.8]" in text, "60 ± 4.303·10/√3"
+
+
+def test_grid_has_paired_contrasts(tmp_path):
+    "Seeds differ by far more than arms do: pairs of a seed show what arms alone hide"
+    noise = [0.004, -0.003, 0.002, -0.004, 0.001]
+    level = lambda a, s: 0.3 + 0.1 * s + (a == "b") * (0.05 + noise[s]) + (a == "c") * noise[s]
+    rows = [
+        dict(arm=a, seed=s, model="final", split="id", metric=m, mean=level(a, s))
+        for a in "abc"
+        for s in range(5)
+        for m in ("strict", "accuracy")
+    ]
+    text = grid_report(rows, tmp_path / "grid/report.html").read_text()
+    assert "b over a: +5.0 points [+4.6, +5.4]: holds." in text
+    assert "c over a: 0.0 points [−0.4, +0.4]: does not hold." in text
+    found = list(csv.DictReader((tmp_path / "grid/report/contrasts.csv").open()))
+    assert {(r["pair"], r["model"]) for r in found} == {("b − a", "final"), ("c − a", "final")} and len(
+        found
+    ) == 4
+    text = grid_report(rows, tmp_path / "grid/report.html", contrasts=[("b", "c")]).read_text()
+    assert "b over c" in text and "over a" not in text
+    text = grid_report([r for r in rows if r["seed"] == 0], tmp_path / "grid/report.html").read_text()
+    assert "can&#39;t tell (one seed)" in text
+
+
+# ---- seeds and groups
+
+
+def made_run(seed, gain, n=40):
+    "A run whose final model is right in half of its answers, and by `gain` more"
+    luck = random.Random(100 * seed + gain)
+    p = 0.5 + gain + luck.gauss(0, 0.02)
+    answers = []
+    for i in range(n):
+        for split in SPLITS:
+            scores = {m: luck.random() < p for m in ("accuracy", "format", "strict")}
+            answers.append(dict(model="final", split=split, id=f"{seed}-{i}", asked="boxed", **scores))
+    return dict(config=dict(seed=seed, data=dict(seed=seed), gain=gain), answers=answers)
+
+
+def test_seeds_of_a_configuration_are_pooled():
+    runs = {f"{gain}-{s}": made_run(s, gain) for s in range(5) for gain in (0, 0.3)}
+    groups = seed_groups(runs)
+    assert {k: len(v) for k, v in groups.items()} == {"0-0": 5, "0.3-0": 5}
+    rows, remarks = seed_contrasts(groups)
+    assert [(r["a"], r["seeds"], r["test"]) for r in rows] == [("0.3-0", 5, "t")] * 2 and not remarks
+    assert all(r["p_holm"] >= r["p"] and abs(r["effect"] - 0.3) < 0.15 for r in rows)
+    equal = seed_groups({f"{gain}-{s}": made_run(s, gain) for s in range(3) for gain in (0, 0.001)})
+    row = seed_contrasts(equal)[0][0]
+    assert "can't tell (could see " in contrast_words(row) and row["verdict"] == "can't tell"
+
+
+def test_scores_by_kind_and_difficulty():
+    about = lambda i: dict(kind="number" if i % 3 else "choice", difficulty=None if i % 2 else "hard")
+    answers = [
+        dict(model=m, split="id", id=i, accuracy=i % 3 > 0, format=True, strict=True, **about(i))
+        for m in MODELS
+        for i in range(30)
+    ]
+    rows = {(r["which"], r["model"]): r for r in group_table(answers).rows}
+    assert rows["number (n = 20)", "final"]["mean"] == 1 > rows["number (n = 20)", "final"]["lo"]
+    assert rows["choice (n = 10)", "final"]["mean"] == 0 and len(rows) == 8, "one difficulty makes no table"
 
 
 # ---- in a browser
