@@ -108,8 +108,8 @@ def _draw(logits, temperature, suppress):
 
     logps = (logits / (temperature or 1.0)).log_softmax(-1)
     p = logps.exp()
-    if suppress:
-        p[:, suppress] = 0
+    if suppress:  # what is left is made a distribution again, however little the model gives it
+        p = logps.index_fill(1, torch.tensor(suppress, device=logps.device), -torch.inf).softmax(-1)
     token = torch.multinomial(p, 1) if temperature else p.argmax(-1, keepdim=True)
     return token, logps.gather(1, token)[:, 0]
 

@@ -83,15 +83,17 @@ def vllm_requests(
     processor,  # of the model
 ):  # dicts
     "What vLLM is asked for a batch, one request a completion."
-    from specs_nb.generate import prompt
+    from specs_nb.generate import never, prompt, unwritable
 
     asks = (
         [batch.instructions] * len(batch.rows) if isinstance(batch.instructions, str) else batch.instructions
     )
+    bias = never(unwritable(processor))
     for i, (row, ask) in enumerate(zip(batch.rows, asks, strict=True)):
         text = prompt(processor, row, ask)
         for k in range(how.n):
             params = {**how.vllm, "n": 1, "seed": derive_seed(seed, f"{i}.{k}"), "detokenize": False}
+            params["logit_bias"] = bias
             yield dict(path=str(path), row=i, sample=k, prompt=text, images=row["images"], params=params)
 
 

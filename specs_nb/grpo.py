@@ -17,7 +17,7 @@ from .monitor import monitor
 from .ranks import is_main, save_trained, stop_agreed
 from .rewards import REWARDS, load_reward
 from .track import hush_trackio, samples
-from .vllm_sync import before_vllm, beside_vllm, watch_vllm
+from .vllm_sync import before_vllm, beside_vllm, longest_prompt, vllm_ends, watch_vllm
 
 # %% ../nbs/40_grpo.ipynb #fd7cf41b
 def group_advantages(
@@ -218,7 +218,7 @@ def grpo_trainer(
     **load,  # keywords of `load_model`
 ):  # a `GRPOTrainer`
     "TRL's GRPOTrainer with DAPO's loss and no KL term; raises `SpecsError` for a configuration that makes no sense."
-    before_vllm(config, start, stage)
+    before_vllm(config, start, stage, vllm)
     from trl import GRPOConfig, GRPOTrainer
 
     funcs, weights = resolve_rewards(config.rewards)
@@ -239,7 +239,7 @@ def grpo_trainer(
     check_eyes(model, rows, start)
     # TRL pads prompts on the left, and asks the processor for the places of image tokens
     tokenizer_of(processor).padding_side = "left"
-    with beside_vllm(args, model, vllm):
+    with beside_vllm(args, model, vllm, lambda: longest_prompt(rows, processor, format.instruction)):
         cls = fast_trainer(GRPOTrainer) if config.fast else GRPOTrainer
         trainer = cls(
             model,
@@ -292,6 +292,7 @@ def go_on(
         pass
 
 # %% ../nbs/40_grpo.ipynb #ab26dcc0
+@vllm_ends()
 def train_grpo(
     start: str,  # model to start from: `tiny`, a folder or a hub name
     rows: list,  # of the schema
