@@ -51,7 +51,7 @@ class DataConfig:
     # `drop` counts them, `stop` ends the run at the first; `auto`: stop in a folder of your own, else drop
     bad_rows: str = "auto"
     # [lo, hi]: keep questions that a model answers this often
-    pass_rate: list[float] = field(default_factory=list)
+    pass_rate: list = field(default_factory=list)
     # 0: the set's own rates; else measured with the base model, so many answers each
     pass_rate_samples: int = 0
     # folders or files of benchmarks: what resembles them isn't trained on
