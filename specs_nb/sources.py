@@ -8,12 +8,12 @@ __all__ = ['MAX_CHARS', 'SPECIAL', 'MAX_BYTES', 'TURNS', 'ASKERS', 'ANSWERERS', 
            'check_gold', 'image_bytes', 'pictures', 'draft_virl39k', 'draft_orsta', 'draft_mathvista', 'draft_mapped',
            'finish', 'count_rows', 'in_lines', 'raw_rows', 'unpack', 'data_files', 'is_test', 'schema_of', 'lot',
            'Source', 'open_source', 'fingerprint_of', 'alike', 'stem', 'options', 'benchmark_rows', 'Guard',
-           'none_left', 'stream', 'digest', 'part', 'prepare', 'load_rows', 'pass_rates', 'keep_within']
+           'none_left', 'stream', 'digest', 'part', 'prepare', 'shares', 'load_rows', 'pass_rates', 'keep_within']
 
 # %% ../nbs/24_sources.ipynb #2736c51d
 import ast, hashlib, json, random, re, time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from specs_nb.core import (
@@ -23,6 +23,7 @@ from specs_nb.core import (
     derive_seed,
     fingerprint,
     nearest,
+    parts,
     read_json,
     write_json,
 )
@@ -1303,6 +1304,9 @@ def digest(
     data: DataConfig,  # which source
 ) -> list:  # of what identifies its files
     "Names and contents of a source's files, without its pictures; of a file of more than 64 MB, its size, beginning and end."
+    if data.sources:
+        rest = DataConfig(test=data.test, decontaminate=data.decontaminate)
+        return [*(digest(one) for _, _, one in parts(data)), digest(rest)]
     out, size = [], 2**25
     for path in map(
         Path,
@@ -1334,11 +1338,17 @@ def digest(
 # %% ../nbs/24_sources.ipynb #9130b85a
 def _wanted(source, data, n, tally, guard, stop, limits, path):
     "Write about `n` rows, drawn by lot, to `path`; give how many there are"
-    seen, low, bar = set(), 0.0, Progress("data", min(n, source.total or n))
+    found = _lots(source, data, n, tally, guard, stop, limits)
+    return write_rows(islice(found, n) if source.ordered or source.stream else found, path)
+
+
+def _lots(source, data, n, tally, guard, stop, limits, seen=None):
+    "About `n` rows, drawn by lot; more of them come where all of a lot was wanted"
+    seen, low = set() if seen is None else seen, 0.0
+    bar = Progress("data", min(n, source.total or n))
     high = min(1.0, 1.1 * n / source.total) if source.total and not source.ordered else 1.0
 
-    def rows():
-        nonlocal low, high
+    try:
         while True:
             for row in stream(source, data, tally, guard, stop, low, high, seen, limits):
                 bar.update(tally.kept <= n)
@@ -1347,10 +1357,6 @@ def _wanted(source, data, n, tally, guard, stop, limits, path):
                 return
             missing = (n - tally.kept) * tally.read / max(1, tally.kept)
             low, high = high, min(1.0, high + max(0.01, 1.1 * missing / source.total))
-
-    found = rows()
-    try:
-        return write_rows(islice(found, n) if source.ordered or source.stream else found, path)
     finally:
         bar.close()
 
@@ -1402,19 +1408,49 @@ def prepare(
     key, report = fingerprint(__version__, mine, digest(data)), read_json(out / "report.json")
     if report and report["key"] == key and all((out / f).exists() for f in report["files"]):
         return report
-    start, source = time.monotonic(), open_source(data)
+    start, sources = time.monotonic(), _open_all(data)
+    source = sources[0][2]
     out.mkdir(parents=True, exist_ok=True)
     guard = Guard(data.decontaminate, data.decontaminate_by, data.max_pixels) if data.decontaminate else None
-    stop = data.bad_rows == "stop" or data.bad_rows == "auto" and source.ordered
-    report = _prepare(data, out, source, guard, stop)
+    if data.sources:
+        report = _mix(data, out, sources, guard)
+    else:
+        report = _prepare(data, out, source, guard, _stops(data, source))
     report.update(
         key=key,
         seconds=round(time.monotonic() - start, 1),
         guard=str(guard) if guard else None,
-        left_out=[f.name for f in source.left_out],
+        left_out=[f.name for _, _, s, _ in sources for f in s.left_out],
     )
     write_json(out / "report.json", report)
     return report
+
+
+def _stops(data, source):
+    "Does a bad row end the run?"
+    return data.bad_rows == "stop" or data.bad_rows == "auto" and source.ordered
+
+
+def _open_all(data):
+    "Name, share, `Source` and configuration of each source"
+    if not data.sources:
+        return [("", 1.0, open_source(data), data)]
+    out = []
+    for name, share, one in parts(data):
+        try:
+            out.append((name, share, _drawn(data) if one.source == "world" else open_source(one), one))
+        except SpecsError as e:
+            raise SpecsError(f"data.sources, {name}: {e}") from None
+    return out
+
+
+def _drawn(data):
+    "The drawn world as one source of several"
+    from specs_nb import world
+
+    n = data.n_train + data.n_test
+    rows = lambda: (dict(r, pass_rate=None) for r in world.rows("train", n, data.seed))
+    return Source("world", ["world"], Path("."), draft_mapped, {}, stream=rows)
 
 # %% ../nbs/24_sources.ipynb #1376d7f7
 def _prepare(data, out, source, guard, stop):
@@ -1463,23 +1499,179 @@ def _prepare(data, out, source, guard, stop):
     return dict(
         files=[f"{s}.arrow" for s in sizes],
         rows=sizes,
-        source=dict(schema=source.name, files=[f.name if isinstance(f, Path) else f for f in source.files]),
-        splits={
-            name: dict(
-                read=t.read,
-                of_use=t.kept,
-                kinds=dict(t.kinds),
-                dropped={r: dict(rows=k, examples=t.examples[r]) for r, k in t.dropped.most_common()},
-                notes=dict(t.notes),
-            )
-            for name, t in tallies.items()
-        },
+        source=_named(source),
+        splits={name: _told(t) for name, t in tallies.items()},
+    )
+
+
+def _named(source):
+    return dict(schema=source.name, files=[f.name if isinstance(f, Path) else f for f in source.files])
+
+
+def _told(tally):
+    dropped = {r: dict(rows=k, examples=tally.examples[r]) for r, k in tally.dropped.most_common()}
+    return dict(
+        read=tally.read,
+        of_use=tally.kept,
+        kinds=dict(tally.kinds),
+        dropped=dropped,
+        notes=dict(tally.notes),
     )
 
 
 def _sides(rows):
     "What must not be on both sides: for each row its pictures, or its question if it has none"
     return ((d or [stem(q)]) for d, q in zip(rows.column("digests"), rows.column("question")))
+
+# %% ../nbs/24_sources.ipynb #aff22139
+def shares(
+    n: int,  # rows in all
+    parts: list,  # shares that sum to 1
+) -> list:  # rows of each; they sum to n
+    "Whole numbers in the proportion of the shares: what is left over goes to the largest fractions."
+    exact = [n * p for p in parts]
+    out = [int(x + 1e-9) for x in exact]
+    order = sorted(range(len(parts)), key=lambda i: out[i] - exact[i])
+    for i in order[: n - sum(out)]:
+        out[i] += 1
+    return out
+
+# %% ../nbs/24_sources.ipynb #4d88be0e
+def _mix(data, out, sources, guard):
+    "Rows of several sources in `train.arrow` and `test.arrow`; gives the report"
+    share = [s for _, s, _, _ in sources]
+    n_train, n_test = shares(data.n_train, share), shares(data.n_test, share)
+    tests = [None if data.test else _own_test(source) for _, _, source, _ in sources]
+    held = [0 if data.test or own else n for own, n in zip(tests, n_test)]
+    tallies, counts, seen = {}, [], set()
+
+    def rows():
+        for i, (name, _, source, one) in enumerate(sources):
+            tallies[name] = t = Tally()
+            kept = 0
+            for row in _some(source, one, n_train[i] + held[i], t, guard, seen):
+                kept += 1
+                yield _from(name, row)
+            counts.append(kept)
+            if not kept:
+                raise SpecsError(f"data.sources, {name}: {none_left(source, t)}")
+
+    write_rows(rows(), out / "all.arrow")
+    found = _read_tests(data, out, sources, tests, n_test, tallies)
+    train, test = _divide(data, Rows(out / "all.arrow"), counts, n_train, held, found, tallies, list(tallies))
+    sizes = dict(train=_copy(out / "all.arrow", train, out / "train.arrow"))
+    if test:
+        _copy(out / "all.arrow", test, out / "held.arrow")
+    (out / "all.arrow").unlink()
+    held_rows = [out / "held.arrow"] if test else []
+    if files := [*found, *held_rows]:
+        sizes["test"] = _join(files, out / "test.arrow")
+    _say(sources, tallies, guard, Rows(out / "train.arrow"), n_train)
+    return dict(
+        files=[f"{s}.arrow" for s in sizes],
+        rows=sizes,
+        source=dict(schema="mixture", parts={name: _named(source) for name, _, source, _ in sources}),
+        splits={name: _told(t) for name, t in tallies.items()},
+    )
+
+
+def _from(name, row):
+    "The row with the source that it is from in front of what the set says itself"
+    said = row["source"]
+    return row if said == name or said.startswith(f"{name}/") else {**row, "source": f"{name}/{said}"}
+
+
+def _own_test(source):
+    path = source.folder / FILES["test"]
+    return path if source.ordered and path.exists() else None
+
+
+def _some(source, one, n, tally, guard, seen, limits=True):
+    "About `n` rows of a source: by lot, or in its own order"
+    found = _lots(source, one, n, tally, guard, _stops(one, source), limits, seen)
+    return islice(found, n) if source.ordered or source.stream else found
+
+# %% ../nbs/24_sources.ipynb #1c2b8d9d
+def _read_tests(data, out, sources, tests, n_test, tallies):
+    "Arrow files of tests that have files of their own"
+    if data.test:
+        jobs = [("test", open_source(data, "test"), data, data.n_test)]
+    else:
+        jobs = [
+            (name, replace(source, files=[own], total=count_rows(own)), one, n)
+            for (name, _, source, one), own, n in zip(sources, tests, n_test)
+            if own and n
+        ]
+    found = []
+    for name, source, one, n in jobs:
+        tallies[f"test of {name}" if name != "test" else name] = t = Tally()
+        some = (row if data.test else _from(name, row) for row in _some(source, one, n, t, None, None, False))
+        k = write_rows(some, out / "some.arrow")
+        if not k:
+            raise SpecsError(none_left(source, t))
+        lots = random.Random(derive_seed(data.seed, "test"))
+        order = range(k) if source.ordered else lots.sample(range(k), min(k, n))
+        found.append(out / f"test-{len(found)}.arrow")
+        _copy(out / "some.arrow", order, found[-1])
+        (out / "some.arrow").unlink()
+    return found
+
+
+def _divide(data, rows, counts, n_train, held, tests, tallies, names):
+    "Numbers of training and test rows; no picture of a test is trained on, wherever either comes from"
+    sides, ranges, at = list(_sides(rows)), [], 0
+    for n in counts:
+        ranges.append(range(at, at + n))
+        at += n
+    seed = derive_seed(data.seed, "split")
+    test = []
+    for own, h in zip(ranges, held):
+        test += random.Random(seed).sample(own, min(h, max(1, len(own) // 2)) if h else 0)
+    taken = {k for path in tests for r in _sides(Rows(path)) for k in r} | {k for i in test for k in sides[i]}
+    train, tested = [], set(test)
+    for name, own, n in zip(names, ranges, n_train):
+        rest = random.Random(seed).sample(own, len(own))
+        free = [i for i in rest if i not in tested and not taken & set(sides[i])]
+        shared = sum(i not in tested for i in rest) - len(free)
+        if shared:
+            tallies[name].notes["shared a picture with a test and were left out"] += shared
+        train += free[:n]
+    if not train:
+        raise SpecsError(
+            "all rows of use share a picture with a test: give another data.test, or a lower data.n_test"
+        )
+    random.Random(derive_seed(data.seed, "mixture")).shuffle(train)
+    return train, test
+
+
+def _join(files, to):
+    "Several Arrow files as one, with ids that differ"
+    rows = (row for f in files for row in _stored(f))
+    n = write_rows(rows, to)
+    for f in files:
+        f.unlink()
+    return n
+
+
+def _stored(path):
+    "The rows of an Arrow file as `write_rows` takes them"
+    ds = Rows(path).all.with_format("arrow")
+    for i in range(len(ds)):
+        row = ds[i : i + 1].to_pylist()[0]
+        yield {**row, "images": [decode(image["bytes"], 2**62) for image in row["images"]]}
+
+
+def _say(sources, tallies, guard, rows, n_train):
+    "Print what became of each source, and which gave less than its share"
+    for name, t in tallies.items():
+        print(f"{name}:\n{t}")
+    said = rows.column("source")
+    for (name, share, _, _), n in zip(sources, n_train):
+        have = sum(s == name or s.startswith(f"{name}/") for s in said)
+        less = f": it ran out, its share of {share:.0%} would be {n}" if have < n else ""
+        print(f"{name:10} {have} rows to train from{less}")
+    if guard:
+        print(f"           {guard}")
 
 # %% ../nbs/24_sources.ipynb #5236c653
 def _tests(data, out, source, stop, tallies, sizes):
@@ -1527,7 +1719,7 @@ def load_rows(
 ):  # a list, or `Rows`
     "The rows of a split; empty if the source has no `ood_visual`; raises `SpecsError`."
     if (
-        data.source == "world"
+        data.drawn
         and split == "train"
         and (data.pass_rate and not data.pass_rate_samples or data.decontaminate)
     ):
@@ -1546,11 +1738,11 @@ def load_rows(
         ).items()
         if v
     ]
-    if data.source == "world" and idle:
+    if data.drawn and idle:
         raise SpecsError(
             f"data.{idle[0]} says nothing about the world, which is drawn: take it out, or set data.source"
         )
-    if data.source == "world":
+    if data.drawn:
         return rows_of.load_rows("world", split, data.n_train if split == "train" else data.n_test, data.seed)
     prepare(data, out)
     path = Path(out) / f"{split}.arrow"
