@@ -25,6 +25,7 @@ from specs_nb.core import (
     load_config,
     nearest,
     read_json,
+    read_yaml,
     signals_ask,
     stop_asked,
     write_json,
@@ -69,18 +70,16 @@ def read_grid(
     file,  # a YAML file, or the name of one in `configs/grids`
 ) -> Grid:  # checked
     "Read a grid; raises `SpecsError` for what is unknown in it."
-    import yaml
-
     path = GRIDS / f"{file}.yaml" if (GRIDS / f"{file}.yaml").exists() else Path(file)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = read_yaml(path.read_text(encoding="utf-8")) or {}
     except OSError as e:
         raise SpecsError(
             f"the grid {file} can't be read ({e.strerror}): give a YAML file, or one of"
             f" {', '.join(p.stem for p in GRIDS.glob('*.yaml'))}"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise SpecsError(f"the grid {file} is no valid YAML: {' '.join(str(e).split())}") from None
+    except (SpecsError, UnicodeDecodeError) as e:
+        raise SpecsError(f"the grid {file} can't be read: {' '.join(str(e).split())}") from None
     try:
         _only(values, Grid, "the grid")
         for name, arm in (values.get("arms") or {}).items():

@@ -13,7 +13,7 @@ __all__ = ['KNOWN', 'TILE', 'NF4', 'SIZES', 'BASE_CPU', 'BASE_GPU', 'known_confi
 import json, os, shutil, sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from .core import Config, SpecsError, load_config, merge, read_json
+from .core import Config, SpecsError, load_config, merge, parts, read_json
 from .models import LORA_TARGETS, is_vlm, load_config_of, resolve
 
 # %% ../nbs/72_doctor.ipynb #dbc6da50
@@ -609,10 +609,10 @@ def prompt_of(
     "The longest of a run's first 64 prompts."
     if tokens:
         return Prompt(tokens, image or 0, "given")
-    if config.data.source != "world" and config.data.shrink_to:  # 28 × 28 pixels are a token of Qwen2.5-VL
+    if not config.data.drawn and config.data.shrink_to:  # 28 × 28 pixels are a token of Qwen2.5-VL
         most = config.data.shrink_to // 28**2
         return Prompt(most + 256, most, "one image of data.shrink_to pixels and 256 tokens of text")
-    if config.data.source != "world" or not Path(resolve(config.model.path)).is_dir():
+    if not config.data.drawn or not Path(resolve(config.model.path)).is_dir():
         return Prompt()
     from specs_nb import world
     from specs_nb.formats import FORMATS
@@ -1038,13 +1038,11 @@ def missing(
             f"{config.model.path} is not on this machine and HF_HUB_OFFLINE=1 forbids to fetch it: unset it,"
             " or give a folder"
         )
-    source = config.data.path or config.data.source
-    if (
-        ("/" in source or config.data.path)
-        and not Path(source).exists()
-        and config.data.source not in ("datasets",)
-    ):
-        out.append(f"data lies at {source}, which isn't there")
+    for data in [one for _, _, one in parts(config.data)] or [config.data]:
+        source = data.path or data.source
+        named = "/" in source or data.path
+        if named and not Path(source).exists() and data.source not in ("datasets",):
+            out.append(f"data lies at {source}, which isn't there")
     return out
 
 # %% ../nbs/72_doctor.ipynb #e0a8d629

@@ -813,11 +813,7 @@ def question_rows(
     out = {}
     for split, name in dict(id="test", ood_format="test", ood_visual="ood_visual").items():
         file = run / "data" / f"{name}.arrow"
-        rows = (
-            load_rows(d, name, run / "data")
-            if d and d.source == "world"
-            else Rows(file) if file.exists() else []
-        )
+        rows = load_rows(d, name, run / "data") if d and d.drawn else Rows(file) if file.exists() else []
         out[split] = rows, {
             i: place
             for place, i in enumerate(
@@ -1093,11 +1089,10 @@ def methods(
     if not c:
         return ""
     done = {k: v for k, v in s.items() if v.get("state") == "done"}
-    source = (
-        "drawn scenes of the package's embedded world"
-        if at(c, "data.source") == "world"
-        else f"{at(c, 'data.source')} {at(c, 'data.path', '')}".strip()
-    )
+    data = c.get("data") or {}
+    named = [f"{p.get('source')} {p.get('path', '')}".strip() for p in data.get("sources") or [data]]
+    drawn = named == ["world"] or not data
+    source = "drawn scenes of the package's embedded world" if drawn else " and ".join(named)
     visual = (
         ", and about pictures of another look (other pictures)"
         if any((of or {}).get("ood_visual") for of in run["metrics"].values())

@@ -1153,3 +1153,59 @@ def test_rates_are_measured_once(tmp_path):
         and 0 < facts["kept"] < 24
     ), facts
     assert "rates" in r.stdout and "done before" in specs(*words).stdout
+
+
+# ---- several sources
+
+
+def mixture(**more):
+    sources = [
+        dict(source="virl39k", path=str(VIRL), weight=3),
+        dict(source="orsta", path=str(ORSTA)),
+        dict(source="world", weight=2),
+    ]
+    return merge(DataConfig(), {"sources": sources, "n_train": 30, "n_test": 12, **more})
+
+
+def test_sources_are_mixed_by_their_weights(tmp_path):
+    data = mixture()
+    with contextlib.redirect_stdout(said := io.StringIO()):
+        report = prepare(data, tmp_path / "a")
+    rows = {s: load_rows(data, s, tmp_path / "a") for s in ("train", "test")}
+    of = {s: Counter(x.split("/")[0] for x in r.column("source")) for s, r in rows.items()}
+    assert of["train"] == {"virl39k": 15, "orsta": 5, "world": 10} == {k: n for k, n in of["train"].items()}
+    assert of["test"] == {"virl39k": 6, "orsta": 2, "world": 4}, "each source is tested on"
+    shown = {s: {d for ds in r.column("digests") for d in ds} for s, r in rows.items()}
+    assert not shown["train"] & shown["test"], "no picture is on both sides, whichever source it is from"
+    ids = rows["train"].column("id")
+    assert len(set(ids)) == 30 and len({x.split("/")[0] for x in rows["train"].column("source")[:10]}) == 3
+    assert "virl39k 15 rows" in " ".join(said.getvalue().split()) and "ran out" not in said.getvalue()
+    assert set(report["splits"]) == {"virl39k", "orsta", "world"}
+    ready(data, tmp_path / "b")
+    assert Rows(tmp_path / "b/train.arrow").column("id") == ids, "the same again"
+    assert (
+        ready(replace(data, seed=1), tmp_path / "b") and Rows(tmp_path / "b/train.arrow").column("id") != ids
+    )
+
+
+def test_a_source_that_runs_out_is_said_and_a_folders_own_test_is_kept(tmp_path):
+    sources = [dict(source=str(OWN), name="mine"), dict(source="orsta", path=str(ORSTA))]
+    data = merge(DataConfig(), {"sources": sources, "n_train": 20, "n_test": 4})
+    with contextlib.redirect_stdout(said := io.StringIO()):
+        prepare(data, tmp_path / "o")
+    assert "mine 6 rows to train from: it ran out, its share of 50% would be 10" in " ".join(
+        said.getvalue().split()
+    )
+    tests = Rows(tmp_path / "o/test.arrow")
+    assert Counter(s.split("/")[0] for s in tests.column("source")) == {"mine": 2, "orsta": 2}
+    assert set(tests.column("question")) & {r["question"] for r in world.rows("test", 3, seed=3)}
+    named = ready(replace(data, test=str(VIRL), sources=sources[:1]), tmp_path / "o")
+    assert named["rows"] == {"train": 6, "test": 4}
+
+
+def test_the_files_of_every_source_are_fingerprinted(tmp_path):
+    lines(tmp_path / "d", *({"question": f"What is {i} + {i}?", "answer": 2 * i} for i in range(8)))
+    data = merge(DataConfig(), {"sources": [dict(source=str(tmp_path / "d")), dict(source=str(OWN))]})
+    before = digest(data)
+    lines(tmp_path / "d", *({"question": f"What is {i} + {i}?", "answer": 2 * i} for i in range(9)))
+    assert digest(data) != before
