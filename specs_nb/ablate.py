@@ -262,7 +262,8 @@ def _samples(config, cell):
     )
 
 # %% ../nbs/79_ablate.ipynb #6650423f
-_MODEL = ("model/config.json",)
+# a whole model or an adapter: the tokenizer is written last
+_MODEL = ("model/tokenizer_config.json",)
 # stage → files it leaves
 OUTPUTS = dict(
     zero=_MODEL,

@@ -105,7 +105,7 @@ class GRPOStage:
     steps: int = 20  # optimizer steps
     # name → weight; they pay 0.5 and 1, as in the paper's final stage
     rewards: dict[str, float] = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})
-    lora: bool = False  # LoRA adapter, merged at the end; false trains all weights
+    lora: bool = False  # train a LoRA adapter and keep it as one; false trains all weights
     qlora: bool = False  # LoRA on a model held in 4 bits, see `models`; implies an adapter
     lora_rank: int = 16
     # a prompt and its image are computed once for all its answers, see `fast`; false: TRL as it is
@@ -149,7 +149,7 @@ class ColdStartStage:
     loss: str = "dpo+sft"  # `dpo+sft`, `dpo`, `sft`, `dpo+kl`, `dpo_norm+sft`, or `none`: no cold start
     lam: float = 1.0  # λ, weight of what is added to DPO (SFT or KL); the paper's is 1
     fast: bool = True  # ask the reference once a pair and encode a pair's image once; false: TRL as it is
-    lora: bool = True  # LoRA adapter, merged at the end; false trains all weights
+    lora: bool = True  # train a LoRA adapter and keep it as one; false trains all weights
     qlora: bool = False  # LoRA on a model held in 4 bits, see `models`; implies an adapter
     lora_rank: int = 16
     trainer: dict = field(

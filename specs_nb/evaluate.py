@@ -140,10 +140,8 @@ def token_counter(
     "How long completions are, in tokens of their model."
     from specs_nb.models import load_processor, tokenizer_of
 
-    # an adapter speaks its base's tokens
-    base = (read_json(Path(model) / "adapter_config.json") or {}).get("base_model_name_or_path")
     try:
-        tok = tokenizer_of(load_processor(base or model))
+        tok = tokenizer_of(load_processor(model))  # an adapter speaks its base's tokens
     except SpecsError:
         tok = None
 

@@ -695,8 +695,9 @@ class VLLM(Engine):
         need_vllm()
         if why := unfit_for_vllm(path, load):
             raise SpecsError(f"{why}, or engine: transformers")
-        from specs_nb.models import load_processor, resolve
+        from specs_nb.models import load_processor, resolve, whole_model
 
+        path = whole_model(path)  # of an adapter, it is merged with its base
         self.processor = load_processor(path)
         self.llm = _start_vllm(
             resolve(path), path, load, options, tokenizer_of(self.processor) is not self.processor
@@ -782,11 +783,7 @@ def unfit_for_vllm(
     load: dict,  # keywords of `load_model`
 ) -> str:  # why, and what to do; empty if nothing is known against it
     "What keeps a model from vLLM."
-    if load.get("quantize"):
-        return "vLLM is not given models quantized here: load without quantize"
-    if (Path(path) / "adapter_config.json").exists():
-        return f"{path} is an adapter, and vLLM is given whole models: merge it first (models.merge_adapter)"
-    return ""
+    return "vLLM is not given models quantized here: load without quantize" if load.get("quantize") else ""
 
 
 def _alive(llm):
@@ -908,15 +905,12 @@ class Server(Engine):
                 f"no server answers at {', '.join(urls)}: start one with `{serve_command(path, urls[0])}`,"
                 " set vllm.urls to where yours is, or engine: transformers"
             )
-        self.url, self.name, self.most = next(
-            (
-                (u, m["id"], m.get("max_model_len"))
-                for u, models in self.up.items()
-                for m in models
-                if _is_model(m, path)
-            ),
-            (None,) * 3,
-        )
+        from specs_nb.models import is_adapter, whole_model
+
+        self.url, self.name, self.most = self._served(path)
+        if self.url is None and is_adapter(path):
+            path = whole_model(path)  # the adapter merged with its base
+            self.url, self.name, self.most = self._served(path)
         if self.url is None:
             there = ", ".join(f"{m['id']} at {u}" for u, models in self.up.items() for m in models)
             raise SpecsError(
@@ -925,6 +919,14 @@ class Server(Engine):
             )
 
         self.never = never(_unwritable_of(path))
+
+    def _served(self, path):
+        "Address, name there and context of the model at `path`; None three times if no server has it"
+        for url, models in self.up.items():
+            for known in models:
+                if _is_model(known, path):
+                    return url, known["id"], known.get("max_model_len")
+        return None, None, None
 
     @staticmethod
     def version():
@@ -1037,9 +1039,9 @@ def too_small_for_vllm(
 ) -> bool:  # False for a model that isn't on this disk
     "Whether a model on a CPU is so small that vLLM's own work outweighs the model's."
     import torch
-    from specs_nb.models import resolve
+    from specs_nb.models import base_of, is_adapter, resolve
 
-    weights = list(Path(resolve(path)).glob("*.safetensors"))
+    weights = list(Path(resolve(base_of(path) if is_adapter(path) else path)).glob("*.safetensors"))
     return (
         bool(weights)
         and not torch.cuda.is_available()

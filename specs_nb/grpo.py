@@ -12,7 +12,17 @@ from pathlib import Path
 from .core import Interrupted, Progress, SpecsError, nearest, read_json, stop_asked, write_json
 from .data import grpo_dataset
 from .fast import fast_trainer
-from .models import check_eyes, float32_adapter, load_to_train, model_class, rest_eyes, tokenizer_of
+from specs_nb.models import (
+    base_of,
+    check_eyes,
+    float32_adapter,
+    is_adapter,
+    load_to_train,
+    model_class,
+    note_base,
+    rest_eyes,
+    tokenizer_of,
+)
 from .monitor import monitor
 from .ranks import is_main, save_trained, stop_agreed
 from .rewards import REWARDS, load_reward
@@ -148,10 +158,13 @@ def watcher(
             if stop_agreed():
                 control.should_save = control.should_training_stop = True
 
-        def on_save(self, args, state, control, **kw):
+        def on_save(self, args, state, control, model=None, **kw):
             if not is_main():
                 return
-            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if hasattr(model, "peft_config"):
+                write_json(folder / "base.json", note_base(model, folder))  # `eval` may answer with it
+            seal(folder)
             write_json(path, self.history)
             if tick:
                 tick()
@@ -218,7 +231,7 @@ def grpo_trainer(
     **load,  # keywords of `load_model`
 ):  # a `GRPOTrainer`
     "TRL's GRPOTrainer with DAPO's loss and no KL term; raises `SpecsError` for a configuration that makes no sense."
-    before_vllm(config, start, stage, vllm)
+    before_vllm(config, base_of(start) if is_adapter(start) else start, stage, vllm)
     from trl import GRPOConfig, GRPOTrainer
 
     funcs, weights = resolve_rewards(config.rewards)

@@ -27,7 +27,7 @@ from specs_nb.core import (
     write_json,
 )
 from .doctor import add_options, doctor, out_of_memory
-from .models import push
+from .models import export_model, push
 from .ablate import OUTPUTS, ablate, add_grid_options
 from .fleet import Fleet
 from .ranks import launcher_words, start_ranks
@@ -196,7 +196,7 @@ def do_pairs(
     inside = {
         k: str(run.dir / m)
         for k in ("teacher", "rejected")
-        if (run.dir / (m := getattr(c.distill, k)) / "config.json").exists()
+        if (run.dir / (m := getattr(c.distill, k)) / "tokenizer_config.json").exists()
     }
     facts = distill(
         c.model.path,
@@ -466,6 +466,7 @@ EXAMPLES = """examples:
   specs compare runs/a runs/b                  one page for both
   specs doctor -c paper_7b --gpus 8 --memory 80 --launcher fsdp2    does it fit? told before anything is loaded
   specs push --run-dir runs/default --repo me/my-model              the final model with its card, to the hub
+  specs export --run-dir runs/default --out my-model                the final model as a whole, for vLLM and others
 """
 HELP = dict(
     run="every stage, then the report",
@@ -478,6 +479,7 @@ HELP = dict(
     ablate="a grid of runs: arms × seeds, in parallel, what is common done once",
     doctor="memory, disk, tokens and time of a configuration, and what is missing",
     push="a run's model with its card, to the hub",
+    export="a run's model as a whole, its adapter merged, into a folder",
 )
 
 
@@ -542,6 +544,17 @@ def parser() -> argparse.ArgumentParser:  # of the `specs` command
                 "--model", default="final", choices=["zero", "coldstart", "final"], help="which model (final)"
             )
             s.add_argument("--public", action="store_true", help="for everyone to see; private otherwise")
+        if name == "export":
+            s.add_argument("--out", required=True, metavar="FOLDER", help="where to")
+            s.add_argument(
+                "--model", default="final", choices=["zero", "coldstart", "final"], help="which model (final)"
+            )
+            s.add_argument(
+                "--dtype",
+                default="auto",
+                choices=["auto", "float32", "bfloat16", "float16"],
+                help="of the written weights (auto: that of the base's files)",
+            )
         s.set_defaults(stage="report" if name == "run" else name)
     for s in _add_others(sub):
         s.set_defaults(overrides=[], config=None)
@@ -660,6 +673,9 @@ def main(
             print(
                 f"https://huggingface.co/{push(args.run_dir, args.repo, args.model, private=not args.public)}"
             )
+            return 0
+        if args.command == "export":
+            print(export_model(args.run_dir, args.out, args.model, args.dtype))
             return 0
         # before torch is imported, here and in workers
         if config.threads:

@@ -51,23 +51,25 @@ def save_trained(
     trainer,  # of transformers or TRL, after training
     folder,  # where to
 ):
-    "Save a trained model whole, with its processor, from any number of processes; returns in each when it is there."
-    from specs_nb.models import load_model, save_model
+    "Save what was trained (a whole model, or its adapter), with its processor, from any number of processes; returns in each when it is there."
+    from specs_nb.models import save_adapter, save_model
 
     folder, pieces = Path(folder), trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    gathered = folder.with_name(".gathered")
     if pieces:
-        trainer.save_model(str(folder.with_name(".gathered")))
+        trainer.save_model(str(gathered))  # weights, configuration, processor
     if is_main():
         import shutil
 
         model = trainer.model
-        if pieces:
-            model, _ = load_model(
-                str(folder.with_name(".gathered")), dtype=str(model.dtype).removeprefix("torch.")
-            )
-        save_model(model, trainer.processing_class, folder)
-        if pieces:
-            shutil.rmtree(folder.with_name(".gathered"))
+        if not pieces:
+            save_model(model, trainer.processing_class, folder)
+        else:
+            if hasattr(model, "peft_config"):
+                save_adapter(model, gathered, trainer.processing_class, weights=False)
+            if folder.exists():
+                shutil.rmtree(folder)  # of a start that was cut off while it wrote this
+            gathered.rename(folder)
     trainer.accelerator.wait_for_everyone()
 
 # %% ../nbs/38_ranks.ipynb #2a5f8583

@@ -1023,7 +1023,7 @@ def _weights(c, stage):
     "Which weights a stage trains"
     q = at(c, f"{stage}.qlora") is True
     return (
-        f"{'Q' * q}LoRA of rank {at(c, f'{stage}.lora_rank')}, merged at the end"
+        f"{'Q' * q}LoRA of rank {at(c, f'{stage}.lora_rank')}"
         if q or at(c, f"{stage}.lora") is True
         else "all weights"
     )

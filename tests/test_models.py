@@ -167,7 +167,7 @@ def test_4_bit_stages_go_on_with_one_adapter(tmp_path, pay):
     for name in ("cold", "final"):
         whole, four = (
             load_model(str(tmp_path / name / "model"))[0],
-            load_model(str(tmp_path / name / "model/adapter"), quantize=True)[0],
+            load_model(str(tmp_path / name / "model"), quantize=True)[0],
         )
         words = words.to(whole.device)
         with torch.no_grad():
@@ -189,8 +189,98 @@ def test_4_bit_run_cut_and_continued(tmp_path):
         train_coldstart("tiny", path, tmp_path / "cut", config, tick=stop)
     for name in ("cut", "whole"):
         train_coldstart("tiny", path, tmp_path / name, config)
-    cut, whole = ((tmp_path / n / "model/model.safetensors").read_bytes() for n in ("cut", "whole"))
+    cut, whole = ((tmp_path / n / "model/adapter_model.safetensors").read_bytes() for n in ("cut", "whole"))
     assert cut == whole
+
+
+@pytest.fixture(scope="module")
+def cold(tmp_path_factory):
+    "A cold start with LoRA on weights in 16 bits"
+    from specs_nb.coldstart import train_coldstart
+
+    tmp = tmp_path_factory.mktemp("cold")
+    config = ColdStartStage(lora=True, lora_rank=4, trainer={**DPO, "max_steps": 2, "save_steps": 2})
+    train_coldstart("tiny", pairs(4, True, tmp), tmp / "cold", config, dtype="bfloat16")
+    return tmp / "cold"
+
+
+def said(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(4, 60, device=model.device)[None]).logits.float()
+
+
+def test_an_adapter_on_16_bits_is_kept_and_goes_on(cold, tmp_path, pay):
+    "Nothing is merged; the final stage trains the same adapter, or gets both as one model in float32"
+    from specs_nb.generate import Sampling, Transformers
+    from specs_nb.grpo import grpo_trainer, train_grpo
+
+    start = str(cold / "model")
+    assert read_json(cold / "model/base.json")["base"] == "tiny"
+    assert not list(cold.glob("**/model*.safetensors")), "no weights are written but the adapter's"
+    stage = GRPOStage(steps=1, lora=True, lora_rank=8, trainer=GRPO)
+    trainer = grpo_trainer(start, rows(4), tmp_path / "a", stage, FMT, dtype="bfloat16")
+    assert next(iter(trainer.model.peft_config.values())).r == 4
+    assert torch.equal(said(trainer.model.eval()), said(load_model(start, dtype="bfloat16")[0]))
+    train_grpo(start, rows(4), tmp_path / "final", stage, FMT, dtype="bfloat16")
+    assert moved(cold / "model", tmp_path / "final/model")
+    full = GRPOStage(steps=1, lora=False, trainer=GRPO)
+    whole = grpo_trainer(start, rows(4), tmp_path / "b", full, FMT, dtype="bfloat16").model
+    assert whole.dtype == torch.float32 and not hasattr(whole, "peft_config")
+    assert all(p.requires_grad for p in whole.parameters())
+    assert torch.equal(said(whole.eval()), said(load_model(start)[0]))
+    asked = Transformers(start, dict(dtype="bfloat16"), {})
+    assert hasattr(asked.model, "peft_config"), "answered with base and adapter"
+    drawn = asked.sample(rows(2), [FMT.instruction] * 2, Sampling(n=2, max_new_tokens=4), 0)
+    assert [len(d) for d in drawn] == [2, 2]
+
+
+def test_a_checkpoint_of_an_adapter_knows_its_base(cold):
+    at = cold / "checkpoints/checkpoint-2"
+    assert read_json(at / "base.json") == read_json(cold / "model/base.json")
+    assert torch.equal(said(load_model(str(at))[0]), said(load_model(str(cold / "model"))[0]))
+
+
+def test_names_of_transformers_4_are_refused(cold, tmp_path):
+    "PEFT loads nothing of them and only warns: the model would answer as its base"
+    import shutil
+    from safetensors.torch import load_file, save_file
+
+    old = shutil.copytree(cold / "model", tmp_path / "old")
+    names = load_file(old / "adapter_model.safetensors")
+    names = {n.replace("model.language_model.layers", "model.layers"): x for n, x in names.items()}
+    save_file(names, old / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SpecsError, match=r"keys have no place.*'base_model.model.model.layers.0"):
+        load_model(str(old))
+
+
+def test_a_run_that_was_moved_finds_its_base(cold, tmp_path):
+    "A base within the run is found beside the adapter, wherever the folder lies now"
+    import shutil
+    from peft import get_peft_model
+    from specs_nb.models import base_of, lora_config, save_model
+
+    save_model(*load_model(str(cold / "model")), tmp_path / "run/coldstart/model")
+    model, processor = load_model(str(tmp_path / "run/coldstart/model"))
+    save_model(get_peft_model(model, lora_config(4)), processor, tmp_path / "run/final/model")
+    shutil.move(tmp_path / "run", tmp_path / "elsewhere")
+    assert base_of(tmp_path / "elsewhere/final/model") == str(
+        (tmp_path / "elsewhere/coldstart/model").resolve()
+    )
+    load_model(str(tmp_path / "elsewhere/final/model"))
+
+
+def test_vllm_gets_a_whole_model(cold, capfd):
+    from specs_nb.generate import pick_engine
+    from specs_nb.models import is_adapter, whole_model
+
+    assert pick_engine("auto", str(cold / "model"))[0] == "transformers"
+    path = whole_model(str(cold / "model"))
+    assert (
+        path == str(cold / "merged")
+        and not is_adapter(path)
+        and "% of what it changes" in capfd.readouterr().out
+    )
+    assert whole_model(str(cold / "model")) == path and not capfd.readouterr().out, "made once"
 
 
 def test_packages_that_are_asked_for_and_absent(monkeypatch, tmp_path):

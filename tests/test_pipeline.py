@@ -55,7 +55,7 @@ def test_a_run_leaves_what_others_rely_on(done):
         "config.yaml",
         "zero/model/model.safetensors",
         "pairs/pairs.parquet",
-        "coldstart/model/model.safetensors",
+        "coldstart/model/adapter_model.safetensors",
         "final/model/model.safetensors",
         "eval/metrics.json",
         "report.html",
@@ -143,10 +143,10 @@ def test_a_lost_model_is_made_again(done, tmp_path):
     assert (
         r.returncode == 0
         and r.stdout.count("done before") == 2
-        and "model/config.json is missing" in r.stdout
+        and "model/tokenizer_config.json is missing" in r.stdout
     )
-    assert (run / "coldstart/model/model.safetensors").read_bytes() == (
-        done / "coldstart/model/model.safetensors"
+    assert (run / "coldstart/model/adapter_model.safetensors").read_bytes() == (
+        done / "coldstart/model/adapter_model.safetensors"
     ).read_bytes()
 
 

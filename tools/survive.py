@@ -23,7 +23,7 @@ STAGES = ("zero", "pairs", "coldstart", "final", "eval", "report")
 SAME = (
     "zero/model/model.safetensors",
     "pairs/pairs.parquet",
-    "coldstart/model/model.safetensors",
+    "coldstart/model/adapter_model.safetensors",
     "final/model/model.safetensors",
     "eval/metrics.json",
     "eval/answers.parquet",

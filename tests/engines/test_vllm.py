@@ -129,12 +129,9 @@ def test_no_room_says_by_how_much():
     assert said and 100_000 < int(said[1]) < 1_000_000, out.stderr[-2000:]
 
 
-def test_what_vllm_is_not_given(tmp_path):
+def test_what_vllm_is_not_given():
     with pytest.raises(SpecsError, match="without quantize, or engine: transformers"):
         g.VLLM("tiny", dict(quantize=True), {})
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(SpecsError, match="merge it first"):
-        g.VLLM(str(tmp_path), {}, {})
     with pytest.raises(SpecsError, match="vLLM can't start with"):
         g.VLLM("tiny", {}, {"options": {"no_such_option": 1}})
 
