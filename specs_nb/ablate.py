@@ -8,12 +8,9 @@ __all__ = ['GRIDS', 'OUTPUTS', 'Arm', 'Grid', 'read_grid', 'arm_config', 'Node',
 
 # %% ../nbs/79_ablate.ipynb #9bcbb017
 import contextlib, os, sys, time, traceback
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from concurrent.futures import FIRST_COMPLETED, wait
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from . import __version__
 from specs_nb.core import (
     Interrupted,
     Run,
@@ -22,12 +19,14 @@ from specs_nb.core import (
     atomic,
     file_digest,
     fingerprint,
+    flat,
     load_config,
     nearest,
     read_json,
     read_yaml,
     signals_ask,
     stop_asked,
+    worker_pool,
     write_json,
 )
 from .models import resolve
@@ -200,14 +199,20 @@ def _plan_cell(grid, arm, seed, keys, more, nodes, rank):
         return name
 
     if cold and "teacher/model" in (config.distill.teacher, config.distill.rejected):
-        add("teacher", fingerprint("teacher", __version__, grid.teacher), options=grid.teacher)
+        add("teacher", fingerprint("teacher", grid.teacher), options=grid.teacher)
     if cold:
         add("zero", k["zero"])
         k = {**k, **{s: fingerprint(cell.get("teacher"), k[s]) for s in ("pairs", "coldstart", "final")}}
         add(
             "pairs", k["pairs"], [s for s in ("zero", "teacher") if s in cell], samples=_samples(config, cell)
         )
-    add("coldstart", k["coldstart"], ["pairs"] if cold else [])
+    # its checkpoints are evaluated: it is one that keeps them, at these steps
+    if cold and grid.arms[arm].curve:
+        saves = {p: v for p, v in config.coldstart.trainer.items() if p.startswith("save_")}
+        kept = fingerprint(k["coldstart"], "curve", saves)
+        add("coldstart", kept, ["pairs"], config=replace(config, keep_checkpoints=True))
+    else:
+        add("coldstart", k["coldstart"], ["pairs"] if cold else [])
     add("final", k["final"], ["coldstart"])
     for m in ("base", "zero", "coldstart", "final") if cold else ("base", "final"):
         deep = {"deep": grid.deep} if grid.arms[arm].deep and m in ("base", "final") else {}
@@ -240,17 +245,17 @@ def _eval_key(c, model, keys):
     base = Path(resolve(c.model.path))
     who = keys.get(model.partition("@")[0]) or (
         file_digest(base) if base.is_dir() else str(base),
-        asdict(c.model),
+        flat(asdict(c.model), "model"),
     )
     return fingerprint(
         model,
         who,
-        asdict(c.eval),
-        asdict(c.data),
+        flat(asdict(c.eval), "eval"),
+        flat(asdict(c.data), "data"),
         digest(c.data),
         c.seed,
         c.engine,
-        c.judge.models and asdict(c.judge),
+        c.judge.models and flat(asdict(c.judge), "judge"),
     )
 
 
@@ -258,7 +263,7 @@ def _samples(config, cell):
     "Name of the folder of the answers that pairs are made from: arms that ask the same share it"
     d = config.distill
     return (
-        f"samples-{fingerprint(cell['zero'], cell.get('teacher'), d.teacher, d.rejected, d.n_prompts, d.n_samples, d.max_new_tokens, d.temperature, d.batch_size, config.engine)[:16]}"
+        f"samples-{fingerprint(cell['zero'], cell.get('teacher'), d.teacher, d.rejected, d.n_prompts, d.n_samples, d.max_new_tokens, d.temperature, config.engine)[:16]}"
     )
 
 # %% ../nbs/79_ablate.ipynb #6650423f
@@ -359,7 +364,8 @@ def run_grid(
         len(done),
     )
     print(f"grid       {len(nodes)} stages, {first} of them done before; {workers} at a time", flush=True)
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_patient) as pool:
+    # a worker at work asks for its own stop; once another has died, it gets the time to save a step
+    with worker_pool(workers, "grid", "Stages that were done and checkpoints are kept", 20, _own_gpu) as pool:
         while (left or running) and not (stop_asked() and not running):
             held = {nodes[n].samples for n in running.values()} - {""}
             for name in [] if stop_asked() else _ready(left, nodes, done, held, workers - len(running)):
@@ -369,7 +375,7 @@ def run_grid(
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name = running.pop(future)
-                if wrong := _result(future, name):
+                if wrong := future.result():
                     errors[name] = wrong
                 else:
                     done.add(name)
@@ -380,21 +386,16 @@ def run_grid(
     return errors
 
 # %% ../nbs/79_ablate.ipynb #ca505670
-def _patient():
-    "An idle worker leaves Ctrl-C to the first process; one at work asks for its own"
-    import signal
+def _own_gpu():
+    "A worker trains on one GPU: of several, each takes another"
+    import multiprocessing, torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _result(future, name):
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        raise SpecsError(
-            f"{name}: the process at work on it was killed, perhaps for its memory; the same command goes on,"
-            " and --workers 1 takes less"
-        ) from None
+    n = torch.cuda.device_count()
+    if n < 2:
+        return
+    cards = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n)))).split(",")
+    place = int(multiprocessing.current_process().name.rsplit("-", 1)[1])  # workers are numbered
+    os.environ["CUDA_VISIBLE_DEVICES"] = cards[place % n]
 
 
 def _ready(left, nodes, done, held, free):

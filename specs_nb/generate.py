@@ -11,10 +11,9 @@ __all__ = ['VLLM_VERSIONS', 'ROW_ERRORS', 'ENGINES', 'SMALL', 'prompt', 'encode'
 
 # %% ../nbs/31_generate.ipynb #06aee498
 import base64, contextlib, io, json, os, re, sys, time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from itertools import groupby
-from multiprocessing import get_context
 from pathlib import Path
 from specs_nb.core import (
     Interrupted,
@@ -24,6 +23,7 @@ from specs_nb.core import (
     nearest,
     read_json,
     stop_asked,
+    worker_pool,
     write_json,
 )
 from .data import conversation
@@ -1166,35 +1166,55 @@ def answer(
 
 # %% ../nbs/31_generate.ipynb #20e863f7
 class Answers:
-    "A job's answers on disk: for each row a list of texts"
+    "A job's answers on disk: for each row a list of texts. Batches may differ in size: a run may go on with another one."
 
     def __init__(
         self,
         job: Job,  # whose
         folder: Path,  # of the batches' files
-        size: int,  # rows of a batch
+        size: int,  # rows of a batch that is yet to be answered
     ):
         self.job, self.folder, self.size = job, Path(folder), size
 
     def __len__(self):
         return len(self.job.rows)
 
+    def _kept(self):
+        "Name and place of the first row of the batches that are there, in order"
+        found = (
+            p.name.removesuffix(".json").rsplit("-", 1) for p in self.folder.glob(f"{self.job.name}-*.json")
+        )
+        mine = (
+            int(place)
+            for name, place in (f for f in found if len(f) == 2)
+            if name == self.job.name and place.isdigit()
+        )
+        return ((f"{self.job.name}-{i}", i) for i in sorted(mine) if i < len(self))
+
+    def missing(self):  # yields (name, places), as `Job.batches`
+        "The batches that have to be answered yet: the gaps between those that are there."
+        end = 0
+        for name, start in [*self._kept(), (None, len(self))]:
+            for i in range(end, start, self.size):
+                yield f"{self.job.name}-{i}", range(i, min(i + self.size, start))
+            end = start + len(read_json(self.folder / f"{name}.json")) if name else start
+
     def __iter__(self):
-        for name, _ in self.job.batches(self.size):
+        for name, _ in self._kept():
             yield from read_json(self.folder / f"{name}.json")
 
     def surprises(self):  # yields a list a row
         "For each row and text the mean of -log p over its tokens, in nats; None where that wasn't kept."
-        for name, places in self.job.batches(self.size):
+        for name, _ in self._kept():
             yield from read_json(self.folder / f"{name}.surprise.json") or (
                 [None] * len(ts) for ts in read_json(self.folder / f"{name}.json")
             )
 
     def failures(self):  # yields dicts
         "Rows without an answer: row, id, reason."
-        for name, places in self.job.batches(self.size):
+        for name, start in self._kept():
             for f in read_json(self.folder / f"{name}.failures.json") or []:
-                yield {**f, "row": places[0] + f["row"]}
+                yield {**f, "row": start + f["row"]}
 
 # %% ../nbs/31_generate.ipynb #629af0f4
 def answer_all(
@@ -1216,10 +1236,7 @@ def answer_all(
     "Answer all jobs' rows, batch by batch; what is there already is not asked again. Raises `SpecsError` if every row of the beginning fails."
     folder, hows = Path(folder), {job.name: job.how or how for job in jobs}
     sizes = {name: max(1, h.batch_size // h.n) for name, h in hows.items()}
-    left = {
-        job.name: [b for b in job.batches(sizes[job.name]) if not (folder / f"{b[0]}.json").exists()]
-        for job in jobs
-    }
+    left = {job.name: list(Answers(job, folder, sizes[job.name]).missing()) for job in jobs}
     names = {job.name: _choose(engine, job, load, folder, stage) for job in jobs if left[job.name]}
     total = sum(len(job.rows) for job in jobs)
     bar = Progress(stage, total, total - sum(len(places) for todo in left.values() for _, places in todo))
@@ -1235,7 +1252,9 @@ def answer_all(
             )
             todo = sum(len(places) for job in some for _, places in left[job.name])
             for rows, failed in (
-                pool.run(tasks, ENGINES[name]) if pool else _run(tasks, *_processes(ENGINES[name], workers))
+                pool.run(tasks, ENGINES[name])
+                if pool
+                else _run(tasks, *_processes(ENGINES[name], workers), stage)
             ):
                 bar.update(rows)
                 seen, lost = seen + rows, lost + len(failed)
@@ -1286,21 +1305,13 @@ def _processes(engine, workers):
     return (workers, workers > 1) if engine.workers else (1, False)
 
 
-def _deaf():
-    "Ctrl-C and a cluster's SIGTERM go to all processes: the first one decides, the workers finish their batch"
-    import signal
-
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, signal.SIG_IGN)
-
-
-def _run(tasks, workers, apart):
+def _run(tasks, workers, apart, stage="sample"):
     "Results of `answer` as they come, with two batches a process on the way."
     if not apart:
         for t in tasks:
             yield answer(*t)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_deaf) as pool:
+    with worker_pool(workers, stage, "Batches that were answered are kept") as pool:
         waiting = set()
         for t in tasks:
             waiting.add(pool.submit(answer, *t))

@@ -24,7 +24,7 @@ from specs_nb.models import (
     tokenizer_of,
 )
 from .monitor import monitor
-from .ranks import is_main, save_trained, stop_agreed
+from .ranks import is_main, need_one_gpu, save_trained, stop_agreed
 from .rewards import REWARDS, load_reward
 from .track import hush_trackio, samples
 from .vllm_sync import before_vllm, beside_vllm, longest_prompt, vllm_ends, watch_vllm
@@ -84,9 +84,11 @@ def trainer_config(
     if not torch.cuda.is_available():
         ours = {"bf16": False, "use_cpu": True, **ours}
     try:
-        return cls(**{**FIXED, **ours, **values})
+        args = cls(**{**FIXED, **ours, **values})
     except (ValueError, TypeError) as e:
         raise SpecsError(f"{where}: {' '.join(str(e).split())}") from None
+    need_one_gpu(where.removesuffix(".trainer"), args.n_gpu)
+    return args
 
 
 def _is_float(text):

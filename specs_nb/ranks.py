@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rank', 'is_main', 'stop_agreed', 'ask_stop', 'save_trained', 'accelerate_configs', 'processes', 'launcher_words',
-           'die_with_parent', 'RankFailed', 'fallen', 'start_ranks']
+           'need_one_gpu', 'die_with_parent', 'RankFailed', 'fallen', 'start_ranks']
 
 # %% ../nbs/38_ranks.ipynb #b20db6eb
 import os, shlex, subprocess, sys, time
@@ -151,6 +151,25 @@ def _accelerate(words):
         if "num_processes" not in (named or {}):
             words += ["--num_processes", str(processes())]
     return words
+
+# %% ../nbs/38_ranks.ipynb #494c4445
+def need_one_gpu(
+    stage: str,  # that is to be trained, for the message
+    gpus: int = None,  # that this process would train on; None: all it sees
+):
+    "Raise `SpecsError` where one process would train on several GPUs, which TRL doesn't do; a launcher's processes have one each."
+    if rank()[1] > 1:
+        return
+    import torch
+
+    gpus = torch.cuda.device_count() if gpus is None else gpus
+    if gpus > 1:
+        raise SpecsError(
+            f"{stage}: this machine has {gpus} GPUs, and one process trains on one. Add --launcher ddp to"
+            f" take them all (each has a batch of its own: a step sees {gpus} times as many rows; fsdp2 and"
+            " zero3 spread the weights out), or put CUDA_VISIBLE_DEVICES=0 in front of the command to"
+            " take one"
+        )
 
 # %% ../nbs/38_ranks.ipynb #bb71189f
 def die_with_parent(
