@@ -59,6 +59,10 @@ class DataConfig:
     format: str = "think_answer"  # the response format that is trained, see `formats.FORMATS`
     # formats of the OOD test
     ood_formats: list = field(default_factory=lambda: ["reason_final", "boxed", "answer_line", "json"])
+    # a system message in front of every question, in training, answering and evaluation alike; empty: none
+    system: str = ""
+    # what the model's chat template is given besides, everywhere: {enable_thinking: false}
+    chat_template_kwargs: dict = field(default_factory=dict)
     seed: int = 0  # stream of questions
 
 

@@ -12,7 +12,15 @@ from pathlib import Path
 from .core import Interrupted, Progress, SpecsError, nearest, read_json, stop_asked, write_json
 from .data import grpo_dataset
 from .fast import fast_trainer
-from .models import check_eyes, float32_adapter, load_to_train, model_class, rest_eyes, tokenizer_of
+from specs_nb.models import (
+    chat_of,
+    check_eyes,
+    float32_adapter,
+    load_to_train,
+    model_class,
+    rest_eyes,
+    tokenizer_of,
+)
 from .monitor import monitor
 from .ranks import is_main, save_trained, stop_agreed
 from .rewards import REWARDS, load_reward
@@ -239,13 +247,16 @@ def grpo_trainer(
     check_eyes(model, rows, start)
     # TRL pads prompts on the left, and asks the processor for the places of image tokens
     tokenizer_of(processor).padding_side = "left"
+    chat = chat_of(processor)
+    if chat["kwargs"]:
+        args.chat_template_kwargs = chat["kwargs"]
     with beside_vllm(args, model, vllm):
         cls = fast_trainer(GRPOTrainer) if config.fast else GRPOTrainer
         trainer = cls(
             model,
             funcs,
             args,
-            grpo_dataset(rows, format.instruction, format.name),
+            grpo_dataset(rows, format.instruction, format.name, chat["system"]),
             processing_class=processor,
             peft_config=adapter,
         )

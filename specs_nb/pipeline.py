@@ -85,7 +85,9 @@ def keys(
 
 # %% ../nbs/80_pipeline.ipynb #58bc5ca4
 def _load(c):
-    return dict(dtype=c.model.dtype, attn=c.model.attn, liger=c.model.liger)
+    load = dict(dtype=c.model.dtype, attn=c.model.attn, liger=c.model.liger)
+    chat = dict(system=c.data.system, kwargs=c.data.chat_template_kwargs)
+    return dict(load, chat=chat) if any(chat.values()) else load
 
 
 def _engine(c):
@@ -160,10 +162,13 @@ def do_grpo(
     stage: Stage,  # `zero` or `final`
 ) -> dict:  # facts
     "GRPO from the base (`zero`) or from the cold start (`final`)."
+    from specs_nb.templates import check_chat
     from specs_nb.grpo import train_grpo
     from specs_nb.track import tracked
 
     c, name = run.config, stage.dir.name
+    if name == "zero":
+        check_chat(c)
     start = c.model.path if name == "zero" else str(run.dir / "coldstart/model")
     judge = _judge(run) if _asks_judge(getattr(c, name)) else None
     facts = train_grpo(
@@ -222,12 +227,14 @@ def do_coldstart(
     stage: Stage,  # `coldstart`
 ) -> dict:  # facts
     "DPO + λ·SFT on the pairs."
+    from specs_nb.templates import check_chat
     from specs_nb.coldstart import train_coldstart
     from specs_nb.track import tracked
 
     c = run.config
     if c.coldstart.loss == "none":
         return _no_coldstart(c.model.path, stage.dir / "model")
+    check_chat(c)
     return train_coldstart(
         c.model.path,
         run.dir / "pairs/pairs.parquet",
@@ -336,6 +343,11 @@ def check_names(
     trackers(config.report_to)
     for name in ("zero", "final"):
         check_trainer_keys(GRPOConfig, getattr(config, name).trainer, f"{name}.trainer")
+        if "chat_template_kwargs" in getattr(config, name).trainer:
+            raise SpecsError(
+                f"{name}.trainer.chat_template_kwargs would hold in this stage alone: set"
+                " data.chat_template_kwargs, which holds wherever the model is asked"
+            )
         resolve_rewards(getattr(config, name).rewards)
         if _asks_judge(getattr(config, name)) and not config.judge.models:
             raise SpecsError(f"{name}.rewards asks a judge, and judge.models names none")
