@@ -105,6 +105,9 @@ class GRPOStage:
     lora_rank: int = 16
     # a prompt and its image are computed once for all its answers, see `fast`; false: TRL as it is
     fast: bool = True
+    # questions that the model is asked before it is trained, to see whether there is anything to learn; 0:
+    # none
+    look: int = 64
     # any field of TRL's GRPOConfig
     trainer: dict = field(default_factory=lambda: grpo_trainer_defaults(2e-4))
 
@@ -223,7 +226,7 @@ class Config:
     distill: DistillStage = field(default_factory=DistillStage)
     coldstart: ColdStartStage = field(default_factory=ColdStartStage)
     final: GRPOStage = field(
-        default_factory=lambda: GRPOStage(steps=100, trainer=grpo_trainer_defaults(5e-5))
+        default_factory=lambda: GRPOStage(steps=100, look=0, trainer=grpo_trainer_defaults(5e-5))
     )
     eval: EvalStage = field(default_factory=EvalStage)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
@@ -298,6 +301,7 @@ def check(
     )
     for stage in ("zero", "final"):
         need(getattr(c, stage).steps > 0, f"{stage}.steps must be positive")
+        need(getattr(c, stage).look >= 0, f"{stage}.look must be a number of questions, or 0 for none")
     for path, n in {
         "data.n_train": c.data.n_train,
         "data.n_test": c.data.n_test,

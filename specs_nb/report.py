@@ -33,6 +33,7 @@ from specs_nb.analysis import (
     title,
     value_at,
 )
+from .look import look_words
 from .stats import gf_interval
 
 # %% ../nbs/75_report.ipynb #c615ab5c
@@ -872,6 +873,7 @@ def facts(
             f" {d.get('seed')}"
         ),
         "Trained format": d.get("format"),
+        **({"Base before training": look_words(run["look"])} if run.get("look") else {}),
         "Other formats": ", ".join(d.get("ood_formats", [])),
         "Training": (
             f"GRPO-zero {c['zero'].get('steps')} steps; cold start {cold.get('loss')} with λ ="
