@@ -79,7 +79,7 @@ STAGES = dict(
 # %% ../nbs/71_analysis.ipynb #ac66313f
 def read_run(
     run_dir: Path,  # a run folder with eval/metrics.json
-) -> dict:  # name, config, metrics, stages, history, answers
+) -> dict:  # name, config, metrics, stages, history, answers, look
     "What the report needs of a run, missing files as empty values; raises `SpecsError` if there are no metrics yet."
     import yaml
 
@@ -98,6 +98,7 @@ def read_run(
         answers=read_answers(answers) if answers.exists() else [],
         stages={s: read_json(run / s / "stage.json") or {} for s in STAGES},
         history={s: read_json(run / s / "history.json") or [] for s in ("zero", "coldstart", "final")},
+        look=read_json(run / "zero/look.json") or {},
     )
 
 

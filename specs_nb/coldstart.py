@@ -13,7 +13,7 @@ from pathlib import Path
 from .core import Interrupted, Progress, SpecsError, fingerprint, read_json, write_json
 from .distill import read_pairs
 from .grpo import go_on, go_on_later, quiet, trainer_config, watcher
-from .models import base_digest, float32_adapter, is_vlm, load_to_train, rest_eyes
+from .models import base_digest, chat_of, float32_adapter, is_vlm, load_to_train, rest_eyes
 from .monitor import monitor
 from .ranks import is_main, rank, save_trained, stop_agreed
 
@@ -307,6 +307,10 @@ def coldstart_trainer(
     model, processor, adapter = load_to_train(start, config, **load)
     # TRL refuses the column for a text model
     keep = ["prompt", "chosen", "rejected"] + (["images"] if is_vlm(model.config) else [])
+    # TRL reads what a chat template is given from a column
+    if kwargs := chat_of(processor)["kwargs"]:
+        pairs = pairs.add_column("chat_template_kwargs", [kwargs] * len(pairs))
+        keep.append("chat_template_kwargs")
     seen = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * rank()[1]
     wasteful = adapter and 0 < seen < len(pairs)  # fewer steps than an epoch has: not every pair is needed
     once = config.fast and config.loss != "dpo+kl" and not wasteful

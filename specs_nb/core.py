@@ -65,6 +65,10 @@ class DataConfig:
     format: str = "think_answer"  # the response format that is trained, see `formats.FORMATS`
     # formats of the OOD test
     ood_formats: list[str] = field(default_factory=lambda: ["reason_final", "boxed", "answer_line", "json"])
+    # a system message in front of every question, in training, answering and evaluation alike; empty: none
+    system: str = ""
+    # what the model's chat template is given besides, everywhere: {enable_thinking: false}
+    chat_template_kwargs: dict = field(default_factory=dict)
     seed: int = 0  # stream of questions
 
     @property
@@ -112,6 +116,9 @@ class GRPOStage:
     lora_rank: int = 16
     # a prompt and its image are computed once for all its answers, see `fast`; false: TRL as it is
     fast: bool = True
+    # questions that the model is asked before it is trained, to see whether there is anything to learn; 0:
+    # none
+    look: int = 64
     # any field of TRL's GRPOConfig
     trainer: dict = field(default_factory=lambda: grpo_trainer_defaults(2e-4))
 
@@ -232,7 +239,7 @@ class Config:
     distill: DistillStage = field(default_factory=DistillStage)
     coldstart: ColdStartStage = field(default_factory=ColdStartStage)
     final: GRPOStage = field(
-        default_factory=lambda: GRPOStage(steps=100, trainer=grpo_trainer_defaults(5e-5))
+        default_factory=lambda: GRPOStage(steps=100, look=0, trainer=grpo_trainer_defaults(5e-5))
     )
     eval: EvalStage = field(default_factory=EvalStage)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
@@ -404,6 +411,7 @@ def check(
     )
     for stage in ("zero", "final"):
         need(getattr(c, stage).steps > 0, f"{stage}.steps must be positive")
+        need(getattr(c, stage).look >= 0, f"{stage}.look must be a number of questions, or 0 for none")
     for path, n in {
         "data.n_train": c.data.n_train,
         "data.n_test": c.data.n_test,

@@ -367,9 +367,11 @@ def prompt_text(
 def conversation(
     row: dict,  # of the schema
     instruction: str,  # of the format that is asked for
-) -> list:  # one message; TRL adds the images
+    system: str = "",  # a system message in front; empty: none
+) -> list:  # one message or two; TRL adds the images
     "A row as TRL's conversational prompt."
-    return [{"role": "user", "content": prompt_text(row, instruction)}]
+    said = [{"role": "user", "content": prompt_text(row, instruction)}]
+    return [{"role": "system", "content": system}, *said] if system else said
 
 # %% ../nbs/11_data.ipynb #d7a08175
 def check_images(
@@ -393,6 +395,7 @@ def grpo_dataset(
     rows,  # of the schema
     instruction: str,  # of the format
     format: str,  # the format's name, for the rewards
+    system: str = "",  # a system message in front of each question; empty: none
 ):  # a `datasets.Dataset`
     "Rows as TRL's GRPO wants them; raises `SpecsError` where some have images and some have none."
     from datasets import Dataset, Features, Image, List, Value
@@ -402,7 +405,7 @@ def grpo_dataset(
     if isinstance(rows, Rows):
         ds = rows.dataset.remove_columns(["digests", "rate"])
         asks = [
-            conversation(dict(question=q, choices=c), instruction)
+            conversation(dict(question=q, choices=c), instruction, system)
             for q, c in zip(rows.column("question"), rows.column("choices"))
         ]
         return ds.add_column("prompt", asks, feature=message).add_column(
@@ -416,5 +419,6 @@ def grpo_dataset(
         **{k: Value("string") for k in ("id", "question", "answer", "kind", "source")},
     })
     return Dataset.from_list(
-        [{**r, "prompt": conversation(r, instruction), "format": format} for r in rows], features=features
+        [{**r, "prompt": conversation(r, instruction, system), "format": format} for r in rows],
+        features=features,
     )

@@ -116,6 +116,7 @@ def pair_up(
     corruptions: list,  # names of `CORRUPTIONS`
     differ: str = "form",  # in what the sides differ: form, answer or both
     formats=(),  # further formats that pairs ask for
+    system: str = "",  # a system message in front of each question; empty: none
 ):  # yields rows with prompt, chosen, rejected, corruption
     "Pairs one by one, spread over formats and corruptions."
     asked = [format, *formats]
@@ -125,7 +126,7 @@ def pair_up(
         how, bad = _spoil(rejected[i][k], fmt, format, corruptions[turn % len(corruptions)], differ)
         yield {
             **rows[i],
-            "prompt": conversation(rows[i], fmt.instruction),
+            "prompt": conversation(rows[i], fmt.instruction, system),
             "chosen": _says(fmt.render(*chosen[i][k])),
             "rejected": _says(bad),
             "corruption": how,
@@ -142,10 +143,11 @@ def make_pairs(
     seed: int = 0,  # order of questions
     differ: str = "form",  # in what the sides differ: form, answer or both
     formats=(),  # further formats that pairs ask for
+    system: str = "",  # a system message in front of each question; empty: none
 ) -> list:  # of rows with prompt, chosen, rejected, corruption
     "Pairs, spread over questions, formats and corruptions."
     turns = take_turns([min(len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)], max_pairs, seed)
-    return list(pair_up(rows, turns, chosen, rejected, format, corruptions, differ, formats))
+    return list(pair_up(rows, turns, chosen, rejected, format, corruptions, differ, formats, system))
 
 # %% ../nbs/50_distill.ipynb #d756da61
 def write_pairs(
@@ -294,6 +296,7 @@ def distill(
             c.corruptions,
             c.differ,
             [FORMATS[f] for f in c.formats],
+            ((how.get("load") or {}).get("chat") or {}).get("system", ""),
         ):
             ids.add(p["id"])
             kinds[p["corruption"]] += 1

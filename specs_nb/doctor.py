@@ -1063,6 +1063,19 @@ def _span(seconds):
     )
 
 
+def _chat_problems(config):
+    "What the chat template of a model on this machine does to the formats"
+    from specs_nb.templates import check_chat
+
+    if not Path(resolve(config.model.path)).is_dir():
+        return []
+    try:
+        check_chat(config)
+    except SpecsError as e:
+        return [str(e)]
+    return []
+
+
 def diagnose(
     config: Config,  # of the run
     machine: Machine,  # to run on
@@ -1079,6 +1092,7 @@ def diagnose(
     )
     parts, space = plan(config, machine, prompt, shape), disk(config, shape, local)
     problems = missing(config, machine, c.model_type, local)
+    problems += _chat_problems(config)
     for stage, p in parts.items():
         if p.peak <= machine.memory:
             continue

@@ -225,7 +225,7 @@ class Fleet:
         tasks = iter(tasks)
         first = next(tasks)
         job, how, _, _, load, _, _, options = first
-        processor, open_batches = load_processor(job.model), {}
+        processor, open_batches = load_processor(job.model, load.get("chat")), {}
         tok = tokenizer_of(processor)
 
         def requests():

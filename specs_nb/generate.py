@@ -28,7 +28,7 @@ from specs_nb.core import (
 )
 from .data import conversation
 from .fast import write
-from .models import tokenizer_of
+from .models import chat_of, tokenizer_of
 
 # %% ../nbs/31_generate.ipynb #fed57c24
 def prompt(
@@ -37,18 +37,20 @@ def prompt(
     instruction: str,  # of the format that is asked for
 ) -> str:  # with a placeholder for each image
     "The text a model is given; raises `SpecsError` for an image that a text model can't be shown."
-    text = conversation(row, instruction)[0]["content"]
+    chat = chat_of(processor)
+    messages = conversation(row, instruction, chat["system"])
     if tokenizer_of(processor) is processor:
         if row["images"]:
             raise SpecsError(
                 f"question {row.get('id')} has images and the model reads text alone: choose a"
                 " vision-language model, or data.images: without"
             )
-        content = text
     else:
-        content = [{"type": "image"} for _ in row["images"]] + [{"type": "text", "text": text}]
+        for m in messages:
+            m["content"] = [{"type": "text", "text": m["content"]}]
+        messages[-1]["content"][:0] = [{"type": "image"} for _ in row["images"]]
     return processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        messages, tokenize=False, add_generation_prompt=True, **chat["kwargs"]
     )
 
 # %% ../nbs/31_generate.ipynb #3646f520
@@ -63,8 +65,10 @@ def encode(
     ]
     images = [row["images"] for row in rows]
     pixels = dict(images=images if any(images) else None) if tokenizer_of(processor) is not processor else {}
+    # a template writes the token that begins a text itself: the tokenizer must not write it again
+    once = dict(add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
     try:
-        inputs = processor(**pixels, text=prompts, padding=True, padding_side="left", return_tensors="pt")
+        inputs = processor(**pixels, text=prompts, **once)
     except ValueError as e:
         if "truncation" in str(e):
             raise SpecsError(
@@ -632,6 +636,13 @@ def one_per_image(
     return [t for i, t in enumerate(ids) if not (vlm and t == token and i and ids[i - 1] == token)]
 
 
+def _vllm_prompt(processor, text):
+    "A prompt for vLLM: tokens where its own tokenizer would write a second token that begins a text, else the text"
+    tok = tokenizer_of(processor)
+    bare = tok(text, add_special_tokens=False)["input_ids"]
+    return {"prompt": text} if tok(text)["input_ids"] == bare else {"prompt_token_ids": bare}
+
+
 def _with_answers(processor, rows, instructions, answers):
     "Prompts with an answer behind each, for vLLM; and for each all tokens as transformers has them, and how many are the answer's"
     prompts, whole = [], []
@@ -698,7 +709,7 @@ class VLLM(Engine):
         from specs_nb.models import load_processor, resolve, whole_model
 
         path = whole_model(path)  # of an adapter, it is merged with its base
-        self.processor = load_processor(path)
+        self.processor = load_processor(path, load.get("chat"))
         self.llm = _start_vllm(
             resolve(path), path, load, options, tokenizer_of(self.processor) is not self.processor
         )
@@ -734,7 +745,7 @@ class VLLM(Engine):
         return halves(ask, list(range(len(rows))), (*ROW_ERRORS, refused))
 
     def _prompt(self, row, instruction):
-        p = {"prompt": prompt(self.processor, row, instruction)}
+        p = _vllm_prompt(self.processor, prompt(self.processor, row, instruction))
         return {**p, "multi_modal_data": {"image": row["images"]}} if row["images"] else p
 
     def _read(self, out, how):
@@ -890,6 +901,7 @@ class Server(Engine):
         load: dict,  # of other engines
         options: dict,  # fields of `core.VLLMConfig`
     ):
+        self.chat = load.get("chat") or {}
         self.concurrency, self.up, urls = (
             options.get("concurrency", 64),
             {},
@@ -945,7 +957,9 @@ class Server(Engine):
         from urllib.error import HTTPError
 
         try:
-            body = dict(_chat_body(row, instruction, how, self.never), model=self.name, seed=seed)
+            body = dict(
+                _chat_body(row, instruction, how, self.never, self.chat), model=self.name, seed=seed
+            )
         except Exception as e:
             return Failed(f"{type(e).__name__}: {_line(e)}")
         try:
@@ -1000,15 +1014,16 @@ def _unwritable_of(path):
         return []
 
 
-def _chat_body(row, instruction, how, bias=None):
+def _chat_body(row, instruction, how, bias=None, chat=None):
     "What a chat server is sent"
-    text, images = conversation(row, instruction)[0]["content"], [
-        {"type": "image_url", "image_url": {"url": _data_url(i)}} for i in row["images"]
-    ]
-    body = dict(
-        how.vllm,
-        messages=[{"role": "user", "content": images + [{"type": "text", "text": text}] if images else text}],
-    )
+    chat = chat or {}
+    messages = conversation(row, instruction, chat.get("system") or "")
+    if row["images"]:
+        images = [{"type": "image_url", "image_url": {"url": _data_url(i)}} for i in row["images"]]
+        messages[-1]["content"] = [*images, {"type": "text", "text": messages[-1]["content"]}]
+    body = dict(how.vllm, messages=messages)
+    if chat.get("kwargs"):
+        body["chat_template_kwargs"] = dict(chat["kwargs"])
     if bias:
         body["logit_bias"] = {str(t): b for t, b in bias.items()}
     return body | (dict(logprobs=True, return_tokens_as_token_ids=True) if how.logps else {})

@@ -14,6 +14,7 @@ from .data import grpo_dataset
 from .fast import fast_trainer
 from specs_nb.models import (
     base_of,
+    chat_of,
     check_eyes,
     float32_adapter,
     is_adapter,
@@ -254,13 +255,16 @@ def grpo_trainer(
     check_eyes(model, rows, start)
     # TRL pads prompts on the left, and asks the processor for the places of image tokens
     tokenizer_of(processor).padding_side = "left"
+    chat = chat_of(processor)
+    if chat["kwargs"]:
+        args.chat_template_kwargs = chat["kwargs"]
     with beside_vllm(args, model, vllm, lambda: longest_prompt(rows, processor, format.instruction)):
         cls = fast_trainer(GRPOTrainer) if config.fast else GRPOTrainer
         trainer = cls(
             model,
             funcs,
             args,
-            grpo_dataset(rows, format.instruction, format.name),
+            grpo_dataset(rows, format.instruction, format.name, chat["system"]),
             processing_class=processor,
             peft_config=adapter,
         )

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'LORA_TARGETS', 'resolve', 'is_vlm', 'load_config_of', 'is_adapter', 'base_of', 'model_class',
-           'load_processor', 'tokenizer_of', 'quiet_libraries', 'pick_attn', 'apply_liger', 'check_fit', 'load_model',
-           'random_model', 'lora_config', 'save_model', 'is_4bit', 'save_adapter', 'note_base', 'base_digest',
-           'load_adapter', 'dense_from_4bit', 'nf4_config', 'float32_adapter', 'merge_adapter', 'whole_model',
-           'load_to_train', 'rest_eyes', 'check_eyes', 'model_card', 'push', 'export_model']
+           'load_processor', 'tokenizer_of', 'set_chat', 'chat_of', 'quiet_libraries', 'pick_attn', 'apply_liger',
+           'check_fit', 'load_model', 'random_model', 'lora_config', 'save_model', 'is_4bit', 'save_adapter',
+           'note_base', 'base_digest', 'load_adapter', 'dense_from_4bit', 'nf4_config', 'float32_adapter',
+           'merge_adapter', 'whole_model', 'load_to_train', 'rest_eyes', 'check_eyes', 'model_card', 'push',
+           'export_model']
 
 # %% ../nbs/30_models.ipynb #507e1bb6
 import hashlib, json, os, shutil
@@ -96,6 +97,7 @@ def _line(e):
 # %% ../nbs/30_models.ipynb #a3054f5c
 def load_processor(
     path: str,  # `tiny`, a folder or a hub name
+    chat: dict = None,  # how it is spoken to, see `set_chat`
 ):  # a processor with tokenizer and image processor; of a text model, the tokenizer
     "The processor of a model; raises `SpecsError` if there is none."
     from transformers import AutoProcessor, AutoTokenizer
@@ -113,7 +115,7 @@ def load_processor(
                 " chat_template.jinja beside it"
             )
         tokenizer.padding_side = "left"
-        return tokenizer
+        return set_chat(tokenizer, chat)
     try:
         processor = AutoProcessor.from_pretrained(resolve(path))
     except ImportError as e:
@@ -131,7 +133,7 @@ def load_processor(
             " of the model into it"
         )
     processor.tokenizer.padding_side = "left"
-    return processor
+    return set_chat(processor, chat)
 
 
 def tokenizer_of(
@@ -139,6 +141,28 @@ def tokenizer_of(
 ):  # the tokenizer
     "The tokenizer within a processor, or the tokenizer itself."
     return getattr(processor, "tokenizer", processor)
+
+# %% ../nbs/30_models.ipynb #79aa18a1
+def set_chat(
+    processor,  # a processor or a tokenizer
+    chat: dict = None,  # `system` and `kwargs` of the chat template; None leaves both empty
+):  # the same processor
+    "Note on a tokenizer how its model is spoken to; raises `SpecsError` for arguments that aren't a template's."
+    chat = chat or {}
+    taken = {"tokenize", "add_generation_prompt", "return_dict", "continue_final_message", "messages"}
+    if bad := sorted(taken & set(chat.get("kwargs") or {})):
+        raise SpecsError(f"data.chat_template_kwargs: {', '.join(bad)} is set by the trainers: take it out")
+    tokenizer_of(processor).specs_chat = dict(
+        system=chat.get("system") or "", kwargs=dict(chat.get("kwargs") or {})
+    )
+    return processor
+
+
+def chat_of(
+    processor,  # a processor or a tokenizer
+) -> dict:  # `system`: text, `kwargs`: dict
+    "How a model is spoken to: what `set_chat` noted, or nothing."
+    return getattr(tokenizer_of(processor), "specs_chat", None) or dict(system="", kwargs={})
 
 # %% ../nbs/30_models.ipynb #21cab313
 def quiet_libraries():
@@ -268,13 +292,14 @@ def load_model(
     attn: str = "sdpa",  # attention implementation, or `auto`
     quantize: bool = False,  # hold the language model's weights in 4 bits (NF4)
     liger: str = "auto",  # Liger's kernels: `auto`, `need` or `none`
+    chat: dict = None,  # how it is spoken to, see `set_chat`
 ):  # (model, processor); of an adapter, its base with it: one model in float32, else a `PeftModel`
     "A model with its processor; raises `SpecsError` for what can't be loaded or doesn't belong together."
     import torch
 
     if is_adapter(path):
-        return _load_adapted(path, dtype=dtype, attn=attn, quantize=quantize, liger=liger)
-    processor = load_processor(path)
+        return _load_adapted(path, dtype=dtype, attn=attn, quantize=quantize, liger=liger, chat=chat)
+    processor = load_processor(path, chat)
     quiet_libraries()
     how = dict(dtype=getattr(torch, dtype), attn_implementation=pick_attn(attn))
     if quantize:

@@ -38,6 +38,7 @@ from specs_nb.analysis import (
     value_at,
 )
 from .evaluate import bootstrap, resample
+from .look import look_words
 from .stats import contrast, gf_interval, hierarchical, judged as corrected, told
 
 # %% ../nbs/75_report.ipynb #c615ab5c
@@ -915,6 +916,7 @@ def facts(
             f" {d.get('seed')}"
         ),
         "Trained format": d.get("format"),
+        **({"Base before training": look_words(run["look"])} if run.get("look") else {}),
         "Other formats": ", ".join(d.get("ood_formats", [])),
         "Training": (
             f"GRPO-zero {c['zero'].get('steps')} steps; cold start {cold.get('loss')} with λ ="
