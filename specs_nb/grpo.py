@@ -14,6 +14,7 @@ from .data import grpo_dataset
 from .fast import fast_trainer
 from .models import check_eyes, float32_adapter, load_to_train, model_class, rest_eyes, tokenizer_of
 from .monitor import monitor
+from .prompts import once_trainer
 from .ranks import is_main, save_trained, stop_agreed
 from .rewards import REWARDS, load_reward
 from .track import hush_trackio, samples
@@ -240,7 +241,7 @@ def grpo_trainer(
     # TRL pads prompts on the left, and asks the processor for the places of image tokens
     tokenizer_of(processor).padding_side = "left"
     with beside_vllm(args, model, vllm):
-        cls = fast_trainer(GRPOTrainer) if config.fast else GRPOTrainer
+        cls = once_trainer(fast_trainer(GRPOTrainer) if config.fast else GRPOTrainer)
         trainer = cls(
             model,
             funcs,
