@@ -203,6 +203,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'specs_nb.doctor.engine_of': ('doctor.html#engine_of', 'specs_nb/doctor.py'),
                                  'specs_nb.doctor.generation': ('doctor.html#generation', 'specs_nb/doctor.py'),
                                  'specs_nb.doctor.grpo_parts': ('doctor.html#grpo_parts', 'specs_nb/doctor.py'),
+                                 'specs_nb.doctor.host': ('doctor.html#host', 'specs_nb/doctor.py'),
+                                 'specs_nb.doctor.host_line': ('doctor.html#host_line', 'specs_nb/doctor.py'),
                                  'specs_nb.doctor.known_config': ('doctor.html#known_config', 'specs_nb/doctor.py'),
                                  'specs_nb.doctor.logits': ('doctor.html#logits', 'specs_nb/doctor.py'),
                                  'specs_nb.doctor.measure': ('doctor.html#measure', 'specs_nb/doctor.py'),
