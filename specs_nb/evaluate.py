@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'pass_at_k', 'bootstrap', 'resample', 'ends_of', 'splits', 'score', 'answer_in', 'token_counter', 'variety',
-           'measure', 'question_value', 'powers', 'Values', 'summarize', 'evaluate', 'difficulties', 'question_values',
-           'checkpoints', 'evaluate_checkpoints']
+           'measure', 'question_value', 'bounds', 'powers', 'Values', 'summarize', 'evaluate', 'difficulties',
+           'question_values', 'checkpoints', 'evaluate_checkpoints']
 
 # %% ../nbs/70_evaluate.ipynb #92ebe0f5
 import math, random
@@ -207,11 +207,25 @@ def question_value(
     out["passk"] = pass_at_k(n, right, n) if known else None
     out |= {f"pass@{k}": pass_at_k(n, right, k) if n >= k else None for k in powers(len(one))}
     out["no_opinion"] = 1 - n / len(one)
+    out |= bounds(one)
     return out | (
         dict(tokens=mean("tokens"), truncated=mean("truncated"), **variety(one), surprise=mean("surprise"))
         if "text" in one[0]
         else {}
     )
+
+
+def bounds(
+    one: list,  # `score`s of the answers to one question
+) -> dict:  # accuracy and strict, with each answer without opinion counted as wrong, and as right
+    "Between which values the truth lies, whoever would grade what has no grade."
+    out = {}
+    for key in ("accuracy", "strict"):
+        grades = [s[key] for s in one]
+        right, unknown = sum(g is not None and bool(g) for g in grades), grades.count(None)
+        out[f"{key}_if_wrong"] = right / len(one)
+        out[f"{key}_if_right"] = (right + unknown) / len(one)
+    return out
 
 
 def powers(

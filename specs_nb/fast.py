@@ -200,6 +200,11 @@ def pick_images(
     }
 
 
+def _same_images(a, b):
+    "Whether two rows have the very same pictures; TRL puts them into lists of their own"
+    return a is b or (bool(a) and bool(b) and len(a) == len(b) and all(x is y for x, y in zip(a, b)))
+
+
 class Once:
     "A processor that reads what comes `n` times in a row once, and repeats the result"
 
@@ -218,7 +223,10 @@ class Once:
         same = (
             images
             and len(text) % n == 0
-            and all(t == text[i // n * n] and images[i] is images[i // n * n] for i, t in enumerate(text))
+            and all(
+                t == text[i // n * n] and _same_images(images[i], images[i // n * n])
+                for i, t in enumerate(text)
+            )
         )
         if not same:
             return whole()

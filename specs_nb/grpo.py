@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIXED', 'SEALED', 'group_advantages', 'clipped_loss', 'check_trainer_keys', 'trainer_config', 'resolve_rewards',
-           'seal', 'watcher', 'go_on_later', 'last_checkpoint', 'quiet', 'grpo_trainer', 'resume_point', 'go_on',
-           'train_grpo']
+           'without_opinion', 'opinion_trainer', 'seal', 'watcher', 'go_on_later', 'last_checkpoint', 'quiet',
+           'grpo_trainer', 'resume_point', 'go_on', 'train_grpo']
 
 # %% ../nbs/40_grpo.ipynb #5ab3c081
 from pathlib import Path
@@ -25,6 +25,7 @@ from specs_nb.models import (
     tokenizer_of,
 )
 from .monitor import monitor
+from .prompts import once_trainer
 from .ranks import is_main, need_one_gpu, save_trained, stop_agreed
 from .rewards import REWARDS, load_reward
 from .track import hush_trackio, samples
@@ -113,6 +114,57 @@ def resolve_rewards(
         raise SpecsError(f"no rewards: name at least one of {', '.join(REWARDS)}")
     return funcs, [float(w) for w in table.values()]
 
+# %% ../nbs/40_grpo.ipynb #c7abf04d
+def without_opinion(
+    rewards,  # (n_completions, n_rewards), NaN where a reward has no opinion
+    weights,  # of the rewards, (n_rewards,); one of weight 0 doesn't count
+):  # (rewards with NaN in the whole row of such a completion, which completions those are)
+    "Completions on which some reward has no opinion, and the rewards without them."
+    silent = (rewards.isnan() & (weights != 0)).any(1)
+    return rewards.masked_fill(silent[:, None], float("nan")), silent
+
+# %% ../nbs/40_grpo.ipynb #7ba5b97c
+class _Opinions:
+    "A GRPOTrainer that pays nobody for what isn't known"
+
+    def _calculate_rewards(self, *args):
+        self._said = super()._calculate_rewards(*args)
+        paid, self._silent = without_opinion(self._said, self.reward_weights.to(self._said.device))
+        return paid
+
+    def _generate_and_score_completions(self, inputs):
+        out = super()._generate_and_score_completions(inputs)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["no_opinion"].append(self._silent.float().mean().item())
+        if self._silent.any():
+            self._log_what_was_said(metrics)
+        return out
+
+    def _log_what_was_said(self, metrics):
+        "Means of all that each reward said, where TRL logged those of what was paid."
+        from trl.trainer.utils import nanstd
+
+        for name, values in zip(self.reward_func_names, self._said.T):
+            metrics[f"rewards/{name}/mean"][-1] = values.nanmean().item()
+            metrics[f"rewards/{name}/std"][-1] = nanstd(values).item()
+            kept = self._logs["rewards"][name]
+            for _ in range(min(len(values), len(kept))):
+                kept.pop()
+            kept.extend(values.tolist())
+        if self.multi_objective_aggregation == "sum_then_normalize" and self.scale_rewards != "batch":
+            n = self.num_generations if self.model.training else self.num_generations_eval
+            total = (self._said * self.reward_weights.to(self._said.device)).nansum(1)
+            std = nanstd(total.masked_fill(self._silent, float("nan")).view(-1, n), dim=1)
+            alike = std.isnan() | (std.abs() < 1e-8)
+            metrics["frac_reward_zero_std"][-1] = alike.float().mean().item()
+
+
+def opinion_trainer(
+    cls,  # `trl.GRPOTrainer`, or a class made from it
+):  # a class made from it, with the same name
+    "The trainer that takes a completion out of its group where a reward that counts has no opinion on it."
+    return type(cls.__name__, (_Opinions, cls), {})
+
 # %% ../nbs/40_grpo.ipynb #71391243
 SEALED = (
     "model*.safetensors",
@@ -157,7 +209,7 @@ def watcher(
         def on_step_end(self, args, state, control, **kw):
             last = self.history[-1] if self.history else {}
             if is_main():
-                self.bar.update(1, **{k.split("/")[-1]: float(last[k]) for k in shown if k in last})
+                self.bar.update(1, **{k.split("/")[-1]: _shown(last[k]) for k in shown if k in last})
             if stop_agreed():
                 control.should_save = control.should_training_stop = True
 
@@ -178,6 +230,12 @@ def watcher(
                 self.bar.close()
 
     return Watcher()
+
+
+def _shown(value):
+    "A logged number for the progress bar; a dash where nothing was paid, which TRL logs as None or NaN."
+    number = float("nan") if value is None else float(value)
+    return number if number == number else "–"
 
 # %% ../nbs/40_grpo.ipynb #429326fb
 def go_on_later(
@@ -259,7 +317,7 @@ def grpo_trainer(
     if chat["kwargs"]:
         args.chat_template_kwargs = chat["kwargs"]
     with beside_vllm(args, model, vllm, lambda: longest_prompt(rows, processor, format.instruction)):
-        cls = fast_trainer(GRPOTrainer) if config.fast else GRPOTrainer
+        cls = opinion_trainer(once_trainer(fast_trainer(GRPOTrainer) if config.fast else GRPOTrainer))
         trainer = cls(
             model,
             funcs,

@@ -582,6 +582,10 @@ EXTRA = dict(
     greedy_format="Greedy: right format, %",
     greedy_strict="Greedy: both, %",
     no_opinion="Without opinion, %",
+    accuracy_if_wrong="Right answer if what has no opinion is wrong, %",
+    accuracy_if_right="Right answer if what has no opinion is right, %",
+    strict_if_wrong="Both if what has no opinion is wrong, %",
+    strict_if_right="Both if what has no opinion is right, %",
     truncated="Cut at the limit, %",
     tokens="Length, tokens",
     words="Length, words",
@@ -592,6 +596,15 @@ EXTRA = dict(
 )
 
 
+def _apart(metrics, model, split, metric):
+    "Whether a bound is worth showing: only where answers without opinion set it apart from the other one"
+    of, found, _ = metric.partition("_if_")
+    if not found:
+        return True
+    low, high = ((value_at(metrics, model, split, f"{of}_if_{end}") or {}) for end in ("wrong", "right"))
+    return low.get("mean") != high.get("mean")
+
+
 def _measured(metrics, names):
     "Tidy rows of what is there; shares are percentages, the rest is plain"
     return [
@@ -600,6 +613,7 @@ def _measured(metrics, names):
         for k, name in MODELS.items()
         for s, split in SPLITS.items()
         if (v := value_at(metrics, k, s, m))
+        and _apart(metrics, k, s, m)
         and any(value_at(metrics, o, s, m).get("mean") is not None for o in MODELS)
     ]
 

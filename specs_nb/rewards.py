@@ -204,20 +204,19 @@ repetition_reward = Repetition()
 # %% ../nbs/22_rewards.ipynb #30f7d49f
 @dataclass
 class Weighted:
-    "A weighted sum of reward functions; `None` where all of them have no opinion"
+    "A weighted sum of reward functions; `None` where one that counts has no opinion: what is missing isn't zero"
 
     parts: tuple  # of (reward function, weight)
     __name__ = "weighted_reward"
 
     def __call__(self, completions, log_metric=None, **kw):
-        columns = [
-            [None if r is None else w * r for r in f(completions=completions, log_metric=log_metric, **kw)]
-            for f, w in self.parts
-        ]
-        total = [
-            None if all(r is None for r in row) else sum(r for r in row if r is not None)
-            for row in zip(*columns)
-        ]
+        total = [0.0] * len(completions)
+        for f, w in self.parts:
+            for i, r in enumerate(f(completions=completions, log_metric=log_metric, **kw)):
+                if r is not None and total[i] is not None:
+                    total[i] += w * r
+                elif w:
+                    total[i] = None
         return logged(total, self.__name__, log_metric)
 
 

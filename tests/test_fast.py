@@ -169,3 +169,23 @@ def test_switched_off(tmp_path):
         type(grpo_trainer("tiny", rows(8), tmp_path, GRPOStage(fast=False, trainer=HOW), FMT)).__name__
         == "GRPOTrainer"
     )
+
+
+@pytest.mark.parametrize("quick", [True, False], ids=["fast", "stock"])
+def test_each_picture_is_read_once_a_step(quick, tmp_path, monkeypatch):
+    "TRL alone decodes micro x accumulation^2 of them; all answers to a question share one"
+    from datasets import Image
+
+    decoded, stock = [], Image.decode_example
+    monkeypatch.setattr(Image, "decode_example", lambda *a, **kw: decoded.append(1) or stock(*a, **kw))
+    how = {
+        **HOW,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "max_completion_length": 4,
+    }
+    t = grpo_trainer("tiny", rows(8), tmp_path, GRPOStage(steps=1, fast=quick, trainer=how), FMT)
+    seen = []
+    t.reward_funcs[0] = lambda completions, images, **kw: seen.extend(images) or [0.0] * len(completions)
+    t.train()
+    assert len(seen) == 8 and len({id(p) for (p,) in seen}) == 2 == len(decoded)
