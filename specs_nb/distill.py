@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mend', 'judge', 'wrong_parts', 'take_turns', 'pair_up', 'make_pairs', 'write_pairs', 'read_pairs', 'write_samples',
-           'judged_cases', 'distill']
+           'judged_cases', 'distill', 'kept_by_kind']
 
 # %% ../nbs/50_distill.ipynb #6e9ae14e
 import random
@@ -306,6 +306,7 @@ def distill(
     facts = dict(
         pairs=len(turns), questions=len(ids), verdicts=verdicts, corruptions=dict(sorted(kinds.items()))
     )
+    facts["kept_by_kind"] = kept_by_kind(rows, out / "samples.parquet", sides["chosen"])
     return (
         {
             **facts,
@@ -316,6 +317,25 @@ def distill(
         if second
         else facts
     )
+
+
+def kept_by_kind(
+    rows,  # of the schema
+    path: Path,  # samples.parquet of the stage
+    model: str,  # whose answers are chosen
+) -> dict:  # kind → right answers, those that were kept, and their share
+    "Of the right answers to each kind of question, how many may become pairs: a filter must not favour a kind."
+    import pyarrow.parquet as pq
+
+    column = rows.column if hasattr(rows, "column") else lambda name: [r[name] for r in rows]
+    kinds = dict(zip(column("id"), column("kind")))  # without decoding a picture
+    right, kept = Counter(), Counter()
+    table = pq.read_table(path, columns=["id", "model", "verdict"])
+    for id, who, verdict in zip(*(table[c].to_pylist() for c in ("id", "model", "verdict"))):
+        if who == model and verdict not in ("wrong", "ungradable", "unreadable", "unanswered"):
+            right[kinds[id]] += 1
+            kept[kinds[id]] += verdict in ("kept", "mended")
+    return {k: dict(right=n, kept=kept[k], share=kept[k] / n) for k, n in sorted(right.items())}
 
 
 def _second_facts(second, cases, compare, seed):

@@ -6,7 +6,7 @@
 __all__ = ['UNITS', 'KINDS', 'LIMIT', 'clean', 'unwrap', 'Number', 'unit_of', 'read_number', 'numbers_in', 'find_number', 'close',
            'same_number', 'plain_words', 'code_of', 'statement', 'as_latex', 'is_words', 'read_letters', 'too_hard',
            'limited', 'read_latex', 'same_value', 'same_relation', 'split_parts', 'read_set', 'read_interval',
-           'read_multi', 'iou', 'read_boxes', 'explain_grade', 'grade', 'kind_of', 'conclusion', 'consistent']
+           'read_multi', 'iou', 'read_boxes', 'explain_grade', 'grade', 'kind_of', 'spans', 'conclusion', 'consistent']
 
 # %% ../nbs/21_grading.ipynb #cab554a2
 import json, re, threading, time, unicodedata
@@ -153,7 +153,15 @@ power    W 1 kW 1000
 voltage  V 1 mV 1/1000
 current  A 1 mA 1/1000
 resistance Ω 1 kΩ 1000
-frequency Hz 1 kHz 1000
+frequency Hz 1 kHz 1000 hertz 1
+force    newton 1
+energy   joule 1
+power    watt 1
+voltage  volt 1
+current  ampere 1 amp 1 mA 1/1000
+resistance ohm 1
+pressure pascal 1
+amount   mole 1
 pressure Pa 1 kPa 1000 MPa 1000000
 amount   mol 1
 length   米 1 厘米 1/100 毫米 1/1000 分米 1/10 千米 1000 公里 1000 yard 1143/1250 yd 1143/1250
@@ -258,17 +266,23 @@ _NO_UNIT = re.compile(
 _CHANGED = re.compile(
     r"""\b(?: no | not | never | neither | nor | none | without | except | but | anything | instead
       | wrong | incorrect | false | untrue | impossible | invalid | unlikely | mistake\w* | ruled? | denied
-      | (?:square|cube|fourth|n-?th) [ ] roots? | roots? | sqrt | cbrt | squared? [ ] of | squared | cubed? [ ] of | cubed
-      | power | exponent | factorial | log(?:arithm)? | ln | lg | sin | sine | cos | cosine | tan | tangent | cot | sec
-      | csc | arc\w+ | exp | pi | half [ ] of | half | halves | thirds? | quarters? | fourths? | fifths? | sixths? | tenths?
-      | double | twice | thrice | triple | reciprocal | opposite | inverse | negat\w+ | absolute [ ] value
-      | plus | minus | over | divided | multipl\w+ | times (?=[ ](?:\d|[a-z]\b|as\b|more\b|the\b)) | choose | mod(?:ulo)?
-      | percent [ ] of | out [ ] of | per [ ] cent [ ] of | dozens? | hundreds? | thousands? | [mb]illions? | trillions?
-      | less | more | greater | fewer | larger | smaller | above | below | exceed\w* | almost | nearly
+      | doubt\w* | unsure | unknown | missing | excluded | removed | rejected | if | unless | whether
+      | january | february | march | april | may | june | july | august | september | october | november | december
+      | before | after | preced\w+ | follow(?:s|ed|ing) | next [ ] to | previous | successor | predecessor
+      | (?:square|cube|fourth|n-?th) [ ] roots? | roots? | sqrt | cbrt | squared? [ ] of | squared
+      | cubed? [ ] of | cubed | power | raised | exponent | factorial | log(?:arithm)? | ln | lg | sin | sine
+      | cos | cosine | tan | tangent | cot | sec | csc | arc\w+ | exp | pi | half [ ] of | half | halves
+      | thirds? | quarters? | fourths? | fifths? | sixths? | tenths? | twice | thrice
+      | (?:double|triple) (?=[ ](?:\d|of\b|the\b|that\b)) | reciprocal | opposite | inverse | negat\w+
+      | absolute [ ] value | plus | minus | over | divided | multipl\w+
+      | times (?=[ ](?:\d|[a-z]\b|as\b|more\b|the\b)) | choose | mod(?:ulo)? | gcd | lcm
+      | percent [ ] of | out [ ] of | per [ ] cent [ ] of | dozens? | hundreds? | thousands? | [mb]illions?
+      | trillions? | less | more | greater | fewer | larger | smaller | above | below | short [ ] of
+      | exceed\w* | almost | nearly
       )\b
-      | (?<![A-Za-z]) (?:log|ln|lg) _
+      | (?<![A-Za-z]) (?:log|ln|lg) _ | \d [ ]* (?:\.\. | …)
       | [√∛∜^±∓≠≥≤≮≯<>×÷%\\*+|] (?!$) | % [ ] of | \d [ ]* ! | [⁰¹²³⁴⁵⁶⁷⁸⁹½⅓⅔¼¾⅕⅛π]
-      | \d \s* - \s* \d | (?<![A-Za-z]) [a-zA-Z)] \s* - \s* \d | - \s* \(
+      | ∞ | [(\[] [^()\[\]]* [,;] | \d \s* - \s* \d | (?<![A-Za-z]) [a-zA-Z)] \s* - \s* \d | - \s* \(
       | (?<![A-Za-z']) [a-zA-Z] [ ]? [(]? \d | \d [ ] [b-zB-HJ-Z] (?![\w/^'])""",
     re.I | re.X,
 )
@@ -461,7 +475,7 @@ def read_number(
     return read
 
 # %% ../nbs/21_grading.ipynb #1a9fde67
-_ANY = re.compile(r"(?<![\w.,/])[-+$€£¥]?\.?\d\S*(?: [A-Za-z°%][A-Za-z/^0-9°]*)?", re.A)
+_ANY = re.compile(r"(?<![\w.,/+-])[-+$€£¥]?\.?\d\S*(?: [A-Za-z°%][A-Za-z/^0-9°]*)?", re.A)
 _HEDGE = re.compile(
     r"\b(?:not|or|either|neither|nor|between|at least|at most|more than|less than|over|under|up"
     r" to|never|unsure|maybe)\b|n't",
@@ -493,6 +507,8 @@ def find_number(
         return number
     if "=" in text:
         left, _, right = text.rpartition("=")
+        if re.search(r"=.*(?:[,;，；]|\b(?:and|or|so|but)\b)", left):
+            return None  # AB = 12, BC = 5: two answers
         return read_number(right.strip()) if _leads_to(left.split("=")[0]) else None
     text = re.sub(r"(?<!\d )\b(?:minus|negative) (?=\d)", "-", text, flags=re.I)
     if _CHANGED.search(text) or _HEDGE.search(text):
@@ -1118,11 +1134,21 @@ def _explodes(expr):
     return False
 
 # %% ../nbs/21_grading.ipynb #8bf070c3
+@lru_cache(maxsize=1)
+def _reader():
+    "Math-Verify's reader of LaTeX without its removal of units, by which `x + 2s` were `x + 2`"
+    from dataclasses import replace
+    from math_verify import LatexExtractionConfig
+
+    config = LatexExtractionConfig()
+    return replace(config, normalization_config=replace(config.normalization_config, units=False))
+
+
 def _parse(text):
-    from math_verify import LatexExtractionConfig, parse
+    from math_verify import parse
     from sympy import Basic, MatrixBase
 
-    found = parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None)
+    found = parse(f"${text}$", [_reader()], parsing_timeout=None)
     expr = next((f for f in found if isinstance(f, (Basic, MatrixBase))), None)
     if isinstance(expr, Basic) and _explodes(expr):
         raise RecursionError("a power or factorial too big to write down")
@@ -1240,6 +1266,10 @@ def _compare(g, p):
         return g.shape == p.shape and all(_compare(a, b) for a, b in zip(g, p))
     if isinstance(g, Tuple) and isinstance(p, Tuple):
         return len(g) == len(p) and all(_compare(a, b) for a, b in zip(g, p))
+    one, other = (g, p) if isinstance(g, Relational) else (p, g)
+    if isinstance(one, Relational) and isinstance(other, Expr):
+        if one.lhs.is_Add or one.lhs.is_Pow or one.lhs.is_number or not isinstance(one, Eq):
+            return False  # x^2 = 4 is no x^2 - 4
     if isinstance(g, Relational) and isinstance(p, Relational):
         found = same_relation(g, p)
     elif isinstance(g, Expr) and isinstance(p, Expr):
@@ -1268,7 +1298,7 @@ def split_parts(
         if c in "([{":
             deep += 1
         elif c in ")]}":
-            deep -= 1
+            deep = max(0, deep - 1)  # a) 12, b) 7
         elif c in marks and deep == 0 and text[i - 1 : i] != "\\":
             parts.append(text[at:i])
             at = i + 1
@@ -1451,10 +1481,19 @@ def _same_bound(a, b):
     return _part(str(a), str(b), "latex")
 
 
+def _about(text):
+    "The variable of an inequality or of `x ∈ …`, or None"
+    m = re.search(r"([A-Za-z])\s*(?:\\in(?![a-z])|∈|\\[lg]e|\\neq?(?![a-z])|[<>≤≥≠]|!=)", text)
+    m = m or re.search(r"(?:[<>≤≥]|\\[lg](?:eq?|t)(?![a-z]))=?\s*([A-Za-z])(?![A-Za-z])", text)
+    return m and m[1]
+
+
 def _grade_interval(p, g, **kw):
     gold, said = read_interval(g), read_interval(p)
     if gold is None:
         return None, "the gold answer is no interval"
+    if _about(p) and _about(g) and _about(p) != _about(g):
+        return False, f"about {_about(p)}, not {_about(g)}"
     if said is None and _REL.search(g) and _REL.search(p):
         return _by_algebra(unwrap(p), unwrap(g))  # 2x > 4 for x > 2
     if said is None:
@@ -1635,7 +1674,10 @@ def _grade_number(p, g, tol=None, precision=None, **kw):
     if ":" in g and (said := read_number(re.sub(r"\s*(?::|\\colon|\bto\b)\s*", "/", text))):
         return same_number(said, gold, tol, precision), "compared as ratios"
     if _ALGEBRA.search(text) and not re.search(r"\d\s*(?:[-+*×]|\\times|\\cdot)\s*\d", text):
-        return _grade_latex(p, g, tol=tol, precision=precision)
+        text, _, other = _without_units(_named(text)[1], g)
+        if other or is_words(text):
+            return False, other or "words, not a number"
+        return _by_algebra(text, str(gold.value), read_number(text), gold, tol, precision)
     return False, "no single number can be read"
 
 
@@ -1780,6 +1822,9 @@ def _without_units(p, g):
     ):
         return p, g, None
     (bare_p, u), (bare_g, v) = _end_unit(p), _end_unit(g)
+    if not u and (m := re.search(r"(?<=\S) ([mshgLlNJWVAK])$", p)) and not _letters(bare_g):
+        if not _letters(p[: m.start()]):
+            bare_p, u = p[: m.start()], m[1]  # 5√3 m, where nothing else is a letter
     a, b = (unit_of(x) if x else None for x in (u, v))
     if not a or not b or read_number(p) and read_number(g):
         return (p, g, None) if read_number(p) and read_number(g) else (bare_p, bare_g, None)
@@ -1963,9 +2008,9 @@ def kind_of(
 
 # %% ../nbs/21_grading.ipynb #62da88b3
 def _last_number(text):
-    found = [n for n in numbers_in(text) if n]
-    if not found:
-        return None
+    found = numbers_in(text)
+    if not found or not found[-1]:
+        return None  # no number, or one that can't be read: no earlier one stands for it
     value, places, unit = found[-1]
     # as it was written
     if places:
@@ -1981,6 +2026,34 @@ def _last_letter(text, choices):
         m.start(): c for c in choices or () for m in re.finditer(rf"(?<!\w){re.escape(c)}(?!\w)", text, re.I)
     }
     return named[max(named)] if named else None
+
+# %% ../nbs/21_grading.ipynb #7917042c
+_IN_DOLLARS = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+_MATHS_WORD = re.compile(
+    r"(?=.*[\d\\^=+*/<>≤≥≠√π±∞∈∪∅{}\[\]])\S+|[-+(]?[B-HJ-Zb-z][,;.)]?|[-=+<>≤≥≠∈∪|±·×÷]|U"
+)
+_JOINT = re.compile(r"and|or|,|;")
+
+
+def spans(
+    text: str,  # reasoning
+) -> list:  # of spans as text, in the order of the last sentence that has any
+    "The mathematical spans of the last sentence that has some."
+    lines = re.split(r"(?<=[.!?。])\s+(?=[A-Z$\\])|\n+", text.strip())
+    for line in reversed(lines[-8:]):
+        if found := [next(x for x in m.groups() if x).strip() for m in _IN_DOLLARS.finditer(line)]:
+            return found
+        runs, now = [], []
+        for word in [*line.split(), "."]:
+            if _MATHS_WORD.fullmatch(word) or now and _JOINT.fullmatch(word):
+                now.append(word)
+            elif now:
+                runs.append(" ".join(now))
+                now = []
+        tidy = [re.sub(r"^(?:and|or)\s|\s(?:and|or|,|;)$", "", r).strip(" ,;:").rstrip(".") for r in runs]
+        if found := [r for r in tidy if re.search(r"[\d\\=√π∅]|\w\s*[<>+^/-]", r)]:
+            return found
+    return []
 
 # %% ../nbs/21_grading.ipynb #14e6cfa1
 _CONCLUDES = re.compile(
@@ -2002,6 +2075,9 @@ def conclusion(
     said = [m for m in _CONCLUDES.finditer(text) if text[m.end() :].strip(" .!")]
     last = re.split(r"(?<=[.!?])\s+|\n", text[said[-1].end() :].strip())[0] if said else None
     if kind == "number":
+        ends = spans(text)[-1:]
+        if ends and re.search(r"\\|[√π^]", ends[0]):
+            return ends[0]
         return _last_number(last or "") or _last_number(text)
     if kind == "choice":
         return next((c for t in (last, text) if t for c in [_last_letter(t, choices)] if c), None)
@@ -2013,7 +2089,41 @@ def consistent(
     answer: str,  # the answer of the same completion
     kind: str,  # a key of `KINDS`
     choices=None,  # texts of the choices, A first
-):  # True, False, or None where the reasoning concludes nothing
+):  # True, False, or None where the reasoning concludes nothing, or nothing that can be compared
     "Does the reasoning conclude what is answered?"
     said = conclusion(reasoning, kind, choices)
-    return None if said is None else grade(said, answer, kind, choices)
+    if kind in ("number", "choice"):
+        same = said and grade(said, answer, kind, choices)
+        if same is False and kind == "number" and not find_number(unwrap(said)) and not _mathematical(said):
+            return None
+        return None if same is None or said is None else same
+    if kind == "box":
+        return None if not said or not read_boxes(said) else grade(said, answer, kind)
+    text = clean(reasoning[-2000:])
+    found = spans(text) if kind != "text" else []
+    candidates = [c for c in (said, *found[-1:], ", ".join(found)) if c]
+    if any(grade(c, answer, kind, choices) for c in candidates):
+        return True
+    if kind == "text":
+        return _says_text(text, said, answer)
+    announced = boxed(text)[-1:] or (found[-1:] if said else [])
+    return False if announced and _comparable(announced[0], answer) else None
+
+
+def _comparable(said, answer):
+    "Are both mathematics of the same structure, that can be read?"
+    a, b = unwrap(said), unwrap(answer)
+    if is_words(a) or is_words(b) or _structured(a) is not _structured(b) or len(a) > 400 or len(b) > 400:
+        return False
+    return bool(_structured(a)) or _in_time(as_latex(_named(a)[1]))[0] is not None
+
+
+def _says_text(text, said, answer):
+    "Does the last sentence end in the answer's words, or announce other words?"
+    last, words = plain_words(re.split(r"(?<=[.!?])\s+|\n", text)[-1]), plain_words(answer)
+    if words and re.search(rf"(?<!\w){re.escape(words)}$", last) and not _CHANGED.search(last):
+        return True
+    told = re.search(r"answer(?: is|:)\s*(.+)$", text, re.I | re.S)
+    if told and len(plain_words(told[1]).split()) <= 3 and len(words.split()) <= 3:
+        return grade(told[1], answer, "text")
+    return None
