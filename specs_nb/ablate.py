@@ -58,6 +58,10 @@ class Grid:
 
     # keywords of `teacher.train_teacher`, for arms with `distill.teacher: teacher/model`
     teacher: dict = field(default_factory=dict)
+    # [arm, arm] each: the first is claimed to be better; none: each arm over the first
+    contrasts: list = field(default_factory=list)
+    # model, split and metric that contrasts are tested on
+    outcome: list = field(default_factory=lambda: ["final", "id", "strict"])
 
 # %% ../nbs/79_ablate.ipynb #03c75ee7
 GRIDS = (
@@ -106,6 +110,16 @@ def _check(grid):
     for n, a in grid.arms.items():
         if a.seeds not in grid.seeds:
             raise SpecsError(f"arm {n}: no seeds {a.seeds!r}: {nearest(a.seeds, grid.seeds)}")
+    for pair in grid.contrasts:
+        if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1]:
+            raise SpecsError(f"contrasts are pairs of two arms, such as [dpo+sft, sft], not {pair}")
+        for n in pair:
+            if n not in grid.arms:
+                raise SpecsError(f"contrasts: no arm {n!r}: {nearest(n, grid.arms)}")
+    if not isinstance(grid.outcome, list) or len(grid.outcome) != 3:
+        raise SpecsError(
+            f"outcome is [model, split, metric], such as [final, id, strict], not {grid.outcome}"
+        )
     return grid
 
 # %% ../nbs/79_ablate.ipynb #cfae0544
@@ -547,7 +561,7 @@ def ablate(
         return 143 if asked == "SIGTERM" else 130
     finally:
         # of all arms, whichever were asked for
-        _write_tables(folder, args.grid, *plan(grid, keys, more=args.overrides))
+        _write_tables(folder, args.grid, grid, *plan(grid, keys, more=args.overrides))
         lock.close()
     write_json(folder / "errors.json", errors)
     for name, wrong in errors.items():
@@ -555,11 +569,18 @@ def ablate(
     return 1 if errors else 0
 
 # %% ../nbs/79_ablate.ipynb #36d75768
-def _write_tables(folder, name, nodes, cells):
+def _write_tables(folder, name, grid, nodes, cells):
     from specs_nb.report import grid_report
 
     tables = collect(folder, nodes, cells)
     print(f"grid       {', '.join(f'{t}.parquet {len(r)} rows' for t, r in tables.items())} in {folder}")
     shown = [r for r in tables["results"] if not r["deep"] and "@" not in r["model"]]
     if any(r["model"] in ("coldstart", "final") for r in shown):
-        print(f"report: {grid_report(shown, folder / 'report.html', f'Grid {name}')}")
+        page = grid_report(
+            shown,
+            folder / "report.html",
+            f"Grid {name}",
+            contrasts=grid.contrasts,
+            outcome=tuple(grid.outcome),
+        )
+        print(f"report: {page}")

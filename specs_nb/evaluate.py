@@ -8,7 +8,7 @@ __all__ = ['SHARES', 'pass_at_k', 'bootstrap', 'resample', 'ends_of', 'splits', 
            'question_values', 'checkpoints', 'evaluate_checkpoints']
 
 # %% ../nbs/70_evaluate.ipynb #92ebe0f5
-import math, random
+import math
 from array import array
 from collections import Counter
 from contextlib import contextmanager

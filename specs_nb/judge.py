@@ -9,7 +9,7 @@ __all__ = ['TASKS', 'VERDICTS', 'SETTINGS', 'LIMIT', 'LONGEST', 'JUDGED_KINDS', 
            'calibrate', 'calibration_table', 'in_bulk', 'open_judge', 'JudgeReward', 'use_judge']
 
 # %% ../nbs/23_judge.ipynb #35d83006
-import asyncio, hashlib, json, math, os, random, re, sqlite3, sys, threading, time
+import asyncio, hashlib, json, os, random, re, sqlite3, sys, threading, time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -637,12 +637,12 @@ def wilson(
     k: int,  # hits
     n: int,  # cases
 ) -> tuple:  # lower and upper bound
-    "95 % interval of a share (Wilson's score)."
+    "95 % interval of a share (Wilson's score, SciPy's)."
+    from scipy.stats import binomtest
+
     if not n:
         return 0.0, 1.0
-    z, p = 1.96, k / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return tuple(min(1.0, max(0.0, (middle + s * half) / (1 + z * z / n))) for s in (-1, 1))
+    return tuple(map(float, binomtest(k, n).proportion_ci(0.95, "wilson")))
 
 # %% ../nbs/23_judge.ipynb #5133b839
 def agreement(

@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from .core import SpecsError, atomic, read_json
 from specs_nb.analysis import (
-    ABOUT,
     METRICS,
     MODELS,
     SPLITS,
