@@ -189,6 +189,9 @@ def test_p_values():
         [0.04, 0.01, None], 3
     ) == pytest.approx([0.08, 0.03, None])
     assert detectable(0.05, 10) < detectable(0.05, 5) and detectable(0.05, 1) is None
+    # TTestPower and multipletests of statsmodels 0.15 give the same
+    assert detectable(1, 10) == pytest.approx(0.9960019, abs=1e-5)
+    assert detectable(1, 5, 0.05 / 7) == pytest.approx(2.8738177, abs=1e-5)
 
 
 def test_the_length_of_the_list_picks_no_test():
