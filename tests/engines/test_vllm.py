@@ -29,6 +29,29 @@ GRPO = dict(
 )
 
 
+def fond_of_images(folder):
+    "The embedded model with a head of its own that wants the image's token nearly everywhere; its folder"
+    import torch
+    from specs_nb.models import save_model
+
+    m, p = load_model("tiny")
+    some = world.rows("test", 4)
+    with torch.no_grad():
+        b = g.encode(p, some, asks(some))
+        seen = m(**b, output_hidden_states=True).hidden_states[-1].flatten(0, 1).mean(0)
+        head = torch.nn.Linear(*reversed(m.lm_head.weight.shape), bias=False)
+        head.weight.copy_(m.lm_head.weight)
+        head.weight[p.image_token_id] = 10 * seen / seen.norm()
+    m.lm_head = head
+    m.config.tie_word_embeddings = m.config.text_config.tie_word_embeddings = False
+    save_model(m, p, folder)
+    return str(folder)
+
+
+def written(drawn):
+    return [t for some in drawn for c in some for t in c.ids]
+
+
 def asks(rows):
     return [FMT.instruction] * len(rows)
 
@@ -59,6 +82,11 @@ def hard(rows, tmp_path_factory):
         dict(rows[2], question="How many? " * 800),
         rows[3],
     ]
+
+
+@pytest.fixture(scope="module")
+def fond(tmp_path_factory):
+    return fond_of_images(tmp_path_factory.mktemp("fond"))
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +145,17 @@ def test_same_failures(hf, engine, hard):
         assert "truncated" in drawn[1].reason and "2048" in drawn[2].reason
 
 
+def test_bias_is_scored_alike(hf, engine, rows):
+    "What transformers says of tokens when some can't be written is what vLLM sampled them with"
+    drawn = hf.sample(rows[:2], asks(rows[:2]), g.Sampling(), 0)
+    ids = [[c.ids for c in d] for d in drawn]
+    free, bound = (
+        g.score(hf.model, hf.processor, rows[:2], asks(rows[:2]), ids, bias=b)
+        for b in (None, {drawn[0][0].ids[0] + 1: -100.0})
+    )
+    assert all(b >= f - 1e-6 for f, b in zip(free[0][0], bound[0][0])) and free != bound
+
+
 def test_no_room_says_by_how_much():
     code = "from specs_nb import generate as g; g.VLLM('tiny', {}, {'max_model_len': 1_000_000})"
     out = subprocess.run(
@@ -144,6 +183,23 @@ def test_unsupported_version(version, monkeypatch):
     with pytest.raises(SpecsError, match="0.22 to 0.31"):
         g.VLLM("tiny", {}, {})
     assert g.pick_engine("auto")[0] == "transformers"
+
+
+def test_no_tokens_of_images_and_one_engine(engine, fond, rows):
+    "Last of those that share an engine: another one ends it"
+    want = g.Transformers(fond, {}, {})
+    bad = want.processor.image_token_id
+    other = g.VLLM(fond, {}, {})
+    with pytest.raises(SpecsError, match="this vLLM engine was ended"):
+        engine.sample(rows[:1], asks(rows[:1]), GREEDY, 0)
+    assert [llm for llm, _ in g._running] == [other.llm]
+    for e in (want, other):
+        for how in (GREEDY, g.Sampling(n=4, max_new_tokens=16)):
+            ids = written(e.sample(rows[:4], asks(rows[:4]), how, 0))
+            assert len(ids) > 20 and bad not in ids
+    other.never = None
+    assert written(other.sample(rows[:4], asks(rows[:4]), GREEDY, 0)).count(bad) > 20, "it would like to"
+    assert g.end_vllm() == 1 and g.end_vllm() == 0
 
 
 # ---- many batches
@@ -257,6 +313,15 @@ def test_server_says_the_same(hf, server, rows):
         s.score(rows, asks(rows), [])
 
 
+def test_a_server_is_told_what_not_to_write(hf, server, rows):
+    s = g.Server("tiny", {}, {"urls": [server[0]]})
+    assert s.never[hf.processor.image_token_id] == -100.0
+    how = g.Sampling(temperature=0, max_new_tokens=8, logps=True)
+    first = written(s.sample(rows[:2], asks(rows[:2]), how, 0))[0]
+    s.never = {first: -100.0}  # as if the word it likes most stood for an image
+    assert first not in written(s.sample(rows[:2], asks(rows[:2]), how, 0))
+
+
 def test_server_answers_jobs(server, hard, tmp_path):
     how = dict(engine="server", options={"urls": [server[0]]})
     got = g.answer_all(
@@ -323,6 +388,12 @@ def test_colocate_trains_with_checked_weights(how, tmp_path):
         t = grpo_trainer("tiny", rows, {str(tmp_path)!r}, GRPOStage(steps=2, {how + ', ' if how else ''}trainer={{**GRPO, **BESIDE}}), FMT, vllm=VLLMConfig(sync_every=1))
         t.train()
         found = next(c.found for c in t.callback_handler.callbacks if type(c).__name__ == "SyncCheck")
+        from specs_nb.models import load_model
+        was = dict(load_model("tiny")[0].named_parameters())
+        base = {{k.replace("base_model.model.", "").replace("base_layer.", ""): p
+                for k, p in t.accelerator.unwrap_model(t.model).named_parameters() if "base_layer.weight" in k}}
+        moved = [k for k, p in base.items() if p.shape == was[k].shape and not (p == was[k]).all()]
+        print("MOVED", len(base), len(moved))
         print("FOUND", json.dumps(found))""")
     assert out.returncode == 0, out.stderr[-3000:]
     found = json.loads(out.stdout.split("FOUND")[1].strip().splitlines()[0])
@@ -331,6 +402,58 @@ def test_colocate_trains_with_checked_weights(how, tmp_path):
         and max(f["max"] for f in found) < 1e-3
         and min(f["tokens"] for f in found) > 10
     )
+    if how:
+        layers, moved = map(int, out.stdout.split("MOVED")[1].split()[:2])
+        assert layers == 28 and moved == 0, "the base under an adapter stands still"
+
+
+def test_training_with_a_model_fond_of_images(tmp_path):
+    """It goes on, and no image's token is written; two seeds draw different answers; our settings reach vLLM;
+    the engine is gone afterwards. In one process, to start vLLM's libraries once"""
+    fond = fond_of_images(tmp_path / "fond")
+    out = in_process(f"""
+        import torch
+        from specs_nb import generate, vllm_sync
+        first = []
+        def beside(name, model, seed, **kw):
+            keys = dict(GRPO, use_vllm=True, vllm_mode="colocate", shuffle_dataset=False)
+            stage = GRPOStage(steps=2, trainer=keys, **kw)
+            t = grpo_trainer(model, rows, {str(tmp_path)!r} + name, stage, FMT, seed,
+                vllm=VLLMConfig(sync_every=1, options=dict(max_num_batched_tokens=2048)))
+            g, seen = t.vllm_generation, []
+            generate_ = g.generate
+            g.generate = lambda *a, **kw: (seen.append(generate_(*a, **kw)), seen[-1])[1]
+            t.train()
+            return t, seen
+        t, seen = beside("a", {fond!r}, 0)
+        ids = [i for s in seen for c in s[1] for i in c]
+        c = t.vllm_generation.llm.llm_engine.vllm_config
+        print("FACTS", json.dumps(dict(
+            bad=ids.count(t.processing_class.image_token_id), tokens=len(ids), steps=t.state.global_step,
+            length=c.model_config.max_model_len,
+            video=c.model_config.multimodal_config.get_limit_per_prompt("video"),
+            batched=c.scheduler_config.max_num_batched_tokens,
+            longest=max(len(p) for s in seen for p in s[0]))), flush=True)
+        for seed in (1, 2, 1):
+            t, seen = beside("s", "tiny", seed)
+            first.append(seen[0][1])
+        print("SEEDS", json.dumps([first[0] == first[1], first[0] == first[2]]), flush=True)
+        print("LEFT", len(generate._running), flush=True)
+        stage = GRPOStage(steps=1, trainer={{**GRPO, **BESIDE}})
+        train_grpo("tiny", rows, {str(tmp_path)!r} + "t", stage, FMT)
+        print("ENDED", len(generate._running), torch.distributed.is_initialized(), flush=True)
+        again = generate.VLLM("tiny", {{}}, {{}})
+        print("AGAIN", len(again.sample(rows[:1], [FMT.instruction], generate.Sampling(), 0)), flush=True)
+        """)
+    assert out.returncode == 0, out.stderr[-3000:]
+    said = {l.split(" ", 1)[0]: l.split(" ", 1)[1] for l in out.stdout.splitlines() if " " in l}
+    facts = json.loads(said["FACTS"])
+    assert facts["bad"] == 0 and facts["tokens"] > 100 and facts["steps"] == 2
+    assert facts["video"] == 0 and facts["batched"] == 2048, "TRL says 4096, the user 2048"
+    assert facts["longest"] + 48 <= facts["length"] < 256, "of 2048 that the model has"
+    assert json.loads(said["SEEDS"]) == [False, True], "another seed, other answers; the same, the same"
+    assert said["LEFT"] == "1", "four trainers one after the other, one engine"
+    assert said["ENDED"] == "0 False" and said["AGAIN"] == "1"
 
 
 def test_a_broken_sync_is_noticed(tmp_path):
@@ -390,7 +513,6 @@ def test_run_up_to_pairs(tmp_path):
             tmp_path / "run",
             "engine=vllm",
             "zero.trainer.use_vllm=true",
-            "zero.trainer.vllm_max_model_length=256",
         ],
         capture_output=True,
         text=True,
