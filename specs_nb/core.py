@@ -1110,8 +1110,17 @@ def worker_pool(
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
 
+    class Pool(ProcessPoolExecutor):
+        def submit(self, *args, **kw):
+            future = super().submit(*args, **kw)
+            # Python wakes its watching thread before it starts a process for the task: without another look
+            # the thread wouldn't know of that process, and never hear that it has died
+            with self._shutdown_lock:
+                self._executor_manager_thread_wakeup.wakeup()
+            return future
+
     try:
-        with ProcessPoolExecutor(workers, _Spawn(grace), _begin_worker, (then, args)) as pool:
+        with Pool(workers, _Spawn(grace), _begin_worker, (then, args)) as pool:
             yield pool
     except BrokenProcessPool:
         raise SpecsError(
