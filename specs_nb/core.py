@@ -420,6 +420,8 @@ def check(
         "distill.max_pairs": c.distill.max_pairs,
         "eval.n_samples": c.eval.n_samples,
         "workers": c.workers,
+        **{f"{s}.max_new_tokens": getattr(c, s).max_new_tokens for s in ("distill", "eval")},
+        **{f"{s}.batch_size": getattr(c, s).batch_size for s in ("distill", "eval")},
         **{f"{s}.lora_rank": getattr(c, s).lora_rank for s in ("zero", "coldstart", "final")},
     }.items():
         need(n > 0, f"{path} must be positive, not {n}")

@@ -607,26 +607,80 @@ def prompt_of(
     tokens: int = None,  # given
     image: int = None,  # given
 ) -> Prompt:  # given, or counted in some rows where data and processor are at hand, or assumed
-    "The longest of a run's first 64 prompts."
+    "The longest of a run's prompts: of 64 rows where they are at hand."
     if tokens:
         return Prompt(tokens, image or 0, "given")
+    if rows := _rows_at_hand(config):
+        return _counted(config, rows)
+    if not _sees(config):
+        return Prompt(256, 0, "assumed for text alone; --prompt-tokens says otherwise")
     if not config.data.drawn and config.data.shrink_to:  # 28 × 28 pixels are a token of Qwen2.5-VL
         most = config.data.shrink_to // 28**2
         return Prompt(most + 256, most, "one image of data.shrink_to pixels and 256 tokens of text")
-    if not config.data.drawn or not Path(resolve(config.model.path)).is_dir():
-        return Prompt()
+    return Prompt()
+
+
+def _sees(config):
+    "Whether a run's questions may have images, and its model reads them"
+    if config.data.images == "without":
+        return False
+    try:
+        return is_vlm(config_of_model(config.model.path))
+    except SpecsError:
+        return True  # not known
+
+
+def _rows_at_hand(config, n=64):
+    "Rows of a source on this disk with the longest questions; none if it can't be read"
+    from itertools import islice
     from specs_nb import world
+    from specs_nb.sources import Tally, open_source, parts, stream
+
+    data = config.data
+    if data.sources:
+        data = parts(data)[0][0]  # the first of several speaks for all
+    if data.drawn:
+        return world.rows("train", n, data.seed) if Path(resolve(config.model.path)).is_dir() else []
+    if not Path(data.path or data.source).exists():
+        return []
+    try:
+        source = open_source(data)
+        high = min(1.0, 100 * n / source.total) if source.total and not source.ordered else 1.0
+        found = stream(source, data, Tally(), high=high, limits=False)
+        rows = list(islice(found, n))
+        if not any(r["images"] for r in rows):  # texts are quickly read: look at more of them
+            rows += islice(found, 30 * n)
+    except (SpecsError, OSError):
+        return []  # the run itself says what is wrong
+    rows.sort(key=lambda r: len(r["question"]), reverse=True)
+    return [{**r, "images": [p.image for p in r["images"]]} for r in rows[:n]]
+
+
+def _counted(config, rows):
+    "Tokens of the longest prompt, by the model's own processor, or from lengths where that isn't on this machine"
     from specs_nb.formats import FORMATS
     from specs_nb.generate import encode
     from specs_nb.models import load_processor
 
-    processor, rows = load_processor(config.model.path), world.rows("train", 64, config.data.seed)
-    if not hasattr(processor, "image_processor"):
+    ask, chat = FORMATS[config.data.format].instruction, config.data
+    if not _sees(config):
         rows = [{**r, "images": []} for r in rows]
-    b = encode(processor, rows, [FORMATS[config.data.format].instruction] * 64)
-    ids, mark = b["input_ids"], load_config_of(config.model.path)
+    try:
+        processor = load_processor(
+            config.model.path, dict(system=chat.system, kwargs=chat.chat_template_kwargs)
+        )
+    except SpecsError:
+        most = max(sum(i.width * i.height for i in r["images"]) // 28**2 for r in rows)
+        text = max(len(f"{chat.system}{r['question']}{r['choices'] or ''}{ask}") for r in rows) // 3
+        return Prompt(
+            most + text + 32, most, f"from {len(rows)} rows: 3 characters a token, 28 × 28 pixels a token"
+        )
+    mark = getattr(load_config_of(config.model.path), "image_token_id", -1)
+    ids = [encode(processor, [r], [ask])["input_ids"] for r in rows]
     return Prompt(
-        ids.shape[1], int((ids == getattr(mark, "image_token_id", -1)).sum(1).max()), "counted in 64 rows"
+        max(one.shape[1] for one in ids),
+        max(int((one == mark).sum()) for one in ids),
+        f"counted in {len(rows)} rows",
     )
 
 # %% ../nbs/72_doctor.ipynb #aac7a087

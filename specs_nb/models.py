@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'LORA_TARGETS', 'resolve', 'is_vlm', 'load_config_of', 'is_adapter', 'base_of', 'model_class',
-           'load_processor', 'tokenizer_of', 'set_chat', 'chat_of', 'quiet_libraries', 'pick_attn', 'apply_liger',
-           'check_fit', 'load_model', 'random_model', 'lora_config', 'save_model', 'is_4bit', 'save_adapter',
-           'note_base', 'base_digest', 'load_adapter', 'dense_from_4bit', 'nf4_config', 'float32_adapter',
-           'merge_adapter', 'whole_model', 'load_to_train', 'rest_eyes', 'check_eyes', 'model_card', 'push',
-           'export_model']
+           'check_folder', 'load_processor', 'tokenizer_of', 'set_chat', 'chat_of', 'quiet_libraries', 'pick_attn',
+           'apply_liger', 'check_fit', 'load_model', 'random_model', 'lora_config', 'save_model', 'is_4bit',
+           'save_adapter', 'note_base', 'base_digest', 'load_adapter', 'dense_from_4bit', 'nf4_config',
+           'float32_adapter', 'merge_adapter', 'whole_model', 'load_to_train', 'rest_eyes', 'check_eyes', 'model_card',
+           'push', 'export_model']
 
 # %% ../nbs/30_models.ipynb #507e1bb6
 import hashlib, json, os, shutil
@@ -94,6 +94,92 @@ def model_class(
 def _line(e):
     return " ".join(str(e).split())[:200]
 
+# %% ../nbs/30_models.ipynb #22a901bc
+_OF_A_MODEL = (
+    "*config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "*token*map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "*.safetensors.index.json",
+)
+
+
+def check_folder(
+    path: str,  # `tiny`, a folder or a hub name
+):
+    "Raise `SpecsError` if a model's folder lacks files or holds half of one; what isn't a folder is left to transformers."
+    folder = Path(resolve(path))
+    if not folder.is_dir():
+        return
+    again = f"copy or download {path} again"
+    if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            base = (read_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
+            raise SpecsError(
+                f"{path} is an adapter alone, without the model it belongs to ({base}): merge the two with"
+                " PEFT (PeftModel.from_pretrained(base, adapter).merge_and_unload()), save model and"
+                " processor into one folder and set model.path to it"
+            )
+        raise SpecsError(f"{path} has no config.json, so it is no model's folder: {again}, or set model.path")
+    for file in sorted(p for name in _OF_A_MODEL for p in folder.glob(name)):
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise SpecsError(f"{file} is cut off or no JSON ({_line(e)}): {again}") from None
+        if file.name.endswith(".safetensors.index.json"):
+            lost = sorted({f for f in found.get("weight_map", {}).values() if not (folder / f).exists()})
+            if lost:
+                raise SpecsError(
+                    f"{path} lacks {len(lost)} of its files of weights, such as {lost[0]}: {again}"
+                )
+    _check_weights(folder, again)
+
+
+def _check_weights(folder, again):
+    "Headers of the weights' files say how long they must be"
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        try:
+            with open(file, "rb") as f:
+                n = int.from_bytes(f.read(8), "little")
+                header = json.loads(f.read(min(n, size)))
+            ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+            whole = size == 8 + n + max(ends, default=0)
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise SpecsError(f"{file} is cut off or damaged: {again}")
+
+
+def _check_template(processor, path):
+    "There is a chat template, and Jinja can read it"
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    tok = tokenizer_of(processor)
+    if not getattr(processor, "chat_template", None):
+        processor.chat_template = tok.chat_template
+    if not processor.chat_template:
+        raise SpecsError(
+            f"the tokenizer of {path} has no chat template: choose an instruction-tuned model, or put a"
+            " chat_template.jinja beside it"
+        )
+    if isinstance(processor.chat_template, str):
+        try:
+            render_jinja_template([[]], chat_template=processor.chat_template)
+        except TemplateError as e:
+            if type(e).__name__ == "TemplateSyntaxError":
+                raise SpecsError(f"the chat template of {path} is cut off or broken ({_line(e)})") from None
+        except Exception:
+            pass  # it wants a conversation
+    if not tok("a word")["input_ids"] or len(set(tok("one two three")["input_ids"])) < 2:
+        raise SpecsError(
+            f"the tokenizer of {path} makes no tokens of words: tokenizer.json (or the vocabulary) is missing"
+            " in the folder"
+        )
+
 # %% ../nbs/30_models.ipynb #a3054f5c
 def load_processor(
     path: str,  # `tiny`, a folder or a hub name
@@ -104,16 +190,13 @@ def load_processor(
     from transformers.processing_utils import ProcessorMixin
 
     path = _speaks(path)
+    check_folder(path)
     if not is_vlm(load_config_of(path)):
         try:
             tokenizer = AutoTokenizer.from_pretrained(resolve(path))
         except (OSError, ValueError) as e:
             raise SpecsError(f"no tokenizer can be loaded from {path} ({_line(e)})") from None
-        if not tokenizer.chat_template:
-            raise SpecsError(
-                f"the tokenizer of {path} has no chat template: choose an instruction-tuned model, or put a"
-                " chat_template.jinja beside it"
-            )
+        _check_template(tokenizer, path)
         tokenizer.padding_side = "left"
         return set_chat(tokenizer, chat)
     try:
@@ -132,6 +215,7 @@ def load_processor(
             f"{path} has a tokenizer and no processor: copy processor_config.json or preprocessor_config.json"
             " of the model into it"
         )
+    _check_template(processor, path)
     processor.tokenizer.padding_side = "left"
     return set_chat(processor, chat)
 
@@ -298,6 +382,7 @@ def load_model(
     import torch
 
     if is_adapter(path):
+        _check_weights(Path(path), f"copy or download {path} again")
         return _load_adapted(path, dtype=dtype, attn=attn, quantize=quantize, liger=liger, chat=chat)
     processor = load_processor(path, chat)
     quiet_libraries()
@@ -305,9 +390,14 @@ def load_model(
     if quantize:
         how["quantization_config"] = nf4_config(is_vlm(load_config_of(path)), dtype)
     try:
-        model = model_class(path).from_pretrained(resolve(path), **how)
+        model, info = model_class(path).from_pretrained(resolve(path), **how, output_loading_info=True)
     except (OSError, ValueError) as e:
         raise SpecsError(f"no model can be loaded from {path}: {_line(e)}") from None
+    if lost := sorted(info["missing_keys"]):
+        raise SpecsError(
+            f"{path}: {len(lost)} weights are in none of its files, such as {lost[0]}, and would be random"
+            " numbers: copy or download the model again"
+        )
     check_fit(model, processor, path)
     apply_liger(model, liger)
     if quantize:

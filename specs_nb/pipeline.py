@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'DO', 'EXAMPLES', 'HELP', 'inputs', 'keys', 'look_before', 'do_grpo', 'do_pairs', 'do_coldstart', 'do_eval',
-           'do_report', 'check_names', 'run_stages', 'run_stage', 'parser', 'config_of', 'parse', 'clean', 'main']
+           'do_report', 'check_values', 'check_names', 'run_stages', 'run_stage', 'parser', 'config_of', 'parse',
+           'clean', 'main']
 
 # %% ../nbs/80_pipeline.ipynb #15da276c
 import argparse, errno, os, shutil, sys
@@ -407,11 +408,69 @@ def do_report(
 # %% ../nbs/80_pipeline.ipynb #6e2acd7c
 DO = dict(zero=do_grpo, pairs=do_pairs, coldstart=do_coldstart, final=do_grpo, eval=do_eval, report=do_report)
 
+# %% ../nbs/80_pipeline.ipynb #57625153
+_POSITIVE = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_generations",
+    "steps_per_generation",
+    "max_completion_length",
+    "num_train_epochs",
+    "temperature",
+    "save_steps",
+    "beta",
+    "learning_rate",
+)
+
+
+def _number_of(text):
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def check_values(
+    cls,  # `GRPOConfig` or `DPOConfig`
+    values: dict,  # what stands under `trainer:`
+    where: str,  # path in the configuration, for messages
+    build: bool = True,  # let TRL check how values go together; False where several processes share them
+):
+    "Raise `SpecsError` for a value that TRL would refuse when its stage begins, or that makes no sense."
+    import typing
+    from specs_nb.grpo import trainer_config
+
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        kinds = set(typing.get_args(hints[key]) or [hints[key]])
+        number = _number_of(value) if isinstance(value, str) else value
+        if isinstance(value, str) and kinds <= {int, float, bool, type(None)}:
+            if number is None or kinds <= {bool, type(None)}:
+                wanted = "true or false" if bool in kinds else "a number"
+                raise SpecsError(f"{where}.{key} must be {wanted}, not {value!r}")
+        whole = int in kinds and not kinds & {float, bool, str}
+        if whole and isinstance(number, float) and not number.is_integer():
+            raise SpecsError(f"{where}.{key} must be a whole number, not {value!r}")
+        from_zero = key == "learning_rate" or key == "beta" and cls.__name__ == "GRPOConfig"
+        if (
+            key in _POSITIVE
+            and isinstance(number, (int, float))
+            and number <= 0
+            and not (from_zero and number == 0)
+        ):
+            raise SpecsError(
+                f"{where}.{key} must be {'0 or more' if from_zero else 'positive'}, not {value!r}"
+            )
+    if build and not {"deepspeed", "fsdp", "parallelism_config"} & set(values):
+        rest = {k: v for k, v in values.items() if k not in ("bf16", "fp16", "tf32", "report_to", "use_cpu")}
+        trainer_config(cls, rest, where, output_dir="unused", use_cpu=True, bf16=False)
+
 # %% ../nbs/80_pipeline.ipynb #1238a33a
 def check_names(
     config: Config,  # of the run
+    build: bool = True,  # let TRL check how values go together; False where several processes share them
 ):
-    "Raise `SpecsError` for names that TRL or this package doesn't know."
+    "Raise `SpecsError` for names that TRL or this package doesn't know, and for values of any stage that TRL refuses."
     from specs_nb.generate import need_vllm
 
     if config.engine == "vllm" or any(getattr(config, s).trainer.get("use_vllm") for s in ("zero", "final")):
@@ -432,10 +491,12 @@ def check_names(
                 f"{name}.trainer.chat_template_kwargs would hold in this stage alone: set"
                 " data.chat_template_kwargs, which holds wherever the model is asked"
             )
+        check_values(GRPOConfig, getattr(config, name).trainer, f"{name}.trainer", build)
         resolve_rewards(getattr(config, name).rewards)
         if _asks_judge(getattr(config, name)) and not config.judge.models:
             raise SpecsError(f"{name}.rewards asks a judge, and judge.models names none")
     check_trainer_keys(DPOConfig, config.coldstart.trainer, "coldstart.trainer")
+    check_values(DPOConfig, config.coldstart.trainer, "coldstart.trainer", build)
     for f in (config.data.format, *config.data.ood_formats):
         _format(config, f)
     if not config.distill.corruptions:
@@ -472,7 +533,7 @@ def run_stages(
             continue
         print(f"{name:10} {what[name]}", flush=True)
         if not ready:
-            _prepare(run.config)
+            _prepare(run.config, build=not launcher)
         if not ready and launcher:
             _train_rows(run)  # written once, before several processes read them
         ready = True
@@ -562,12 +623,12 @@ def _release():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _prepare(config):
+def _prepare(config, build=True):
     import torch
     from specs_nb.models import quiet_libraries
 
     quiet_libraries()
-    check_names(config)
+    check_names(config, build)
     if config.threads:
         torch.set_num_threads(config.threads)
 

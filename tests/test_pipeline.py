@@ -273,3 +273,20 @@ def test_help_shows_examples(capsys):
     assert (
         e.value.code == 0 and "examples:" in (out := capsys.readouterr().out) and "specs run -c smoke" in out
     )
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("final.trainer.num_generations=3", "divisible by num_generations"),
+        ("final.trainer.learning_rate=abc", "final.trainer.learning_rate must be a number"),
+        ("coldstart.trainer.num_train_epochs=0", "num_train_epochs must be positive"),
+        ("eval.max_new_tokens=0", "eval.max_new_tokens must be positive"),
+        ("distill.batch_size=0", "distill.batch_size must be positive"),
+    ],
+)
+def test_values_of_late_stages_are_checked_before_anything_is_trained(tmp_path, capsys, word, said):
+    from specs_nb.pipeline import main
+
+    assert main(["zero", "-c", "smoke", "--run-dir", str(tmp_path / "run"), word]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "run/zero").exists()
