@@ -12,9 +12,10 @@ from pathlib import Path
 from .core import Interrupted, Progress, SpecsError, nearest, read_json, stop_asked, write_json
 from .data import grpo_dataset
 from .fast import fast_trainer
+from .generate import context_of
 from .models import check_eyes, float32_adapter, load_to_train, model_class, rest_eyes, tokenizer_of
 from .monitor import monitor
-from .prompts import once_trainer
+from .prompts import drop_long, once_trainer
 from .ranks import is_main, save_trained, stop_agreed
 from .rewards import REWARDS, load_reward
 from .track import hush_trackio, samples
@@ -295,6 +296,7 @@ def grpo_trainer(
     )
     model, processor, adapter = load_to_train(start, config, **load)
     check_eyes(model, rows, start)
+    dataset = _fitting(grpo_dataset(rows, format.instruction, format.name), model, processor, args, stage)
     # TRL pads prompts on the left, and asks the processor for the places of image tokens
     tokenizer_of(processor).padding_side = "left"
     with beside_vllm(args, model, vllm):
@@ -303,7 +305,7 @@ def grpo_trainer(
             model,
             funcs,
             args,
-            grpo_dataset(rows, format.instruction, format.name),
+            dataset,
             processing_class=processor,
             peft_config=adapter,
         )
@@ -312,6 +314,20 @@ def grpo_trainer(
     watch_vllm(trainer, rows, format.instruction, vllm)
     quiet(trainer)
     return trainer
+
+
+def _fitting(dataset, model, processor, args, stage):
+    "The rows whose prompt and completion fit into the model's context, and into vLLM's"
+    limits = [context_of(model), args.vllm_max_model_length if args.use_vllm else None]
+    return drop_long(
+        dataset,
+        processor,
+        min((n for n in limits if n), default=None),
+        args.max_completion_length,
+        stage,
+        say=print if is_main() else (lambda text: None),
+        **(args.chat_template_kwargs or {}),
+    )
 
 # %% ../nbs/40_grpo.ipynb #1843e090
 def resume_point(
@@ -366,7 +382,7 @@ def train_grpo(
     trainer = grpo_trainer(start, rows, out, config, format, seed, stage, **load)
     shown = ("reward", "frac_reward_zero_std", "completions/mean_length")
     trainer.add_callback(watcher(stage, trainer.args.max_steps, Path(out) / "history.json", shown, tick))
-    trainer.add_callback(monitor(stage, Path(out)))
+    trainer.add_callback(monitor(stage, Path(out), trainer=trainer))
     trainer.add_callback(samples(trainer, Path(out), look_every))
     go_on(trainer)
     go_on_later(stage, trainer)
