@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'dpo_loss', 'hybrid_loss', 'norm_loss', 'token_kl', 'reference_once', 'share_images', 'answers_only',
-           'add_kl', 'coldstart_trainer', 'train_coldstart']
+           'add_kl', 'fitting_pairs', 'coldstart_trainer', 'train_coldstart']
 
 # %% ../nbs/60_coldstart.ipynb #60055258
 import math
@@ -278,6 +278,20 @@ def _mean_kl(models, hidden, mask, size=512):
     total = sum(checkpoint(piece, a, b, use_reentrant=False) for a, b in zip(h.split(size), r.split(size)))
     return total / answer.sum()
 
+# %% ../nbs/60_coldstart.ipynb #f3b2d515
+from .generate import context_of
+from .prompts import drop_long
+
+
+def fitting_pairs(
+    pairs,  # a `datasets.Dataset` with prompt, images, chosen, rejected
+    model,  # of transformers
+    processor,  # its processor or tokenizer
+):  # a `datasets.Dataset`
+    "The pairs that the model can read whole; raises `SpecsError` if there is none."
+    say = print if is_main() else (lambda text: None)
+    return drop_long(pairs, processor, context_of(model), 0, "coldstart", ("chosen", "rejected"), say)
+
 # %% ../nbs/60_coldstart.ipynb #5f4104a6
 def coldstart_trainer(
     start: str,  # the base: `tiny`, a folder or a hub name
@@ -305,6 +319,7 @@ def coldstart_trainer(
     )
     set_seed(seed)  # before LoRA draws its weights
     model, processor, adapter = load_to_train(start, config, **load)
+    pairs = fitting_pairs(pairs, model, processor)
     # TRL refuses the column for a text model
     keep = ["prompt", "chosen", "rejected"] + (["images"] if is_vlm(model.config) else [])
     # TRL reads what a chat template is given from a column

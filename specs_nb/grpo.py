@@ -12,6 +12,7 @@ from pathlib import Path
 from .core import Interrupted, Progress, SpecsError, nearest, read_json, stop_asked, write_json
 from .data import grpo_dataset
 from .fast import fast_trainer
+from .generate import context_of
 from specs_nb.models import (
     base_of,
     chat_of,
@@ -25,7 +26,7 @@ from specs_nb.models import (
     tokenizer_of,
 )
 from .monitor import monitor
-from .prompts import once_trainer
+from .prompts import drop_long, once_trainer
 from .ranks import is_main, need_one_gpu, save_trained, stop_agreed
 from .rewards import REWARDS, load_reward
 from .track import hush_trackio, samples
@@ -316,13 +317,15 @@ def grpo_trainer(
     chat = chat_of(processor)
     if chat["kwargs"]:
         args.chat_template_kwargs = chat["kwargs"]
+    dataset = grpo_dataset(rows, format.instruction, format.name, chat["system"])
+    dataset = _fitting(dataset, model, processor, args, stage)
     with beside_vllm(args, model, vllm, lambda: longest_prompt(rows, processor, format.instruction)):
         cls = opinion_trainer(once_trainer(fast_trainer(GRPOTrainer) if config.fast else GRPOTrainer))
         trainer = cls(
             model,
             funcs,
             args,
-            grpo_dataset(rows, format.instruction, format.name, chat["system"]),
+            dataset,
             processing_class=processor,
             peft_config=adapter,
         )
@@ -331,6 +334,20 @@ def grpo_trainer(
     watch_vllm(trainer, rows, format.instruction, vllm)
     quiet(trainer)
     return trainer
+
+
+def _fitting(dataset, model, processor, args, stage):
+    "The rows whose prompt and completion fit into the model's context, and into vLLM's"
+    limits = [context_of(model), args.vllm_max_model_length if args.use_vllm else None]
+    return drop_long(
+        dataset,
+        processor,
+        min((n for n in limits if n), default=None),
+        args.max_completion_length,
+        stage,
+        say=print if is_main() else (lambda text: None),
+        **(args.chat_template_kwargs or {}),
+    )
 
 # %% ../nbs/40_grpo.ipynb #1843e090
 def resume_point(
@@ -386,7 +403,7 @@ def train_grpo(
     trainer = grpo_trainer(start, rows, out, config, format, seed, stage, **load)
     shown = ("reward", "frac_reward_zero_std", "completions/mean_length")
     trainer.add_callback(watcher(stage, trainer.args.max_steps, Path(out) / "history.json", shown, tick))
-    trainer.add_callback(monitor(stage, Path(out)))
+    trainer.add_callback(monitor(stage, Path(out), trainer=trainer))
     trainer.add_callback(samples(trainer, Path(out), look_every))
     go_on(trainer)
     go_on_later(stage, trainer)

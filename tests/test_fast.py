@@ -186,6 +186,27 @@ def test_each_picture_is_read_once_a_step(quick, tmp_path, monkeypatch):
     }
     t = grpo_trainer("tiny", rows(8), tmp_path, GRPOStage(steps=1, fast=quick, trainer=how), FMT)
     seen = []
+    decoded.clear()  # prompts were counted
     t.reward_funcs[0] = lambda completions, images, **kw: seen.extend(images) or [0.0] * len(completions)
     t.train()
     assert len(seen) == 8 and len({id(p) for (p,) in seen}) == 2 == len(decoded)
+
+
+def test_a_prompt_beyond_the_context_is_left_out(tmp_path, capsys):
+    "Alone it would train on positions the model doesn't know; the same one is left out at each start"
+    long = {**world.rows("train", 9)[8], "id": "a long one", "question": "How many? " * 3000}
+    for _ in range(2):
+        t = grpo_trainer("tiny", [long, *rows(8)], tmp_path, GRPOStage(steps=1, trainer=HOW), FMT)
+        assert len(t.train_dataset) == 8 and "a long one" not in t.table.dataset["id"]
+        assert "1 of 9 prompts are longer than the 2036 tokens" in capsys.readouterr().out
+
+
+def test_a_pair_beyond_the_context_is_left_out(capsys):
+    from datasets import Dataset
+    from specs_nb.coldstart import fitting_pairs
+
+    says = lambda n: [{"role": "assistant", "content": "red " * n}]
+    ask = [{"role": "user", "content": "Which?"}]
+    pairs = [dict(prompt=ask, images=[], chosen=says(2), rejected=says(n)) for n in (3, 4000)]
+    assert len(fitting_pairs(Dataset.from_list(pairs), *load_model("tiny"))) == 1
+    assert "coldstart: 1 of 2 pairs are longer" in capsys.readouterr().out
