@@ -137,11 +137,11 @@ def _image_sizes(rows):
     "Height and width of each picture, row by row"
     if hasattr(rows, "dataset"):  # `data.Rows`: a look at each file's head
         import io
-        from datasets import Image, List
-        from PIL import Image as Pictures
+        from PIL import Image
 
-        for row in rows.dataset.select_columns(["images"]).cast_column("images", List(Image(decode=False))):
-            yield [Pictures.open(io.BytesIO(i["bytes"])).size[::-1] for i in row["images"]]
+        for some in rows.dataset.select_columns(["images"]).with_format("arrow").iter(64):
+            for files in some["images"].to_pylist():
+                yield [Image.open(io.BytesIO(f["bytes"])).size[::-1] for f in files]
     else:
         for row in rows:
             yield [i.size[::-1] for i in row["images"]]
