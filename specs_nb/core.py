@@ -56,6 +56,10 @@ class DataConfig:
     decontaminate: list = field(default_factory=list)
     # what resembling means: either is enough
     decontaminate_by: list = field(default_factory=lambda: ["image", "question"])
+    # a grader of your own, `module:function` of (prediction, row); empty: by the rules
+    grader: str = ""
+    # coordinates of boxes that are asked for: `pixels` of the picture, or `thousand`ths of its sides
+    boxes: str = "pixels"
     format: str = "think_answer"  # the response format that is trained, see `formats.FORMATS`
     # formats of the OOD test
     ood_formats: list = field(default_factory=lambda: ["reason_final", "boxed", "answer_line", "json"])
@@ -332,6 +336,14 @@ def check(
         f"data.pass_rate_samples must be 0 (the set's own rates) or more, not {c.data.pass_rate_samples}",
     )
     need(c.data.max_pixels > 0, f"data.max_pixels must be positive, not {c.data.max_pixels}")
+    need(
+        c.data.boxes in ("pixels", "thousand"),
+        f"data.boxes must be pixels or thousand, not {c.data.boxes!r}",
+    )
+    need(
+        not c.data.grader or ":" in c.data.grader,
+        f"data.grader must be module:function of your own, not {c.data.grader!r}",
+    )
     need(
         c.data.shrink_to >= 0,
         "data.shrink_to must be a number of pixels, or 0 to leave images as they are, not"

@@ -214,6 +214,7 @@ def features():  # a `datasets.Features`
         "choices": List(Value("string")),
         "digests": List(Value("string")),
         "rate": Value("float32"),
+        "grading": Value("string"),  # how the row is graded, as JSON, see `grading.grade_row`
     })
 
 
@@ -293,7 +294,8 @@ class Rows(Sequence):
         if isinstance(i, slice):
             return Rows(self.path, self.index[i])
         row = self.all[self.index[i]]
-        return {k: row[k] for k in ("id", "question", "images", "answer", "kind", "choices", "source")}
+        own = ("grading",) if row.get("grading") else ()
+        return {k: row[k] for k in ("id", "question", "images", "answer", "kind", "choices", "source", *own)}
 
 # %% ../nbs/11_data.ipynb #8fc1adbc
 _LABELS = [
@@ -382,8 +384,10 @@ def grpo_dataset(
         "images": List(Image()),
         "format": Value("string"),
         "choices": List(Value("string")),
-        **{k: Value("string") for k in ("id", "question", "answer", "kind", "source")},
+        **{k: Value("string") for k in ("id", "question", "answer", "kind", "source", "grading")},
     })
+    own = {"format": format}
     return Dataset.from_list(
-        [{**r, "prompt": conversation(r, instruction), "format": format} for r in rows], features=features
+        [{"grading": None, **r, "prompt": conversation(r, instruction), **own} for r in rows],
+        features=features,
     )

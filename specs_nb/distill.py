@@ -16,7 +16,7 @@ from .core import SpecsError, atomic, derive_seed, read_json
 from .data import conversation
 from .formats import CORRUPTIONS, FORMATS, announced, find_answer, strip_tags
 from .generate import Job, Sampling, answer_all
-from .grading import consistent, grade
+from .grading import consistent, grade, grade_row, is_right
 from .judge import JUDGED_KINDS, calibrate, calibration_table, in_bulk
 
 # %% ../nbs/50_distill.ipynb #1a4cad7a
@@ -55,7 +55,7 @@ def judge(
         parts = mend(text)
     if not parts:
         return "unreadable", None
-    right = grade(parts[1], row["answer"], row["kind"], row["choices"])
+    right = is_right(grade_row(parts[1], row))
     if right is None and ask and row["kind"] in JUDGED_KINDS:
         right = ask("answer", question=row["question"], gold=row["answer"], prediction=parts[1])
     if right is None:
@@ -124,7 +124,7 @@ def pair_up(
         fmt = asked[place] if asked[place].parse(asked[place].render(*chosen[i][k])) else format
         how, bad = _spoil(rejected[i][k], fmt, format, corruptions[turn % len(corruptions)], differ)
         yield {
-            **rows[i],
+            **{k: v for k, v in rows[i].items() if k != "grading"},
             "prompt": conversation(rows[i], fmt.instruction),
             "chosen": _says(fmt.render(*chosen[i][k])),
             "rejected": _says(bad),
@@ -238,7 +238,7 @@ def judged_cases(
         cases.append((
             "answer",
             dict(question=r["question"], gold=r["answer"], prediction=answer),
-            grade(answer, r["answer"], r["kind"], r["choices"]),
+            is_right(grade_row(answer, r)),
         ))
         cases.append((
             "consistency",
