@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'IMAGE_FORMATS', 'FILES', 'Picture', 'to_png', 'decode', 'shrink', 'load_image', 'unique_ids',
            'plain_choices', 'read_row', 'load_rows', 'pixel_digest', 'row_key', 'without', 'features', 'write_rows',
-           'Rows', 'find_choices', 'prompt_text', 'conversation', 'check_images', 'grpo_dataset']
+           'Rows', 'find_choices', 'prompt_text', 'conversation', 'check_images']
 
 # %% ../nbs/11_data.ipynb #ad5f4cfe
 import io, json, re
@@ -245,6 +245,7 @@ def features():  # a `datasets.Features`
         "choices": List(Value("string")),
         "digests": List(Value("string")),
         "rate": Value("float32"),
+        "grading": Value("string"),  # how the row is graded, as JSON, see `grading.grade_row`
     })
 
 
@@ -324,7 +325,8 @@ class Rows(Sequence):
         if isinstance(i, slice):
             return Rows(self.path, self.index[i])
         row = self.all[self.index[i]]
-        return {k: row[k] for k in ("id", "question", "images", "answer", "kind", "choices", "source")}
+        own = ("grading",) if row.get("grading") else ()
+        return {k: row[k] for k in ("id", "question", "images", "answer", "kind", "choices", "source", *own)}
 
 # %% ../nbs/11_data.ipynb #8fc1adbc
 _LABELS = [
@@ -416,9 +418,17 @@ def grpo_dataset(
         "images": List(Image()),
         "format": Value("string"),
         "choices": List(Value("string")),
-        **{k: Value("string") for k in ("id", "question", "answer", "kind", "source")},
+        **{k: Value("string") for k in ("id", "question", "answer", "kind", "source", "grading")},
     })
+    own = {"format": format}
     return Dataset.from_list(
+<<<<<<< /tmp/tmpdwg13cev/o
         [{**r, "prompt": conversation(r, instruction, system), "format": format} for r in rows],
         features=features,
+||||||| /tmp/tmpdwg13cev/b
+        [{**r, "prompt": conversation(r, instruction), "format": format} for r in rows], features=features
+=======
+        [{"grading": None, **r, "prompt": conversation(r, instruction), **own} for r in rows],
+        features=features,
+>>>>>>> /tmp/tmpdwg13cev/y
     )

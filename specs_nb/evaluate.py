@@ -8,18 +8,24 @@ __all__ = ['SHARES', 'pass_at_k', 'bootstrap', 'resample', 'ends_of', 'splits', 
            'question_values', 'checkpoints', 'evaluate_checkpoints']
 
 # %% ../nbs/70_evaluate.ipynb #92ebe0f5
+<<<<<<< /tmp/tmpi1kos9il/o
 import math
+||||||| /tmp/tmpi1kos9il/b
+import math, random
+=======
+import json, math, random
+>>>>>>> /tmp/tmpi1kos9il/y
 from array import array
 from collections import Counter
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from .data import Rows
-from .core import SpecsError, atomic, read_json, write_json
-from .formats import FORMATS, find_answer
-from .generate import Job, Sampling, answer_all
-from .grading import grade, plain_words
-from .judge import JUDGED_KINDS, in_bulk
+from specs_nb.data import Rows
+from specs_nb.core import SpecsError, atomic, read_json, write_json
+from specs_nb.formats import FORMATS, find_answer
+from specs_nb.generate import Job, Sampling, answer_all
+from specs_nb.grading import audit, grade_row, is_right, plain_words
+from specs_nb.judge import JUDGED_KINDS, in_bulk
 
 # %% ../nbs/70_evaluate.ipynb #651b4aa9
 def pass_at_k(
@@ -117,7 +123,7 @@ def score(
     if text is None:
         return dict(format=None, accuracy=None, strict=None)
     parts, answer = FORMATS[format].parse(text), answer_in(text, format)
-    right = grade(answer, row["answer"], row["kind"], row["choices"]) if answer else False
+    right = grade_row(answer, row) if answer else False
     if right is None and ask and row["kind"] in JUDGED_KINDS:
         right = ask("answer", question=row["question"], gold=row["answer"], prediction=answer)
     return {"format": parts is not None, "accuracy": right, "strict": right if parts else False}
@@ -166,7 +172,7 @@ def variety(
         distinct=len(said),
         entropy=bits,
         distinct_right=(
-            len({" ".join(s["text"].split()) for s in graded if s["accuracy"]}) if graded else None
+            len({" ".join(s["text"].split()) for s in graded if is_right(s["accuracy"])}) if graded else None
         ),
     )
 
@@ -202,7 +208,7 @@ def question_value(
         return sum(v) / len(v) if v else None
 
     known = [s["accuracy"] for s in one if s["accuracy"] is not None]
-    n, right = len(known), sum(known)
+    n, right = len(known), sum(map(is_right, known))
     out = {key: mean(key) for key in ("format", "accuracy", "strict", "words")}
     out["passk"] = pass_at_k(n, right, n) if known else None
     out |= {f"pass@{k}": pass_at_k(n, right, k) if n >= k else None for k in powers(len(one))}
@@ -328,7 +334,7 @@ def _about(row):
 # %% ../nbs/70_evaluate.ipynb #f4ae05d3
 def _score_all(jobs, tests, answers, path, most, ask):
     "Model → split → metric → mean, lo, hi, n; the answers go to a file"
-    metrics = {}
+    metrics, looked = {}, {}
     with _answers_file(path) as write:
         for (m, s, greedy), job in jobs.items():
             values, count = Values(), token_counter(job.model)
@@ -347,10 +353,24 @@ def _score_all(jobs, tests, answers, path, most, ask):
                 for one in scored:
                     values.add(question_value(one))
                 write([
+<<<<<<< /tmp/tmp5tkgctmj/o
                     dict(model=m, split=s, id=r["id"], asked=f, greedy=greedy, sample=k, **a, **_about(r))
+||||||| /tmp/tmp5tkgctmj/b
+                    dict(model=m, split=s, id=r["id"], asked=f, greedy=greedy, sample=k, **a)
+=======
+                    {
+                        **dict(model=m, split=s, id=r["id"], asked=f, greedy=greedy, sample=k, **a),
+                        **{key: is_right(a[key]) for key in ("accuracy", "strict")},
+                    }
+>>>>>>> /tmp/tmp5tkgctmj/y
                     for (r, f, *_), one in zip(block, scored)
                     for k, a in enumerate(one)
                 ])
+                for (r, *_), one in zip(block, scored):
+                    if len(looked) < 5000:
+                        looked |= {
+                            (a["answer"], r["answer"]): (r, dict(model=m, split=s, id=r["id"])) for a in one
+                        }
             mine = metrics.setdefault(m, {}).setdefault(s, {})
             mine |= (
                 {
@@ -360,7 +380,18 @@ def _score_all(jobs, tests, answers, path, most, ask):
                 if greedy
                 else values.summary()
             )
+    _write_audit(path.with_name("audit.jsonl"), looked)
     return metrics
+
+
+def _write_audit(path, looked):
+    "The answers on which the rules and Math-Verify differ, for a person to read; no file if there are none"
+    differ = audit((said, r, more) for (said, _), (r, more) in looked.items())
+    path.unlink(missing_ok=True)
+    if differ:
+        lines = "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in differ)
+        with atomic(path) as part:
+            Path(part).write_text(lines, encoding="utf-8")
 
 
 def _measure_all(block, count, most, ask):

@@ -10,9 +10,17 @@ __all__ = ['overlong_reward', 'repetition_reward', 'REWARDS', 'text_of', 'column
 # %% ../nbs/22_rewards.ipynb #8a67002b
 import importlib, inspect
 from dataclasses import dataclass
-from .core import SpecsError, nearest
-from .formats import FORMATS, boxed
-from .grading import consistent, grade
+from specs_nb.core import SpecsError, nearest
+<<<<<<< /tmp/tmpxeqzka3z/o
+from specs_nb.formats import FORMATS, boxed
+from specs_nb.grading import consistent, grade
+||||||| /tmp/tmpxeqzka3z/b
+from specs_nb.formats import FORMATS
+from specs_nb.grading import consistent, grade
+=======
+from specs_nb.formats import FORMATS
+from specs_nb.grading import consistent, grade_row
+>>>>>>> /tmp/tmpxeqzka3z/y
 
 # %% ../nbs/22_rewards.ipynb #010faa7d
 def text_of(
@@ -108,29 +116,26 @@ def accuracy_reward(
     format="think_answer",  # a key of `FORMATS`, or one for each completion
     choices=None,  # lists of choices, or None
     log_metric=None,  # TRL's
-    **kw,  # other columns
-) -> list:  # 1.0, 0.0 or None for each completion
-    "One point for the right answer in the right place; `None` where grading has no opinion."
+    **kw,  # other columns, `grading` among them: see `grading.grade_row`
+) -> list:  # 0.0 to 1.0, or None, for each completion
+    "One point for the right answer in the right place, a part of it where grading is dense; `None` for no opinion."
     n = len(completions)
-    choices = [None] * n if choices is None else column(choices, n, "choices")
-    rows = zip(
-        completions,
-        column(answer, n, "answer"),
-        column(kind, n, "kind"),
-        column(format, n, "format"),
-        choices,
-    )
-    return logged(
-        [_accuracy(text_of(c), a, k, _format(f), ch) for c, a, k, f, ch in rows],
-        "accuracy_reward",
-        log_metric,
-    )
+    own = {k: v for k, v in kw.items() if isinstance(v, list) and len(v) == n}
+    own |= dict(answer=column(answer, n, "answer"), kind=column(kind, n, "kind"))
+    own["choices"] = [None] * n if choices is None else column(choices, n, "choices")
+    out = []
+    for i, (c, f) in enumerate(zip(completions, column(format, n, "format"))):
+        parts = _format(f).parse(text_of(c))
+        row = {k: v[i] for k, v in own.items()}
+        # an answer outside of the format is no answer
+        said = grade_row(parts[1], row, dense=True) if parts else _nothing(row)
+        out.append(None if said is None else float(said))
+    return logged(out, "accuracy_reward", log_metric)
 
 
-def _accuracy(text, answer, kind, fmt, choices):
-    parts = fmt.parse(text)
-    said = grade(parts[1] if parts else "", answer, kind, choices)
-    return None if said is None else float(said)
+def _nothing(row):
+    "What no answer is worth: nothing, or no opinion where the gold answer can't be read"
+    return grade_row("", dict(row, grading=None))
 
 # %% ../nbs/22_rewards.ipynb #8ee48390
 def consistency_reward(

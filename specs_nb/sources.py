@@ -6,9 +6,10 @@
 __all__ = ['MAX_CHARS', 'SPECIAL', 'MAX_BYTES', 'TURNS', 'ASKERS', 'ANSWERERS', 'OURS', 'SCHEMAS', 'FREE', 'NAMED', 'NEAR_BITS',
            'NEAR_SHADES', 'THUMB', 'HINTS', 'Drop', 'Unwanted', 'Tally', 'tidy_question', 'unbox', 'infer',
            'check_gold', 'image_bytes', 'pictures', 'draft_virl39k', 'draft_orsta', 'draft_mathvista', 'draft_mapped',
-           'finish', 'count_rows', 'in_lines', 'raw_rows', 'unpack', 'data_files', 'is_test', 'schema_of', 'lot',
-           'Source', 'open_source', 'fingerprint_of', 'alike', 'stem', 'options', 'benchmark_rows', 'Guard',
-           'none_left', 'stream', 'digest', 'part', 'prepare', 'shares', 'load_rows', 'pass_rates', 'keep_within']
+           'finish', 'grading_of', 'place_boxes', 'count_rows', 'in_lines', 'raw_rows', 'unpack', 'data_files',
+           'is_test', 'schema_of', 'lot', 'Source', 'open_source', 'fingerprint_of', 'alike', 'stem', 'options',
+           'benchmark_rows', 'Guard', 'none_left', 'stream', 'digest', 'part', 'prepare', 'shares', 'pass_rates',
+           'keep_within']
 
 # %% ../nbs/24_sources.ipynb #2736c51d
 import ast, hashlib, json, random, re, time
@@ -49,10 +50,12 @@ from specs_nb.grading import (
     clean,
     explain_grade,
     grade,
+    grade_row,
     kind_of,
     read_boxes,
     read_letters,
     read_number,
+    scale_boxes,
     unwrap,
 )
 
@@ -383,9 +386,7 @@ def draft_orsta(
 
 
 def _detection(out, gold):
-    where = (
-        "scaled to 1000" if (gold.get("verifier_parm") or {}).get("det_verifier_normalized") else "in pixels"
-    )
+    boxes_in = "thousand" if (gold.get("verifier_parm") or {}).get("det_verifier_normalized") else "pixels"
     question = re.split(r"(?:(?<=\n)|(?<=[.?!] ))[^\n.?!]*<think>", out["question"])[0].strip()
     text = re.sub(r"</?answer>", "", out["answer"]).strip()
     try:
@@ -395,11 +396,9 @@ def _detection(out, gold):
     if not read_boxes(boxes):
         raise Drop("its boxes can't be read", text[:80])
     return dict(
-        question=(
-            f'{question}\nAnswer with a JSON list of {{"bbox_2d": [x1, y1, x2, y2], "label": "name"}},'
-            f" coordinates {where}."
-        ),
+        question=f'{question}\nAnswer with a JSON list of {{"bbox_2d": [x1, y1, x2, y2], "label": "name"}}.',
         answer=boxes,
+        boxes=boxes_in,
     )
 
 # %% ../nbs/24_sources.ipynb #3c402c9d
@@ -463,6 +462,8 @@ def draft_mapped(
         kind=get("kind"),
         source=get("source") or d.get("data_source"),
         rate=rate if rate is not None and 0 <= rate <= 1 else None,
+        tol=get("tol"),
+        precision=get("precision"),
     )
 
 
@@ -584,17 +585,65 @@ def finish(
         answer, kind, choices = infer(question, answer, choices, draft.get("as_text", False))
     if limits and data.pass_rate and not data.pass_rate_samples:
         _within(draft["rate"], data.pass_rate)
-    check_gold(answer, kind, choices)
-    return dict(
+    if not data.grader:
+        check_gold(answer, kind, choices)
+    shown = pictures(images, folder, data.max_pixels)
+    smaller = [shrink(p, data.shrink_to) for p in shown]
+    if kind == "box":
+        answer, question = place_boxes(answer, question, draft.get("boxes"), data.boxes, shown, smaller)
+    row = dict(
         id=str(where if draft["id"] in (None, "") else draft["id"]),
         question=question,
-        images=pictures(images, folder, data.max_pixels, data.shrink_to),
+        images=smaller,
         answer=answer,
         kind=kind,
         choices=choices,
         source=str(draft.get("source") or folder.name),
         rate=draft["rate"],
     )
+    how = grading_of(draft, data)
+    return dict(row, grading=how) if how else row
+
+
+def grading_of(
+    draft: dict,  # may have `tol` and `precision`
+    data: DataConfig,  # grader
+) -> str:  # JSON for the column `grading`, or None
+    "How a row is graded, where that is not by the rules alone; raises `Drop` for a tolerance that is no number."
+    how = {}
+    for key, make in (("tol", float), ("precision", int)):
+        value = draft.get(key)
+        if value is None or value == "" or value != value:
+            continue
+        try:
+            how[key] = make(float(value))
+        except (TypeError, ValueError):
+            raise Drop(f"its {key} is no number", repr(value)[:80]) from None
+    if data.grader:
+        how["grader"] = data.grader
+    return json.dumps(how) if how else None
+
+
+def place_boxes(
+    answer: str,  # gold boxes
+    question: str,  # tidy
+    given: str,  # the gold's coordinates, `pixels` or `thousand`; None: as they are asked for
+    asked: str,  # `data.boxes`
+    before: list,  # `data.Picture`s as they came
+    after: list,  # the same, made smaller
+) -> tuple:  # (answer, question)
+    "Gold boxes in the coordinates that are asked for, of the picture as the model sees it."
+    if given:
+        where = "in pixels" if asked == "pixels" else "scaled to 1000"
+        question = f"{question.rstrip('.')}, coordinates {where}."
+    if len(after) != 1:
+        return answer, question
+    (w, h), (w2, h2) = before[0].image.size, after[0].image.size
+    if (given or asked) == "thousand":
+        x, y = (w2 / 1000, h2 / 1000) if asked == "pixels" else (1, 1)
+    else:
+        x, y = (w2 / w, h2 / h) if asked == "pixels" else (1000 / w, 1000 / h)
+    return (answer if x == y == 1 else scale_boxes(answer, x, y)), question
 
 
 def _within(rate, limits):
@@ -1773,8 +1822,18 @@ def load_rows(
         raise SpecsError(
             f"data.{idle[0]} says nothing about the world, which is drawn: take it out, or set data.source"
         )
+<<<<<<< /tmp/tmpqlhaxh8e/o
     if data.drawn:
         return rows_of.load_rows("world", split, data.n_train if split == "train" else data.n_test, data.seed)
+||||||| /tmp/tmpqlhaxh8e/b
+    if data.source == "world":
+        return rows_of.load_rows("world", split, data.n_train if split == "train" else data.n_test, data.seed)
+=======
+    if data.source == "world":
+        n = data.n_train if split == "train" else data.n_test
+        drawn, how = rows_of.load_rows("world", split, n, data.seed), grading_of({}, data)
+        return [dict(r, grading=how) for r in drawn] if how else drawn
+>>>>>>> /tmp/tmpqlhaxh8e/y
     prepare(data, out)
     path = Path(out) / f"{split}.arrow"
     return Rows(path) if path.exists() else []
@@ -1788,10 +1847,7 @@ def pass_rates(
     out = []
     for row, some in zip(rows, texts, strict=True):
         verdicts = [
-            v
-            for t in some
-            if t is not None
-            and (v := grade(find_answer(t) or "", row["answer"], row["kind"], row["choices"])) is not None
+            v for t in some if t is not None and (v := grade_row(find_answer(t) or "", row)) is not None
         ]
         out.append(sum(verdicts) / len(verdicts) if verdicts else None)
     return out

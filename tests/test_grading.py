@@ -387,3 +387,87 @@ def test_consistency(text, answer, kind, choices, want):
 )
 def test_kinds_are_guessed(gold, kind):
     assert kind_of(gold) == kind
+
+
+# ---- a grader of one's own, and a row's own tolerance
+
+
+def half_or_whole(prediction, row):
+    "A grader for the test: one for the gold answer, a half for anything longer, no opinion of `?`"
+    if prediction == "?":
+        return None
+    return 1.0 if prediction == row["answer"] else 0.5 if len(prediction) > 1 else 0.0
+
+
+def test_everything_asks_the_same_grader(tmp_path):
+    from specs_nb.core import DataConfig
+    from specs_nb.data import grpo_dataset
+    from specs_nb.distill import judge
+    from specs_nb.evaluate import question_value, score
+    from specs_nb.formats import FORMATS
+    from specs_nb.rewards import accuracy_reward
+    from specs_nb.sources import load_rows, pass_rates
+
+    (tmp_path / "data.jsonl").write_text('{"question": "How many?", "answer": "3", "id": "a"}\n' * 1)
+    (tmp_path / "test.jsonl").write_text('{"question": "How much?", "answer": "4", "id": "b", "tol": 0.1}\n')
+    data = DataConfig(source=str(tmp_path), grader=f"{__name__}:half_or_whole", n_train=1, n_test=1)
+    rows = load_rows(data, "train", tmp_path / "out")
+    fmt = FORMATS["think_answer"]
+    texts = [fmt.render("Hm.", a) for a in ("3", "33", "4", "?")]
+    ds = grpo_dataset(rows, fmt.instruction, fmt.name)
+    columns = {k: [ds[0][k]] * 4 for k in ("answer", "kind", "choices", "grading", "format")}
+    want = [1.0, 0.5, 0.0, None]
+    assert accuracy_reward(texts, **columns) == want
+    assert [score(t, rows[0], fmt.name)["accuracy"] for t in texts] == want
+    verdicts = [judge(t, rows[0], fmt, check_consistency=False)[0] for t in texts]
+    assert verdicts == ["kept", "kept", "wrong", "ungradable"]
+    assert pass_rates([rows[0]], [texts]) == [0.5]
+    scores = [dict(score(t, rows[0], fmt.name), words=1) for t in texts]
+    value = question_value(scores)
+    assert value["accuracy"] == 0.5 and value["pass@1"] == pytest.approx(2 / 3)
+    by_rules = load_rows(DataConfig(source=str(tmp_path), n_train=1, n_test=1), "test", tmp_path / "rules")[0]
+    assert accuracy_reward([fmt.render("Hm.", "4.3")], **{k: [v] for k, v in by_rules.items()}) == [1.0]
+
+
+def test_the_world_takes_a_grader_too(tmp_path):
+    from specs_nb.core import DataConfig
+    from specs_nb.sources import load_rows
+
+    name = f"{__name__}:half_or_whole"
+    assert json.loads(load_rows(DataConfig(grader=name, n_train=2), "train", tmp_path)[0]["grading"]) == {
+        "grader": name
+    }
+
+
+def test_answers_on_which_math_verify_differs_are_listed(tmp_path):
+    from specs_nb.evaluate import _write_audit
+
+    row = dict(answer="2024-01-15", kind="text", choices=None)
+    looked = {
+        ("2008", "2024-01-15"): (dict(row, kind="latex"), dict(id="a")),
+        ("12", "12"): (dict(row, answer="12"), {}),
+    }
+    _write_audit(tmp_path / "audit.jsonl", looked)
+    (line,) = (tmp_path / "audit.jsonl").read_text().splitlines()
+    listed = json.loads(line)
+    assert (listed["id"], listed["rules"], listed["math_verify"]) == ("a", False, True)
+    assert listed["why"] and listed["math_verify_why"]
+
+
+@pytest.mark.parametrize(
+    "reasoning, answer, other, kind",
+    [
+        (r"We divide. So the slope is $\frac{x}{3}$.", r"\frac{x}{3}", r"\frac{x}{4}", "latex"),
+        ("The side is doubled, so it is 4√3 cm.", r"4\sqrt{3}", r"5\sqrt{3}", "latex"),
+        (r"Both roots fit. Therefore x = -1 or x = 4.", r"\{-1, 4\}", r"\{1, 4\}", "set"),
+        ("Only two remain, so the numbers are 2 and 7.", "2, 7", "2, 9", "set"),
+        ("The root is defined there. Thus x ≥ 2.", r"[2, \infty)", r"(2, \infty)", "interval"),
+        (r"So the domain is $(-\infty, 3)$.", "x < 3", "x > 3", "interval"),
+        ("Hence a = 2 and b = 5.", "a=2, b=5", "a=5, b=2", "multi"),
+        ("All its angles are equal. So it is a rectangle.", "a rectangle", None, "text"),
+    ],
+)
+def test_natural_conclusions_are_kept(reasoning, answer, other, kind):
+    assert consistent(reasoning, answer, kind) is True
+    assert other is None or consistent(reasoning, other, kind) is False
+    assert consistent("We look at the picture once more.", answer, kind) is None

@@ -180,7 +180,7 @@ def test_orsta():
             "question"
         ]
         if r["kind"] == "box":
-            assert json.loads(r["answer"])[0]["label"] and "scaled to 1000" in r["question"]
+            assert json.loads(r["answer"])[0]["label"] and r["question"].endswith("coordinates in pixels.")
             off = json.loads(r["answer"])
             off[0]["bbox_2d"] = [0, 0, 5, 5]
             assert grade(json.dumps(off), r["answer"], "box") is False
