@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'IMAGE_FORMATS', 'FILES', 'Picture', 'to_png', 'decode', 'shrink', 'load_image', 'unique_ids',
            'plain_choices', 'read_row', 'load_rows', 'pixel_digest', 'row_key', 'without', 'features', 'write_rows',
-           'Rows', 'find_choices', 'prompt_text', 'conversation', 'check_images']
+           'Rows', 'find_choices', 'prompt_text', 'conversation', 'check_images', 'grpo_dataset']
 
 # %% ../nbs/11_data.ipynb #ad5f4cfe
 import io, json, re
@@ -422,13 +422,6 @@ def grpo_dataset(
     })
     own = {"format": format}
     return Dataset.from_list(
-<<<<<<< /tmp/tmpdwg13cev/o
-        [{**r, "prompt": conversation(r, instruction, system), "format": format} for r in rows],
+        [{"grading": None, **r, "prompt": conversation(r, instruction, system), **own} for r in rows],
         features=features,
-||||||| /tmp/tmpdwg13cev/b
-        [{**r, "prompt": conversation(r, instruction), "format": format} for r in rows], features=features
-=======
-        [{"grading": None, **r, "prompt": conversation(r, instruction), **own} for r in rows],
-        features=features,
->>>>>>> /tmp/tmpdwg13cev/y
     )

@@ -8,24 +8,18 @@ __all__ = ['SHARES', 'pass_at_k', 'bootstrap', 'resample', 'ends_of', 'splits', 
            'question_values', 'checkpoints', 'evaluate_checkpoints']
 
 # %% ../nbs/70_evaluate.ipynb #92ebe0f5
-<<<<<<< /tmp/tmpi1kos9il/o
-import math
-||||||| /tmp/tmpi1kos9il/b
-import math, random
-=======
-import json, math, random
->>>>>>> /tmp/tmpi1kos9il/y
+import json, math
 from array import array
 from collections import Counter
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from specs_nb.data import Rows
-from specs_nb.core import SpecsError, atomic, read_json, write_json
-from specs_nb.formats import FORMATS, find_answer
-from specs_nb.generate import Job, Sampling, answer_all
-from specs_nb.grading import audit, grade_row, is_right, plain_words
-from specs_nb.judge import JUDGED_KINDS, in_bulk
+from .data import Rows
+from .core import SpecsError, atomic, read_json, write_json
+from .formats import FORMATS, find_answer
+from .generate import Job, Sampling, answer_all
+from .grading import audit, grade_row, is_right, plain_words
+from .judge import JUDGED_KINDS, in_bulk
 
 # %% ../nbs/70_evaluate.ipynb #651b4aa9
 def pass_at_k(
@@ -353,16 +347,11 @@ def _score_all(jobs, tests, answers, path, most, ask):
                 for one in scored:
                     values.add(question_value(one))
                 write([
-<<<<<<< /tmp/tmp5tkgctmj/o
-                    dict(model=m, split=s, id=r["id"], asked=f, greedy=greedy, sample=k, **a, **_about(r))
-||||||| /tmp/tmp5tkgctmj/b
-                    dict(model=m, split=s, id=r["id"], asked=f, greedy=greedy, sample=k, **a)
-=======
                     {
                         **dict(model=m, split=s, id=r["id"], asked=f, greedy=greedy, sample=k, **a),
                         **{key: is_right(a[key]) for key in ("accuracy", "strict")},
+                        **_about(r),
                     }
->>>>>>> /tmp/tmp5tkgctmj/y
                     for (r, f, *_), one in zip(block, scored)
                     for k, a in enumerate(one)
                 ])

@@ -10,17 +10,9 @@ __all__ = ['overlong_reward', 'repetition_reward', 'REWARDS', 'text_of', 'column
 # %% ../nbs/22_rewards.ipynb #8a67002b
 import importlib, inspect
 from dataclasses import dataclass
-from specs_nb.core import SpecsError, nearest
-<<<<<<< /tmp/tmpxeqzka3z/o
-from specs_nb.formats import FORMATS, boxed
-from specs_nb.grading import consistent, grade
-||||||| /tmp/tmpxeqzka3z/b
-from specs_nb.formats import FORMATS
-from specs_nb.grading import consistent, grade
-=======
-from specs_nb.formats import FORMATS
-from specs_nb.grading import consistent, grade_row
->>>>>>> /tmp/tmpxeqzka3z/y
+from .core import SpecsError, nearest
+from .formats import FORMATS, boxed
+from .grading import consistent, grade_row
 
 # %% ../nbs/22_rewards.ipynb #010faa7d
 def text_of(

@@ -8,8 +8,8 @@ __all__ = ['MAX_CHARS', 'SPECIAL', 'MAX_BYTES', 'TURNS', 'ASKERS', 'ANSWERERS', 
            'check_gold', 'image_bytes', 'pictures', 'draft_virl39k', 'draft_orsta', 'draft_mathvista', 'draft_mapped',
            'finish', 'grading_of', 'place_boxes', 'count_rows', 'in_lines', 'raw_rows', 'unpack', 'data_files',
            'is_test', 'schema_of', 'lot', 'Source', 'open_source', 'fingerprint_of', 'alike', 'stem', 'options',
-           'benchmark_rows', 'Guard', 'none_left', 'stream', 'digest', 'part', 'prepare', 'shares', 'pass_rates',
-           'keep_within']
+           'benchmark_rows', 'Guard', 'none_left', 'stream', 'digest', 'part', 'prepare', 'shares', 'load_rows',
+           'pass_rates', 'keep_within']
 
 # %% ../nbs/24_sources.ipynb #2736c51d
 import ast, hashlib, json, random, re, time
@@ -1822,18 +1822,10 @@ def load_rows(
         raise SpecsError(
             f"data.{idle[0]} says nothing about the world, which is drawn: take it out, or set data.source"
         )
-<<<<<<< /tmp/tmpqlhaxh8e/o
     if data.drawn:
-        return rows_of.load_rows("world", split, data.n_train if split == "train" else data.n_test, data.seed)
-||||||| /tmp/tmpqlhaxh8e/b
-    if data.source == "world":
-        return rows_of.load_rows("world", split, data.n_train if split == "train" else data.n_test, data.seed)
-=======
-    if data.source == "world":
         n = data.n_train if split == "train" else data.n_test
         drawn, how = rows_of.load_rows("world", split, n, data.seed), grading_of({}, data)
         return [dict(r, grading=how) for r in drawn] if how else drawn
->>>>>>> /tmp/tmpqlhaxh8e/y
     prepare(data, out)
     path = Path(out) / f"{split}.arrow"
     return Rows(path) if path.exists() else []
