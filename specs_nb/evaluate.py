@@ -468,7 +468,7 @@ def evaluate_checkpoints(
         raise SpecsError(
             f"{folder} keeps no checkpoint{'' if steps == [0] else ' of step ' + ', '.join(map(str, gone))};"
             f" there are {', '.join(map(str, [*kept][1:])) or 'none'}: train with trainer: {{save_steps: 5,"
-            " save_total_limit: null} to keep one every five steps"
+            " save_total_limit: null} and keep_checkpoints: true to keep one every five steps"
         )
     evaluate({f"step{s}": kept[s] for s in steps}, tests, out, config, seed, **how)
     values = question_values(Path(out) / "answers.parquet", metric)
