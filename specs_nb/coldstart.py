@@ -13,7 +13,16 @@ from pathlib import Path
 from .core import Interrupted, Progress, SpecsError, fingerprint, read_json, write_json
 from .distill import read_pairs
 from .grpo import go_on, go_on_later, quiet, trainer_config, watcher
-from .models import base_digest, chat_of, float32_adapter, is_vlm, load_to_train, rest_eyes
+from specs_nb.models import (
+    base_digest,
+    chat_of,
+    check_moves,
+    float32_adapter,
+    is_adapter,
+    is_vlm,
+    load_to_train,
+    rest_eyes,
+)
 from .monitor import monitor
 from .ranks import is_main, rank, save_trained, stop_agreed
 
@@ -306,6 +315,7 @@ def coldstart_trainer(
     from trl import DPOConfig, DPOTrainer
     from transformers import set_seed
 
+    check_moves(config, "coldstart", "float32" if is_adapter(start) else load.get("dtype", "float32"))
     types = LOSSES[config.loss]
     args = trainer_config(
         DPOConfig,

@@ -90,6 +90,8 @@ class ModelConfig:
     # attention implementation; `auto` takes FlashAttention 2 where there is a GPU and the package
     attn: str = "sdpa"
     liger: str = "auto"  # Liger's kernels: `auto` where they are, `need`, `none`
+    # of the final stage's whole weights, as written; `auto`: bfloat16 above 1 GB in float32, else as trained
+    save_dtype: str = "auto"
 
 # %% ../nbs/00_core.ipynb #7b7d0501
 def grpo_trainer_defaults(
@@ -118,6 +120,12 @@ class GRPOStage:
     lora: bool = False  # train a LoRA adapter and keep it as one; false trains all weights
     qlora: bool = False  # LoRA on a model held in 4 bits, see `models`; implies an adapter
     lora_rank: int = 16
+    lora_alpha: int = 0  # the adapter's part is scaled by alpha / rank; 0: twice the rank
+    lora_dropout: float = 0.0  # share of the adapter's inputs that is dropped in training
+    # names of layers that get an adapter, such as [q_proj, v_proj]; empty: all projections of the language
+    # model
+    lora_targets: list = field(default_factory=list)
+    lora_tower: bool = False  # the linear layers of the vision tower get an adapter too
     # a prompt and its image are computed once for all its answers, see `fast`; false: TRL as it is
     fast: bool = True
     # questions that the model is asked before it is trained, to see whether there is anything to learn; 0:
@@ -165,6 +173,12 @@ class ColdStartStage:
     lora: bool = True  # train a LoRA adapter and keep it as one; false trains all weights
     qlora: bool = False  # LoRA on a model held in 4 bits, see `models`; implies an adapter
     lora_rank: int = 16
+    lora_alpha: int = 0  # the adapter's part is scaled by alpha / rank; 0: twice the rank
+    lora_dropout: float = 0.0  # share of the adapter's inputs that is dropped in training
+    # names of layers that get an adapter, such as [q_proj, v_proj]; empty: all projections of the language
+    # model
+    lora_targets: list = field(default_factory=list)
+    lora_tower: bool = False  # the linear layers of the vision tower get an adapter too
     trainer: dict = field(
         default_factory=lambda: dict(  # any field of TRL's DPOConfig
             per_device_train_batch_size=16,
@@ -429,6 +443,26 @@ def check(
         **{f"{s}.lora_rank": getattr(c, s).lora_rank for s in ("zero", "coldstart", "final")},
     }.items():
         need(n > 0, f"{path} must be positive, not {n}")
+    for name in ("zero", "coldstart", "final"):
+        stage = getattr(c, name)
+        need(
+            stage.lora_alpha >= 0,
+            f"{name}.lora_alpha must be 0 (twice the rank) or more, not {stage.lora_alpha}",
+        )
+        need(
+            0 <= stage.lora_dropout < 1,
+            f"{name}.lora_dropout is a share, 0 or more and below 1, not {stage.lora_dropout}",
+        )
+        need(
+            all(isinstance(t, str) for t in stage.lora_targets),
+            f"{name}.lora_targets is a list of layers' names, such as [q_proj, v_proj], not"
+            f" {stage.lora_targets}",
+        )
+    dtypes = "auto", "float32", "bfloat16", "float16"
+    need(
+        c.model.save_dtype in dtypes,
+        f"model.save_dtype: no {c.model.save_dtype!r}; {nearest(c.model.save_dtype, dtypes)}",
+    )
     need(
         c.model.liger in ("auto", "need", "none"),
         f"model.liger: no {c.model.liger!r}; {nearest(c.model.liger, ('auto', 'need', 'none'))}",
@@ -682,7 +716,9 @@ def file_digest(
     for p in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if p.is_file():
             h.update(p.name.encode())
-            h.update(p.read_bytes())
+            with open(p, "rb") as f:
+                while part := f.read(2**20):  # never a whole file of weights in memory
+                    h.update(part)
     return h.hexdigest()[:16]
 
 # %% ../nbs/00_core.ipynb #94db559b

@@ -914,15 +914,13 @@ def remedies(
     stage: str,  # that doesn't fit
     machine: Machine,  # to run on
 ):  # yields (values for `merge`, words)
-    "Settings that make a stage smaller, in the order in which one would try them."
+    "Settings of a stage that make it smaller, in the order in which one would try them; none that touches other stages."
     if stage in ("pairs", "eval"):
         part = "distill" if stage == "pairs" else "eval"
         if config.workers > 1:
             yield {"workers": 1}, "workers: 1"
         for n in _halves(getattr(config, part).batch_size):
             yield {part: {"batch_size": n}}, f"{part}.batch_size: {n}"
-        if config.model.dtype == "float32":
-            yield {"model": {"dtype": "bfloat16"}}, "model.dtype: bfloat16"
         for n in _halves(getattr(config, part).max_new_tokens, 64):
             yield {part: {"max_new_tokens": n}}, f"{part}.max_new_tokens: {n}"
         return
@@ -951,8 +949,6 @@ def remedies(
         yield trainer(vllm_enable_sleep_mode=True), f"{stage}.trainer.vllm_enable_sleep_mode: true"
     if not s.lora and not s.qlora:
         yield {stage: {"lora": True}}, f"{stage}.lora: true"
-    if s.lora and config.model.dtype == "float32" and machine.gpus:
-        yield {"model": {"dtype": "bfloat16"}}, "model.dtype: bfloat16"
     if not s.qlora:
         yield {stage: {"qlora": True}}, f"{stage}.qlora: true"
     if stage == "coldstart":
@@ -1073,19 +1069,38 @@ def disk(
     config: Config,  # of the run
     shape: Shape,  # of the model
     local: bool,  # the model lies on this machine
+    launcher: str = "",  # that starts the stages; FSDP's and DeepSpeed's checkpoints hold more
 ) -> dict:  # what → bytes
     "What a run leaves on the disk, and what is fetched for it."
     whole = shape.total * SIZES[config.model.dtype]
-    out = {"models": 3 * whole, "checkpoints": 0}
+    spread = any(name in launcher for name in ("fsdp", "zero2", "zero3", "deepspeed"))
+    out, each = {"models": 0, "checkpoints": 0}, []
     for stage in ("zero", "coldstart", "final"):
         s = getattr(config, stage)
-        trained = s.lora_rank * shape.lora[1] * 4 if s.lora or s.qlora else whole
-        out["checkpoints"] += 3 * trained  # weights and AdamW's two moments
+        adapter = s.lora_rank * shape.lora[1] * 4
+        if s.lora or s.qlora:
+            out["models"] += adapter
+            each.append(3 * adapter)  # weights and AdamW's two moments
+        else:
+            out["models"] += _written(config, shape) if stage == "final" else whole
+            # spread: the same in float32, and the gathered model beside the pieces
+            each.append(4 * 4 * shape.total if spread else 3 * whole)
     # the next one is written before the last is removed
-    out["checkpoints"] += max(0, out["checkpoints"] // 3)
+    out["checkpoints"] = sum(each) + sum(each) // 3
+    adapters = sum(s.lora or s.qlora for s in (config.zero, config.coldstart, config.final))
+    if config.engine in ("vllm", "server") and adapters:
+        out["merged for vLLM"] = adapters * shape.total * 2
     if not local:
         out["download"] = shape.total * 2
     return out
+
+
+def _written(config, shape):
+    "Bytes of the final stage's weights, see `model.save_dtype`"
+    size, to = shape.total * SIZES[config.model.dtype], config.model.save_dtype
+    if config.model.dtype != "float32" or to == "float32" or to == "auto" and size <= 1e9:
+        return size
+    return shape.total * 2
 
 # %% ../nbs/72_doctor.ipynb #e4b6291a
 WORLD_PIXELS, PIXELS = 84 * 84, 2_000_000  # of a drawn scene, and of a photo where nothing is known
@@ -1241,7 +1256,7 @@ def diagnose(
         prompt or prompt_of(config),
         _local(config.model.path),
     )
-    parts, space = plan(config, machine, prompt, shape), disk(config, shape, local)
+    parts, space = plan(config, machine, prompt, shape), disk(config, shape, local, machine.cut)
     problems = missing(config, machine, c.model_type, local) + cramped(config, shape, prompt, machine)
     problems += _chat_problems(config)
     for stage, p in parts.items():

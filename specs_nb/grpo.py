@@ -17,6 +17,7 @@ from specs_nb.models import (
     base_of,
     chat_of,
     check_eyes,
+    check_moves,
     float32_adapter,
     is_adapter,
     load_to_train,
@@ -27,7 +28,7 @@ from specs_nb.models import (
 )
 from .monitor import monitor
 from .prompts import drop_long, once_trainer
-from .ranks import is_main, need_one_gpu, save_trained, stop_agreed
+from .ranks import is_main, need_one_gpu, save_trained, stop_agreed, wait_for_ranks
 from .rewards import REWARDS, load_reward
 from .track import hush_trackio, samples
 from .vllm_sync import before_vllm, beside_vllm, longest_prompt, vllm_ends, watch_vllm
@@ -167,24 +168,22 @@ def opinion_trainer(
     return type(cls.__name__, (_Opinions, cls), {})
 
 # %% ../nbs/40_grpo.ipynb #71391243
-SEALED = (
-    "model*.safetensors",
-    "adapter_model.safetensors",
-    "optimizer.pt",
-    "scheduler.pt",
-    "trainer_state.json",
-    "rng_state.pth",
-)
+# in subfolders too: FSDP's and DeepSpeed's files among them
+SEALED = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.distcp", "trainer_state.json")
 
 
 def seal(
     folder: Path,  # a checkpoint that is written
 ):
-    "Note the sizes of a checkpoint's files, so that one that was cut short later is seen; what other processes write is left out."
+    "Note the sizes of a checkpoint's files, those of all processes, so that one that was cut short later is seen."
     if folder.is_dir():
         write_json(
             folder / "sizes.json",
-            {p.name: p.stat().st_size for pattern in SEALED for p in sorted(folder.glob(pattern))},
+            {
+                p.relative_to(folder).as_posix(): p.stat().st_size
+                for pattern in SEALED
+                for p in sorted(folder.rglob(pattern))
+            },
         )
 
 # %% ../nbs/40_grpo.ipynb #b31c15cb
@@ -215,6 +214,7 @@ def watcher(
                 control.should_save = control.should_training_stop = True
 
         def on_save(self, args, state, control, model=None, **kw):
+            wait_for_ranks()  # for what the others write
             if not is_main():
                 return
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -293,6 +293,7 @@ def grpo_trainer(
     **load,  # keywords of `load_model`
 ):  # a `GRPOTrainer`
     "TRL's GRPOTrainer with DAPO's loss and no KL term; raises `SpecsError` for a configuration that makes no sense."
+    check_moves(config, stage, "float32" if is_adapter(start) else load.get("dtype", "float32"))
     before_vllm(config, base_of(start) if is_adapter(start) else start, stage, vllm)
     from trl import GRPOConfig, GRPOTrainer
 
@@ -354,14 +355,50 @@ def resume_point(
     trainer,  # of transformers or TRL
 ) -> str:  # the checkpoint's path, or None
     "The last whole checkpoint, its weights put into the trainer's model."
-    from transformers import AutoModelForImageTextToText
-
     path = last_checkpoint(trainer.args.output_dir)
-    # FSDP has its own files
-    if path and not hasattr(trainer.model, "peft_config") and (Path(path) / "config.json").exists():
-        saved = model_class(path).from_pretrained(path, dtype=trainer.model.dtype)
-        trainer.model.load_state_dict(saved.state_dict())
+    spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # these read their own files
+    if (
+        path
+        and not spread
+        and not hasattr(trainer.model, "peft_config")
+        and (Path(path) / "config.json").exists()
+    ):
+        if not _read_weights(trainer.model, path):
+            saved = model_class(path).from_pretrained(path, dtype=trainer.model.dtype)
+            trainer.model.load_state_dict(saved.state_dict())
     return path
+
+
+def _read_weights(model, folder):
+    "Put saved weights into a model, a tensor at a time, so that no rank holds a second model; False if their names can't be told"
+    import torch
+    from safetensors import safe_open
+
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        steps = get_model_conversion_mapping(model)
+    except (ImportError, TypeError, AttributeError):
+        return False
+    if not all(isinstance(s, WeightRenaming) for s in steps):  # a tensor that is cut or joined
+        return False
+    ours, found = dict(model.named_parameters()), {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as saved:
+            for name in saved.keys():
+                renamed = name
+                for step in steps:
+                    renamed = step.rename_source_key(renamed)[0]
+                found[renamed] = file, name
+    if set(ours) - set(found):
+        return False
+    for file in sorted({file for file, _ in found.values()}):
+        with safe_open(file, "pt") as saved, torch.no_grad():
+            for renamed, (where, name) in found.items():
+                if where == file and renamed in ours:
+                    ours[renamed].copy_(saved.get_tensor(name))
+    return True
 
 # %% ../nbs/40_grpo.ipynb #1d8c4565
 class _Finished(Exception):
@@ -397,6 +434,7 @@ def train_grpo(
     stage: str = "grpo",  # name for messages and progress
     tick=None,  # called at each checkpoint
     look_every: int = 10,  # steps between looks at a few completions, kept in `samples/`; 0: none
+    save_dtype: str = "float32",  # of whole weights as written, see `ranks.save_trained`
     **load,  # keywords of `load_model`
 ) -> dict:  # facts for stage.json
     "Train `start` with GRPO (the paper's stages 1 and 3) and save it whole."
@@ -407,5 +445,7 @@ def train_grpo(
     trainer.add_callback(samples(trainer, Path(out), look_every))
     go_on(trainer)
     go_on_later(stage, trainer)
-    save_trained(trainer, Path(out) / "model")
-    return dict(steps=trainer.state.global_step, tokens=int(trainer.state.num_input_tokens_seen))
+    written = save_trained(trainer, Path(out) / "model", save_dtype)
+    return dict(
+        steps=trainer.state.global_step, tokens=int(trainer.state.num_input_tokens_seen), saved_in=written
+    )

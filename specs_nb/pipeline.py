@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'DO', 'EXAMPLES', 'HELP', 'inputs', 'keys', 'look_before', 'do_grpo', 'do_pairs', 'do_coldstart', 'do_eval',
-           'do_report', 'check_values', 'check_names', 'run_stages', 'run_stage', 'parser', 'config_of', 'parse',
-           'clean', 'main']
+           'do_report', 'check_values', 'check_names', 'check_training', 'run_stages', 'run_stage', 'parser',
+           'config_of', 'parse', 'clean', 'main']
 
 # %% ../nbs/80_pipeline.ipynb #15da276c
 import argparse, errno, os, shutil, sys
@@ -34,10 +34,10 @@ from specs_nb.core import (
     write_json,
 )
 from .doctor import add_options, doctor, out_of_memory
-from .models import export_model, push
+from .models import check_moves, export_model, push
 from .ablate import OUTPUTS, ablate, add_grid_options
 from .fleet import Fleet
-from .ranks import launcher_words, need_one_gpu, start_ranks
+from .ranks import launcher_words, need_one_gpu, spreads_weights, start_ranks
 
 # %% ../nbs/80_pipeline.ipynb #fe02eba4
 STAGES = ("zero", "pairs", "coldstart", "final", "eval", "report")
@@ -267,6 +267,7 @@ def do_grpo(
         tick=stage.tick,
         look_every=c.samples,
         vllm=c.vllm,
+        save_dtype=c.model.save_dtype if name == "final" else "float32",
         **_load(c),
     )
     return dict(facts, judge=judge.summary) if judge else facts
@@ -509,6 +510,26 @@ def check_names(
     if config.distill.differ not in ("form", "answer", "both"):
         raise SpecsError(f"distill.differ: {config.distill.differ!r} is none of form, answer, both")
 
+# %% ../nbs/80_pipeline.ipynb #c1146133
+def check_training(
+    config: Config,  # of the run
+    names: tuple = ("zero", "coldstart", "final"),  # stages that are to be trained
+    launcher: str = "",  # that starts them, see `ranks.launcher_words`
+):
+    "Raise `SpecsError`, before anything is trained, for a stage whose weights would not move; see `models.check_moves`."
+    kept = spreads_weights(launcher) if launcher else False
+    if kept is None:
+        return  # each rank looks for itself
+    cold = config.coldstart
+    for name in names:
+        stage = getattr(config, name)
+        if name == "coldstart" and cold.loss == "none":
+            continue
+        # an adapter that goes before is merged in float32
+        merged = name == "final" and cold.loss != "none" and (cold.lora or cold.qlora)
+        spread = bool(stage.trainer.get("fsdp") or stage.trainer.get("deepspeed"))
+        check_moves(stage, name, "float32" if merged else config.model.dtype, kept or spread)
+
 # %% ../nbs/80_pipeline.ipynb #52a9b6ac
 def run_stages(
     run: Run,  # the run
@@ -534,6 +555,9 @@ def run_stages(
         print(f"{name:10} {what[name]}", flush=True)
         if not ready:
             _prepare(run.config, build=not launcher)
+            todo = STAGES[STAGES.index(name) : STAGES.index(last) + 1]
+            trained = tuple(s for s in todo if s in ("zero", "coldstart", "final"))
+            check_training(run.config, trained, launcher)
         if not ready and launcher:
             _train_rows(run)  # written once, before several processes read them
         ready = True

@@ -280,6 +280,15 @@ def test_out_of_memory_in_a_stage(tmp_path, monkeypatch, capsys):
     )
 
 
+def test_disk_of_checkpoints_that_are_spread():
+    "The model in float32, AdamW's two moments, and the gathered model; the final weights in 16 bits"
+    full = merge(Config(), {"coldstart": {"lora": False}})
+    one, eight = disk(full, SEVEN, True), disk(full, SEVEN, True, "fsdp2")
+    assert eight["checkpoints"] == 4 * one["checkpoints"] // 3 == 16 * 4 * SEVEN.total
+    assert one["models"] == (4 + 4 + 2) * SEVEN.total
+    assert disk(Config(), SEVEN, True)["models"] < one["models"] - 3.9 * SEVEN.total, "an adapter is small"
+
+
 def test_disk(tmp_path, monkeypatch):
     facts = diagnose(Config(), Machine(32 * GIB, disk=10 * 2**20, base=GIB), Prompt(64, 9))
     assert any("of disk" in p and "--run-dir" in p for p in facts["problems"])

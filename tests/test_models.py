@@ -283,6 +283,112 @@ def test_vllm_gets_a_whole_model(cold, capfd):
     assert whole_model(str(cold / "model")) == path and not capfd.readouterr().out, "made once"
 
 
+@pytest.mark.parametrize("family", ["tiny", "internvl", "text"])
+def test_saved_weights_go_into_a_model_without_a_second_one(family, tmp_path, monkeypatch):
+    "Names in files are others than in the model; they are translated without loading a model from them"
+    from types import SimpleNamespace as NS
+    from specs_nb import grpo
+
+    start = "tiny" if family == "tiny" else built(family, tmp_path)
+    trained, fresh = load_model(start)[0], load_model(start)[0]
+    with torch.no_grad():
+        for w in trained.parameters():
+            w.add_(0.1)
+    trained.save_pretrained(tmp_path / "checkpoint-1")
+    monkeypatch.setattr(grpo, "last_checkpoint", lambda folder: str(tmp_path / "checkpoint-1"))
+    monkeypatch.setattr(grpo, "model_class", lambda path: pytest.fail("a second model was loaded"))
+    trainer = NS(model=fresh, is_fsdp_enabled=False, is_deepspeed_enabled=False, args=NS(output_dir=""))
+    grpo.resume_point(trainer)
+    for (name, a), b in zip(trained.named_parameters(), fresh.parameters()):
+        assert torch.equal(a, b), name
+
+
+def test_whole_weights_are_rounded_once_at_the_end(tmp_path):
+    from types import SimpleNamespace as NS
+    from specs_nb.ranks import _dtype_to_write, round_weights, save_trained
+
+    assert _dtype_to_write("auto", 2e9) == "bfloat16" and _dtype_to_write("auto", 5e6) == "float32"
+    model, processor = load_model("tiny")
+
+    def save_pieces(to):
+        model.save_pretrained(to)
+        processor.save_pretrained(to)
+
+    def trainer(pieces):
+        return NS(
+            model=load_model("tiny")[0],
+            processing_class=processor,
+            is_fsdp_enabled=pieces,
+            is_deepspeed_enabled=False,
+            save_model=save_pieces,
+            accelerator=NS(wait_for_everyone=lambda: None),
+        )
+
+    for pieces in (False, True):
+        folder = tmp_path / str(pieces) / "model"
+        assert save_trained(trainer(pieces), folder, "bfloat16") == "bfloat16"
+        assert (folder / "model.safetensors").stat().st_size < 2.6e6 and not list(
+            folder.parent.glob(".gath*")
+        )
+        assert torch.equal(
+            said(load_model(str(folder))[0]), said(load_model(str(folder), dtype="float32")[0])
+        )
+        assert read_json(folder / "config.json")["dtype"] == "bfloat16"
+    assert (
+        save_trained(trainer(True), tmp_path / "model", "auto") == "float32"
+    ), "a small model stays as it is"
+    assert not moved("tiny", tmp_path / "model")
+
+
+def test_sizes_of_all_files_of_a_checkpoint_are_sealed(tmp_path):
+    from specs_nb.grpo import last_checkpoint, seal
+
+    at = tmp_path / "checkpoint-3"
+    files = (
+        "pytorch_model_fsdp.bin",
+        "optimizer.bin",
+        "global_step3/zero_pp_rank_0_optim_states.pt",
+        "w_0/__0_0.distcp",
+    )
+    for name in (*files, "trainer_state.json", "rng_state_0.pth"):
+        (at / name).parent.mkdir(parents=True, exist_ok=True)
+        (at / name).write_text("12345678")
+    seal(at)
+    assert last_checkpoint(tmp_path) == str(at)
+    for name in files:
+        (at / name).write_text("1234")
+        assert last_checkpoint(tmp_path) is None, name
+        (at / name).write_text("12345678")
+
+
+def test_weights_that_would_not_move_are_refused(tmp_path, pay):
+    from specs_nb.coldstart import train_coldstart
+    from specs_nb.grpo import train_grpo
+
+    slow = {"learning_rate": 1e-6, "gradient_checkpointing": False}
+    for dtype in ("bfloat16", "float16"):
+        with pytest.raises(SpecsError, match="model.dtype: float32 .* or zero.lora: true, or start with"):
+            stage = GRPOStage(steps=1, trainer={**GRPO, **slow})
+            train_grpo("tiny", rows(4), tmp_path / "zero", stage, FMT, stage="zero", dtype=dtype)
+        with pytest.raises(SpecsError, match="coldstart trains all weights"):
+            stage = ColdStartStage(lora=False, trainer={**DPO, **slow})
+            train_coldstart("tiny", pairs(2, True, tmp_path), tmp_path / "cold", stage, dtype=dtype)
+
+
+def test_options_of_an_adapter_reach_the_trainer(tmp_path, pay):
+    from specs_nb.grpo import grpo_trainer
+
+    how = dict(lora_rank=4, lora_alpha=4, lora_dropout=0.1, lora_targets=["q_proj"], lora_tower=True)
+    model = grpo_trainer(
+        "tiny", rows(4), tmp_path, GRPOStage(steps=1, lora=True, trainer=GRPO, **how), FMT
+    ).model
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 4, 0.1)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert any("visual" in n for n in names)
+    assert all("q_proj" in n for n in names if "language_model" in n)
+
+
 def test_packages_that_are_asked_for_and_absent(monkeypatch, tmp_path):
     from specs_nb import models
 
