@@ -114,6 +114,8 @@ def grpo_trainer_defaults(
 class GRPOStage:
     "GRPO, for GRPO-zero and for the final model"
 
+    # `from` in a file: a model that is there already, taken instead of training the stage; not for `final`
+    start: str = ""
     steps: int = 20  # optimizer steps
     # name → weight; they pay 0.5 and 1, as in the paper's final stage
     rewards: dict[str, float] = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})
@@ -167,6 +169,7 @@ class DistillStage:
 class ColdStartStage:
     "Cold start: DPO + λ·SFT on the pairs"
 
+    start: str = ""  # `from` in a file: a model that is there already, taken instead of training the stage
     loss: str = "dpo+sft"  # `dpo+sft`, `dpo`, `sft`, `dpo+kl`, `dpo_norm+sft`, or `none`: no cold start
     lam: float = 1.0  # λ, weight of what is added to DPO (SFT or KL); the paper's is 1
     fast: bool = True  # ask the reference once a pair and encode a pair's image once; false: TRL as it is
@@ -427,6 +430,7 @@ def check(
         c.coldstart.loss in losses,
         f"coldstart.loss: no {c.coldstart.loss!r}; {nearest(c.coldstart.loss, losses)}",
     )
+    need(not c.final.start, "final.from says nothing: the final stage goes on from coldstart.from")
     for stage in ("zero", "final"):
         need(getattr(c, stage).steps > 0, f"{stage}.steps must be positive")
         need(getattr(c, stage).look >= 0, f"{stage}.look must be a number of questions, or 0 for none")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'IMAGE_FORMATS', 'FILES', 'Picture', 'to_png', 'decode', 'shrink', 'load_image', 'unique_ids',
            'plain_choices', 'read_row', 'load_rows', 'pixel_digest', 'row_key', 'without', 'features', 'write_rows',
-           'Rows', 'find_choices', 'prompt_text', 'conversation', 'check_images', 'grpo_dataset']
+           'Rows', 'find_choices', 'prompt_text', 'conversation', 'grpo_dataset']
 
 # %% ../nbs/11_data.ipynb #ad5f4cfe
 import io, json, re
@@ -375,23 +375,6 @@ def conversation(
     said = [{"role": "user", "content": prompt_text(row, instruction)}]
     return [{"role": "system", "content": system}, *said] if system else said
 
-# %% ../nbs/11_data.ipynb #d7a08175
-def check_images(
-    rows,  # of the schema
-):
-    "Raise `SpecsError` if some rows have images and others have none."
-    n = (
-        sum(map(bool, rows.column("digests")))
-        if isinstance(rows, Rows)
-        else sum(bool(r["images"]) for r in rows)
-    )
-    if 0 < n < len(rows):
-        raise SpecsError(
-            f"{n} rows have images and {len(rows) - n} have none, and TRL can't train on both at once:"
-            " data.images=with keeps the former, data.images=without the latter; train on one, then on the"
-            " other with model.path"
-        )
-
 # %% ../nbs/11_data.ipynb #0e9d2474
 def grpo_dataset(
     rows,  # of the schema
@@ -399,10 +382,9 @@ def grpo_dataset(
     format: str,  # the format's name, for the rewards
     system: str = "",  # a system message in front of each question; empty: none
 ):  # a `datasets.Dataset`
-    "Rows as TRL's GRPO wants them; raises `SpecsError` where some have images and some have none."
+    "Rows as TRL's GRPO wants them; a row without pictures has an empty list of them."
     from datasets import Dataset, Features, Image, List, Value
 
-    check_images(rows)
     message = List({"role": Value("string"), "content": Value("string")})
     if isinstance(rows, Rows):
         ds = rows.dataset.remove_columns(["digests", "rate"])

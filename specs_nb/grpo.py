@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIXED', 'SEALED', 'group_advantages', 'clipped_loss', 'check_trainer_keys', 'trainer_config', 'resolve_rewards',
            'without_opinion', 'opinion_trainer', 'seal', 'watcher', 'go_on_later', 'last_checkpoint', 'quiet',
-           'grpo_trainer', 'resume_point', 'go_on', 'train_grpo']
+           'mix_text', 'grpo_trainer', 'resume_point', 'go_on', 'train_grpo']
 
 # %% ../nbs/40_grpo.ipynb #5ab3c081
 from pathlib import Path
@@ -280,6 +280,24 @@ def quiet(
     if "trackio" in trainer.args.report_to:
         hush_trackio(trainer)
 
+# %% ../nbs/40_grpo.ipynb #3011fc89
+def mix_text(
+    trainer,  # a `GRPOTrainer`
+):
+    "Let rows with pictures and rows without stand in one batch; vLLM is still told `None`."
+    tokenize, write = trainer._tokenize_prompts, trainer._generate_single_turn
+
+    def with_lists(prompts):
+        ids, images, fields = tokenize(prompts)
+        none = []  # one list for all: `fast.Once` looks for the very same
+        return ids, images and [some or none for some in images], fields
+
+    def with_none(ids, images, *args, **kw):
+        told = images and [some or None for some in images] if trainer.use_vllm else images
+        return write(ids, told, *args, **kw)
+
+    trainer._tokenize_prompts, trainer._generate_single_turn = with_lists, with_none
+
 # %% ../nbs/40_grpo.ipynb #219e8f52
 def grpo_trainer(
     start: str,  # model to start from: `tiny`, a folder or a hub name
@@ -333,6 +351,7 @@ def grpo_trainer(
     float32_adapter(trainer.model)  # TRL rounds the adapter of a 4-bit model to bfloat16
     rest_eyes(trainer.model)
     watch_vllm(trainer, rows, format.instruction, vllm)
+    mix_text(trainer)
     quiet(trainer)
     return trainer
 

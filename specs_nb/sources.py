@@ -32,7 +32,6 @@ from specs_nb.data import (
     FILES,
     Picture,
     Rows,
-    check_images,
     decode,
     features,
     find_choices,
@@ -1543,7 +1542,6 @@ def _prepare(data, out, source, guard, stop):
     if not total:
         raise SpecsError(none_left(source, t))
     rows = Rows(out / "all.arrow")
-    check_images(rows)
     others = _tests(data, out, source, stop, tallies, sizes)
     taken = [k for r in others for k in _sides(r)]
     if source.ordered:

@@ -93,6 +93,17 @@ def test_precisions(how, tmp_path):
     assert t._tried == {"writing", "scoring"} and gradients(t, inputs)[1]
 
 
+def test_questions_with_and_without_pictures_in_one_batch(tmp_path, monkeypatch):
+    "TRL says None of a text row, and the processor looks for a picture in it"
+    some = [{**r, "images": r["images"] if i % 2 else []} for i, r in enumerate(rows(8))]
+    monkeypatch.setattr(world, "rows", lambda split, n: some)
+    quick, inputs = trainer(tmp_path / "fast", per_device_train_batch_size=24)
+    assert set(inputs["num_images"]) == {0, 1}
+    same(quick, inputs)
+    stock, others = trainer(tmp_path / "stock", stage={"fast": False}, per_device_train_batch_size=24)
+    assert sorted(others["num_images"]) == sorted(inputs["num_images"])
+
+
 def test_groups_divided_over_batches(tmp_path):
     "A shuffled generation batch that is used in two parts, each with rows of all groups"
     same(

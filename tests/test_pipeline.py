@@ -3,7 +3,7 @@
 import json, os, subprocess, sys, time
 from pathlib import Path
 import pytest
-from specs_nb.core import Config, Run, load_config
+from specs_nb.core import Config, Run, SpecsError, load_config
 from specs_nb.pipeline import STAGES, main
 
 SMALL = ["-c", "smoke", "distill.n_prompts=16", "data.n_test=4"]
@@ -290,3 +290,28 @@ def test_values_of_late_stages_are_checked_before_anything_is_trained(tmp_path, 
 
     assert main(["zero", "-c", "smoke", "--run-dir", str(tmp_path / "run"), word]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "run/zero").exists()
+
+
+@pytest.mark.parametrize("name", ["zero", "coldstart"])
+def test_a_stage_can_take_a_model_that_is_there(name, tmp_path):
+    from specs_nb.core import Run, Stage
+    from specs_nb.models import resolve
+    from specs_nb.pipeline import DO, keys
+
+    there = resolve("tiny")
+    config, plain = load_config(None, [f"{name}.from={there}"]), load_config(None)
+    run = Run(tmp_path / "run", config)
+    stage = Stage(run.dir / name, keys(config)[name], ("model/config.json",))
+    stage.begin()
+    stage.end(**DO[name](run, stage))
+    assert stage.done and stage.info["from"] == str(there)
+    assert (stage.dir / "model").resolve() == Path(there).resolve()
+    changed = {s for s in keys(plain) if keys(plain)[s] != keys(config)[s]}
+    assert name in changed and "final" in changed
+    run.save_config()
+    assert getattr(load_config(run.dir / "config.yaml"), name).start == str(there)
+    run.close()
+    run = Run(tmp_path / "other", load_config(None, [f"{name}.from=no/such"]))
+    with pytest.raises(SpecsError, match=f"{name}.from is no/such"):
+        DO[name](run, Stage(run.dir / name, "k"))
+    run.close()

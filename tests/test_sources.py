@@ -15,7 +15,6 @@ from specs_nb.core import Config, DataConfig, SpecsError, check, load_config, me
 from specs_nb.data import (
     Picture,
     Rows,
-    check_images,
     decode,
     find_choices,
     grpo_dataset,
@@ -711,7 +710,7 @@ def test_a_broken_file_is_named(tmp_path):
 # ---- with and without images
 
 
-def test_mixed_rows_are_refused_with_a_way_out(tmp_path):
+def test_rows_with_and_without_pictures_go_together(tmp_path):
     d = lines(
         tmp_path / "d",
         {"question": "How many?", "answer": 2, "image": "a.png"},
@@ -720,8 +719,7 @@ def test_mixed_rows_are_refused_with_a_way_out(tmp_path):
     )
     lines(d, {"question": "What is 2 + 2?", "answer": 4}, name="test.jsonl")
     (d / "a.png").write_bytes(png())
-    with pytest.raises(SpecsError, match="1 rows have images and 2 have none.*data.images=with"):
-        prepare(DataConfig(source=str(d)), tmp_path / "o")
+    assert ready(DataConfig(source=str(d)), tmp_path / "o")["rows"]["train"] == 3
     assert ready(DataConfig(source=str(d), images="without"), tmp_path / "o")["rows"]["train"] == 2
     assert (
         ready(DataConfig(source=str(d), images="with", test=str(VIRL), bad_rows="drop"), tmp_path / "o")[
@@ -729,9 +727,12 @@ def test_mixed_rows_are_refused_with_a_way_out(tmp_path):
         ]["train"]
         == 1
     )
-    mixed = world.rows("train", 2) + [dict(world.rows("train", 1)[0], images=[])]
-    with pytest.raises(SpecsError, match="2 rows have images and 1 have none"):
-        grpo_dataset(mixed, "", "think_answer")
+    ready(DataConfig(source=str(d)), tmp_path / "m")
+    for rows in (
+        Rows(tmp_path / "m/train.arrow"),
+        world.rows("train", 1) + [dict(r, images=[]) for r in world.rows("train", 2)],
+    ):
+        assert sorted(len(i) for i in grpo_dataset(rows, "", "think_answer")["images"]) == [0, 0, 1]
 
 
 # ---- chosen by lot, held out, the same again
@@ -1209,3 +1210,69 @@ def test_the_files_of_every_source_are_fingerprinted(tmp_path):
     before = digest(data)
     lines(tmp_path / "d", *({"question": f"What is {i} + {i}?", "answer": 2 * i} for i in range(9)))
     assert digest(data) != before
+
+
+# ---- inputs that people have reported
+
+
+def test_ids_are_made_unique_on_reading(tmp_path):
+    "Sets that use the picture's id: six questions must not become one"
+    for name in ("data.jsonl", "test.jsonl"):
+        asked = [{"id": "img-1", "question": f"What is {i} + {len(name)}?", "answer": i} for i in range(6)]
+        lines(tmp_path / "d", *asked, name=name)
+    ready(DataConfig(source=str(tmp_path / "d")), tmp_path / "o")
+    for split in ("train", "test"):
+        ids = Rows(tmp_path / f"o/{split}.arrow").column("id")
+        assert ids == ["img-1", *(f"img-1-{i}" for i in range(2, 7))]
+
+
+ASKED = {"role": "user", "content": "What is 1 + 1?"}
+VERL = {"prompt": [ASKED], "reward_model": {"ground_truth": "2"}, "data_source": "geo3k", "images": []}
+
+
+@pytest.mark.parametrize(
+    "rows, columns",
+    [
+        (VERL, {}),
+        (VERL, {"question": "prompt.0.content", "answer": "reward_model.ground_truth"}),
+        ({"messages": [ASKED, {"role": "assistant", "content": "2"}]}, {}),
+        (
+            {"conversations": [{"from": "human", "value": "What is 1 + 1?"}, {"from": "gpt", "value": "2"}]},
+            {},
+        ),
+        ({"question": "What is 1 + 1?", "answer": "2", "images": "[]"}, {}),
+    ],
+)
+@pytest.mark.parametrize("name", ["data.jsonl", "train.jsonl", "train.json"])
+def test_layouts_of_other_tools(rows, columns, name, tmp_path):
+    lines(tmp_path, rows, name=name)
+    found, t = read(DataConfig(source=str(tmp_path), columns=columns))
+    assert [(r["question"], r["answer"], r["images"]) for r in found] == [
+        ("What is 1 + 1?", "2", [])
+    ], t.dropped
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        ({"question": {"text": "1 + 1?"}, "answer": 2}, "line 2.*no text"),
+        ({"question": 5, "answer": 2}, "line 2.*no text"),
+        ({"question": "<|image_pad|>How many?", "answer": 2}, r"line 2.*model's template.*<\|image_pad\|>"),
+        ({"question": "?", "answer": 2, "image": "data:image/png;base64," + "iVBOR" * 10**5}, "line 2"),
+        ({"question": "?", "answer": 2, "image": "iVBOR" * 10**5}, "line 2"),
+    ],
+)
+def test_odd_rows_are_refused_with_their_line(row, says, tmp_path):
+    lines(tmp_path / "d", {"question": "What is 1 + 1?", "answer": 2}, row)
+    with pytest.raises(SpecsError, match=says) as e:
+        prepare(DataConfig(source=str(tmp_path / "d")), tmp_path / "o")
+    assert len(str(e.value)) < 700, "no picture is printed"
+
+
+def test_choices_with_labels_and_a_column_of_options(tmp_path):
+    asked = dict(question="Which?", answer="B. 4", options=["A. 3", "B. 4"])
+    lines(tmp_path, asked, dict(question="Which one?", answer="4", choices={"A": "3", "B": "4"}))
+    (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "data.jsonl").read_bytes())
+    found, t = read(DataConfig(source=str(tmp_path)))
+    assert [(r["choices"], r["answer"], r["kind"]) for r in found] == [(["3", "4"], "B", "choice")] * 2
+    assert "(A) 3 (B) 4" in prompt_text(found[0], "")
