@@ -204,6 +204,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'specs_nb.distill.make_pairs': ('distill.html#make_pairs', 'specs_nb/distill.py'),
                                   'specs_nb.distill.mend': ('distill.html#mend', 'specs_nb/distill.py'),
                                   'specs_nb.distill.pair_up': ('distill.html#pair_up', 'specs_nb/distill.py'),
+                                  'specs_nb.distill.pairs_card': ('distill.html#pairs_card', 'specs_nb/distill.py'),
+                                  'specs_nb.distill.push_pairs': ('distill.html#push_pairs', 'specs_nb/distill.py'),
                                   'specs_nb.distill.read_pairs': ('distill.html#read_pairs', 'specs_nb/distill.py'),
                                   'specs_nb.distill.take_turns': ('distill.html#take_turns', 'specs_nb/distill.py'),
                                   'specs_nb.distill.write_pairs': ('distill.html#write_pairs', 'specs_nb/distill.py'),

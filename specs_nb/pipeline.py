@@ -783,6 +783,7 @@ def parser() -> argparse.ArgumentParser:  # of the `specs` command
             s.add_argument(
                 "--model", default="final", choices=["zero", "coldstart", "final"], help="which model (final)"
             )
+            s.add_argument("--pairs", action="store_true", help="the pairs as a data set, not a model")
             s.add_argument("--public", action="store_true", help="for everyone to see; private otherwise")
         if name == "export":
             s.add_argument("--out", required=True, metavar="FOLDER", help="where to")
@@ -954,6 +955,14 @@ def main(
             launcher_words(args.launcher)  # a typo is told at once
         if args.command == "doctor":
             return doctor(config, args)
+        if args.command == "push" and args.pairs:
+            from specs_nb.distill import push_pairs
+
+            pushed = push_pairs(
+                Path(args.run_dir) / "pairs/pairs.parquet", args.repo, private=not args.public
+            )
+            print(f"https://huggingface.co/datasets/{pushed}")
+            return 0
         if args.command == "push":
             print(
                 f"https://huggingface.co/{push(args.run_dir, args.repo, args.model, private=not args.public)}"
