@@ -266,7 +266,7 @@ _NO_UNIT = re.compile(
 )
 # words and signs that make another number of the one they stand beside, or deny it
 _CHANGED = re.compile(
-    r"""\b(?: no | not | never | neither | nor | none | without | except | but | anything | instead
+    r"""\b(?: no | not | cannot | too | never | neither | nor | none | without | except | but | anything | instead
       | wrong | incorrect | false | untrue | impossible | invalid | unlikely | mistake\w* | ruled? | denied
       | doubt\w* | unsure | unknown | missing | excluded | removed | rejected | if | unless | whether
       | january | february | march | april | may | june | july | august | september | october | november | december
@@ -283,7 +283,7 @@ _CHANGED = re.compile(
       | exceed\w* | almost | nearly
       )\b
       | (?<![A-Za-z]) (?:log|ln|lg) _ | \d [ ]* (?:\.\. | …)
-      | [√∛∜^±∓≠≥≤≮≯<>×÷%\\*+|] (?!$) | % [ ] of | \d [ ]* ! | [⁰¹²³⁴⁵⁶⁷⁸⁹½⅓⅔¼¾⅕⅛π]
+      | [√∛∜^±∓≠≥≤≮≯<>×÷%\\*+|] (?!$) | % [ ] of | \d [ ]* ! | (?<![A-Za-z]) ! [ ]* \d | [⁰¹²³⁴⁵⁶⁷⁸⁹½⅓⅔¼¾⅕⅛π]
       | ∞ | [(\[] [^()\[\]]* [,;] | \d \s* - \s* \d | (?<![A-Za-z]) [a-zA-Z)] \s* - \s* \d | - \s* \(
       | (?<![A-Za-z']) [a-zA-Z] [ ]? [(]? \d | \d [ ] [b-zB-HJ-Z] (?![\w/^'])""",
     re.I | re.X,
@@ -1804,10 +1804,16 @@ def _in_time(text):
 _NAME = re.compile(r"([A-Za-z](?:_\{?\w+\}?)?(?:\([a-z]\))?)\s*(?:=|\\in(?![a-z])|∈)\s*([^=]+)", re.S)
 
 
+# an angle or a side with its size: ∠B = 40°
+_MEASURE = re.compile(
+    r"((?:\\angle(?![a-z])\s*|∠)\s*\{?(?:[A-Z]{1,3}|\d|[a-z])\}?|[A-Z]{2})\s*=\s*([^=A-Z∠△]*\d[^=A-Z∠△]*)"
+)
+
+
 def _named(text):
     "(`x`, `5`) of `x = 5`; (None, text) of anything else"
-    m = _NAME.fullmatch(text)
-    return (re.sub(r"[{} ]", "", m[1]), m[2].strip()) if m else (None, text)
+    m = _NAME.fullmatch(text) or _MEASURE.fullmatch(text)
+    return (re.sub(r"[{} ]", "", _spelled(m[1])), m[2].strip()) if m else (None, text)
 
 
 def _letters(text):
