@@ -733,6 +733,7 @@ EXECUTION = {
     "report_to": "where curves are shown",
     "samples": "looks at completions; nothing is trained on them",
     "keep_checkpoints": "what is left on the disk",
+    "*.look": "a look at the model before it is trained",
     "data.bad_rows": "a run that came to its end has used the same rows",
     "model.attn": "another kernel for the same attention: the same to rounding",
     "model.liger": "other kernels for the same layers: the same to rounding",

@@ -51,6 +51,8 @@ def clipped_loss(
     high: float = 0.28,  # ε_high
 ):  # a number
     "GRPO's clipped loss, averaged over all tokens (DAPO)."
+    import torch
+
     ratio = (logp - old_logp).exp()
     gain = torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - low, 1 + high) * advantages[:, None])
     return -(gain * mask).sum() / mask.sum()

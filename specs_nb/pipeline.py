@@ -113,6 +113,7 @@ def inputs(
     engine = {"engine": config.engine, **(vllm if config.engine in ("auto", "vllm") else {})}
     answers = {**engine, **(judge if judges else {})}
     root = {"seed": config.seed, **train, **flat({"model": c["model"]})}
+    saved = {k: root.pop(k) for k in ("model.save_dtype",)}  # rounds the final model alone
     root["model.path"] = _contents(config.model.path)
     if config.data.pass_rate and config.data.pass_rate_samples:  # the base is asked which rows to keep
         asked = ("distill.temperature", "distill.max_new_tokens")
@@ -131,7 +132,7 @@ def inputs(
     )
     if config.coldstart.start:
         cold = {**root, "coldstart.start": _contents(config.coldstart.start)}
-    final = {**cold, **part("final")}
+    final = {**cold, **part("final"), **saved}
     ev = {**zero, **final, **part("eval"), **tests, **answers}
     return dict(zero=zero, pairs=pairs, coldstart=cold, final=final, eval=ev, report=ev)
 
