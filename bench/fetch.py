@@ -1,15 +1,27 @@
-"""What it costs to bring a GRPO step's questions to the trainer: rows decoded, seconds and host memory, TRL's way and ours, at the recipes' batch
-shapes, with pictures of a megapixel. No model is trained: the fetch alone is measured.
+"""What it costs to bring a GRPO step's questions to the trainer: rows decoded, seconds and host memory, TRL's
+way and ours, at the recipes' batch shapes, with pictures of a megapixel. No model is trained: the fetch alone
+is measured.
 
 Usage: python bench/fetch.py [--json OUT.json] [--stock-batches N]
 
-`ours` fetches all batches of a step and looks up the rows of one generation batch, as `_generate_and_score_completions` does. `stock` is TRL's trainer
-as it comes; it holds every batch of a step in memory, so only the first N of them are fetched and held (and one more: the loader is a batch ahead),
-and the step's figures are those times (all + 1) / (N + 1). Each measurement has a process of its own. Memory is the peak over what was held before.
-Of time, the processor's seconds count, since on a machine that others use too the clock on the wall measures them; both are kept.
-"""
+`ours` fetches all batches of a step and looks up the rows of one generation batch, as
+`_generate_and_score_completions` does. `stock` is TRL's trainer as it comes; it holds every batch of a step
+in memory, so only the first N of them are fetched and held (and one more: the loader is a batch ahead), and
+the step's figures are those times (all + 1) / (N + 1). Each measurement has a process of its own. Memory is
+the peak over what was held before. Of time, the processor's seconds count, since on a machine that others use
+too the clock on the wall measures them; both are kept."""
 
-import argparse, io, json, os, platform, random, subprocess, sys, tempfile, threading, time
+import argparse
+import io
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -73,8 +85,10 @@ class Peak:
 def measure(way, shape, path, stock_batches):
     "One way at one shape, in this process"
     import copy
+
     from datasets import Image
     from trl import GRPOConfig, GRPOTrainer
+
     from specs_nb.data import Rows, grpo_dataset
     from specs_nb.formats import FORMATS
     from specs_nb.models import load_model

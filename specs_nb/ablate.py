@@ -7,10 +7,15 @@ __all__ = ['GRIDS', 'OUTPUTS', 'Arm', 'Grid', 'read_grid', 'arm_config', 'Node',
            'add_grid_options', 'ablate']
 
 # %% ../nbs/79_ablate.ipynb #9bcbb017
-import contextlib, os, sys, time, traceback
+import contextlib
+import os
+import sys
+import time
+import traceback
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+
 from specs_nb.core import (
     Interrupted,
     Run,
@@ -402,7 +407,9 @@ def run_grid(
 # %% ../nbs/79_ablate.ipynb #ca505670
 def _own_gpu():
     "A worker trains on one GPU: of several, each takes another"
-    import multiprocessing, torch
+    import multiprocessing
+
+    import torch
 
     n = torch.cuda.device_count()
     if n < 2:
@@ -497,7 +504,8 @@ def _gather_eval(out, where, what, model, home):
 
 
 def _write(rows, path):
-    import pyarrow as pa, pyarrow.parquet as pq
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     if not rows:
         return

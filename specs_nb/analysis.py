@@ -9,6 +9,7 @@ __all__ = ['MODELS', 'SPLITS', 'METRICS', 'STAGES', 'ABOUT', 'PAIRED', 'SPENT', 
 
 # %% ../nbs/71_analysis.ipynb #4eed9970
 from pathlib import Path
+
 from .core import SpecsError, read_json
 from .evaluate import bootstrap
 
@@ -18,7 +19,8 @@ def generalization_factor(
     g_ood: float,  # gain out of distribution, same unit
     beta: float = 2.0,  # weight of the OOD gain
 ) -> float:  # same unit
-    "F-β of two gains, the paper's Generalization Factor; 0 where a gain is zero or negative, None where one isn't known."
+    """F-β of two gains, the paper's Generalization Factor; 0 where a gain is zero or negative, None where one
+    isn't known."""
     if g_id is None or g_ood is None:
         return None
     if g_id <= 0 or g_ood <= 0:
@@ -41,7 +43,8 @@ def gf_table(
     metric: str = "strict",  # which one
     ood: str = "ood_format",  # which split is out of distribution
 ) -> dict:  # model → gf_raw, gf_gain, gain_id, gain_ood
-    "Both readings of the Generalization Factor for each model but the base, and the gains; a model without the values is left out."
+    """Both readings of the Generalization Factor for each model but the base, and the gains; a model without
+    the values is left out."""
 
     def at(model, split):
         return value_at(metrics, model, split, metric).get("mean")
@@ -80,7 +83,8 @@ STAGES = dict(
 def read_run(
     run_dir: Path,  # a run folder with eval/metrics.json
 ) -> dict:  # name, config, metrics, stages, history, answers, look
-    "What the report needs of a run, missing files as empty values; raises `SpecsError` if there are no metrics yet."
+    """What the report needs of a run, missing files as empty values; raises `SpecsError` if there are no
+    metrics yet."""
     import yaml
 
     run = Path(run_dir)
@@ -109,7 +113,8 @@ def read_answers(
     path: Path,  # answers.parquet of the evaluation
 ) -> list:  # of dicts with model, split, id, asked, three scores and, if known, `ABOUT`
     "The scores of each sampled answer, without the texts; raises `SpecsError` for a broken file."
-    import pyarrow as pa, pyarrow.parquet as pq
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     wanted = ("model", "split", "id", "asked", "greedy", "accuracy", "format", "strict", *ABOUT)
     try:
@@ -152,7 +157,8 @@ def paired_difference(
     a: dict,  # question's id → score of one model
     b: dict,  # the same of the other
 ) -> dict:  # mean, lo, hi, n of a - b; detectable: what could have been seen
-    "How far `a` is ahead of `b` on the questions that both answered, with a 95 % interval; scores are shares."
+    """How far `a` is ahead of `b` on the questions that both answered, with a 95 % interval; scores are
+    shares."""
     import numpy as np
 
     d = [a[i] - b[i] for i in a if i in b]

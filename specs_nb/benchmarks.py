@@ -7,9 +7,18 @@ __all__ = ['VERSION', 'NEEDS', 'INSTALL', 'BENCHMARKS', 'find_lmms', 'task_file'
            'read_sample', 'tabulate', 'read_back', 'read_chat', 'reply_to', 'serving', 'run_lmms', 'last_error']
 
 # %% ../nbs/73_benchmarks.ipynb #e23e6f4b
-import base64, io, json, math, os, re, subprocess, sys, threading
+import base64
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
+
 from .core import SpecsError, derive_seed, nearest, read_json, write_json
 from .data import prompt_text
 from .evaluate import answer_in, bootstrap, score
@@ -450,7 +459,8 @@ def run_lmms(
     judge: dict = None,  # keywords of `judge_env`
     **how,  # temperature, limit, concurrency: see `command`
 ) -> dict:  # task → metric → mean, lo, hi, n
-    "Benchmark a served model; raises `SpecsError` if lmms-eval, the server, a task or the results are missing."
+    """Benchmark a served model; raises `SpecsError` if lmms-eval, the server, a task or the results are
+    missing."""
     python, stock = find_lmms(python)
     name = Server(model, {}, {"urls": [url]}).name
     out = Path(out).resolve()

@@ -10,6 +10,7 @@ __all__ = ['LOSSES', 'dpo_loss', 'hybrid_loss', 'norm_loss', 'token_kl', 'refere
 import math
 from functools import partial
 from pathlib import Path
+
 from .core import Interrupted, Progress, SpecsError, fingerprint, read_json, write_json
 from .distill import read_pairs
 from .grpo import go_on, go_on_later, quiet, trainer_config, watcher
@@ -82,7 +83,8 @@ LOSSES = {
 
 # %% ../nbs/60_coldstart.ipynb #f771939f
 def _read_reference(path, key):
-    "The reference's log-probabilities of a run that was interrupted, (n_pairs, 2), or None: not there, of something else, damaged"
+    """The reference's log-probabilities of a run that was interrupted, (n_pairs, 2), or None: not there, of
+    something else, damaged"""
     try:
         found = read_json(path) or {}
     except SpecsError:
@@ -213,6 +215,7 @@ def answers_only(
 ):
     "Compute logits at the answers' tokens alone, on a CPU too."
     from unittest.mock import patch
+
     from trl.trainer import utils
 
     if trainer.accelerator.device.type != "cpu" or not hasattr(utils, "_use_triton"):
@@ -234,7 +237,8 @@ def add_kl(
     trainer,  # a `DPOTrainer` whose reference is asked in every step
     lam: float,  # λ
 ):
-    "Add `λ·KL(policy ‖ reference)`, averaged over the tokens of chosen and rejected answers, to the trainer's loss; raises `SpecsError` where it can't."
+    """Add `λ·KL(policy ‖ reference)`, averaged over the tokens of chosen and rejected answers, to the
+    trainer's loss; raises `SpecsError` where it can't."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise SpecsError(
             "coldstart.loss dpo+kl can't be trained with weights spread over processes: take dpo+sft, or"
@@ -266,7 +270,8 @@ def add_kl(
 
 
 def _mean_kl(models, hidden, mask, size=512):
-    "`token_kl` averaged over the answers' tokens; a piece's logits are computed again for the gradient rather than kept"
+    """`token_kl` averaged over the answers' tokens; a piece's logits are computed again for the gradient
+    rather than kept"""
     from torch.utils.checkpoint import checkpoint
 
     answer = mask[:, 1:].bool()
@@ -311,9 +316,10 @@ def coldstart_trainer(
     callbacks=(),  # of the trainer
     **load,  # keywords of `load_model`
 ):  # a `DPOTrainer`
-    "TRL's DPOTrainer for one of `LOSSES`, with LoRA or without; with `config.fast` the reference is asked here, once a pair."
-    from trl import DPOConfig, DPOTrainer
+    """TRL's DPOTrainer for one of `LOSSES`, with LoRA or without; with `config.fast` the reference is asked
+    here, once a pair."""
     from transformers import set_seed
+    from trl import DPOConfig, DPOTrainer
 
     check_moves(config, "coldstart", "float32" if is_adapter(start) else load.get("dtype", "float32"))
     types = LOSSES[config.loss]
@@ -370,7 +376,8 @@ def coldstart_trainer(
 
 
 def _borrowed(model):
-    "A second object over the same weights: TRL would load them again, and `reference_once` has done with it before a step is taken"
+    """A second object over the same weights: TRL would load them again, and `reference_once` has done with it
+    before a step is taken"""
     import copy
 
     return copy.copy(model) if rank()[1] == 1 and not hasattr(model, "peft_config") else None

@@ -12,7 +12,15 @@ __all__ = ['ALSO', 'PART', 'EXECUTION', 'TESTS', 'SpecsError', 'nearest', 'DataC
            'Progress', 'derive_seed']
 
 # %% ../nbs/00_core.ipynb #e7bd4e6c
-import contextlib, dataclasses, difflib, fnmatch, hashlib, json, os, sys, time
+import contextlib
+import dataclasses
+import difflib
+import fnmatch
+import hashlib
+import json
+import os
+import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -597,7 +605,8 @@ def load_config(
     file: str = None,  # a YAML file, or the name of one of `builtin_configs`
     overrides=(),  # texts such as `zero.steps=3`
 ) -> Config:  # checked
-    "Defaults, then `file`, then `overrides`; raises `SpecsError` for what is unknown, unreadable or out of range."
+    """Defaults, then `file`, then `overrides`; raises `SpecsError` for what is unknown, unreadable or out of
+    range."""
     config = Config()
     if file:
         path = builtin_configs().get(str(file), Path(file))
@@ -868,7 +877,8 @@ def reset_peak_memory():
 
 
 def peak_gpu_gb():  # GiB, or None where this process uses no GPU
-    "What torch has allocated on this process's GPU at most since `reset_peak_memory`; vLLM's own process is not in it."
+    """What torch has allocated on this process's GPU at most since `reset_peak_memory`; vLLM's own process is
+    not in it."""
     torch = sys.modules.get("torch")
     return (
         torch.cuda.max_memory_allocated() / 2**30
@@ -892,7 +902,7 @@ def peak_memory_gb(
 # %% ../nbs/00_core.ipynb #318aee08
 def versions() -> dict:  # package → version
     "What the numbers of a run depend on."
-    from importlib.metadata import version, PackageNotFoundError
+    from importlib.metadata import PackageNotFoundError, version
 
     out = {"python": sys.version.split()[0]}
     for p in ("specs_nb", "torch", "transformers", "trl", "peft", "datasets", "vllm", "bitsandbytes"):
@@ -940,7 +950,8 @@ def set_aside_folders(
 # %% ../nbs/00_core.ipynb #a3175e50
 @dataclass
 class Stage:
-    "One stage of a run: a folder with files and a `stage.json`. Of what another fingerprint left nothing is ever removed."
+    """One stage of a run: a folder with files and a `stage.json`. Of what another fingerprint left nothing is
+    ever removed."""
 
     dir: Path  # the stage's folder
     key: str  # fingerprint of what its result follows from
@@ -980,7 +991,8 @@ class Stage:
         return f"changed: {differences(before, self.inputs)}"
 
     def begin(self):
-        "Mark the stage as begun; what another fingerprint left is set aside, what this one left is kept and gone on with."
+        """Mark the stage as begun; what another fingerprint left is set aside, what this one left is kept and
+        gone on with."""
         if self.info.get("key") not in (None, self.key):
             self.set_aside()
         info, now = self.info, versions()
@@ -1072,8 +1084,10 @@ def stop_asked() -> str:  # the signal's name; empty if nobody asked
 
 @contextlib.contextmanager
 def signals_ask():
-    "Within it SIGINT and SIGTERM ask for a stop, and raise `KeyboardInterrupt` the second time; works in the main thread alone."
-    import signal, threading
+    """Within it SIGINT and SIGTERM ask for a stop, and raise `KeyboardInterrupt` the second time; works in
+    the main thread alone."""
+    import signal
+    import threading
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -1132,7 +1146,8 @@ class _Spawn(multiprocessing.context.SpawnContext):
 
 def patient():
     "For a worker: leave Ctrl-C and SIGTERM to the first process, and end when it is gone."
-    import signal, threading
+    import signal
+    import threading
     from multiprocessing import connection, parent_process
 
     for s in (signal.SIGINT, signal.SIGTERM):
@@ -1161,7 +1176,8 @@ def worker_pool(
     then=None,  # called in each worker before its first task
     args=(),  # its arguments
 ):  # a `ProcessPoolExecutor`
-    "Processes that outlive a signal to all of them; when one dies the others are ended, and `SpecsError` says how to go on."
+    """Processes that outlive a signal to all of them; when one dies the others are ended, and `SpecsError`
+    says how to go on."""
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
 

@@ -8,12 +8,15 @@ __all__ = ['MAX_PIXELS', 'IMAGE_FORMATS', 'FILES', 'Picture', 'to_png', 'decode'
            'Rows', 'find_choices', 'prompt_text', 'conversation', 'grpo_dataset']
 
 # %% ../nbs/11_data.ipynb #ad5f4cfe
-import io, json, re
+import io
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-from .core import SpecsError, atomic
+
 from . import world
+from .core import SpecsError, atomic
 
 # %% ../nbs/11_data.ipynb #9fc4efdd
 MAX_PIXELS = 40_000_000  # of one image: 120 MB when decoded
@@ -43,6 +46,7 @@ def decode(
 ) -> Picture:  # RGB, upright, on white
     "Decode an image from outside; raises `ValueError` that says why it can't be used."
     import warnings
+
     from PIL import Image
 
     try:
@@ -184,7 +188,8 @@ def load_rows(
     n: int,  # at most so many
     seed: int = 0,  # stream of questions of the world
 ) -> list:  # rows of the schema
-    "The rows of a split; empty if a folder has no `ood_visual.jsonl`; raises `SpecsError` for missing, empty or broken data."
+    """The rows of a split; empty if a folder has no `ood_visual.jsonl`; raises `SpecsError` for missing,
+    empty or broken data."""
     if source == "world":
         return world.rows(split, n, seed)
     folder = Path(source)
@@ -235,7 +240,8 @@ def _keys(rows):
 
 # %% ../nbs/11_data.ipynb #7a13ed76
 def features():  # a `datasets.Features`
-    "The schema in Arrow; `digests` names the pixels of each image, `rate` is how often a model passed, if that is known."
+    """The schema in Arrow; `digests` names the pixels of each image, `rate` is how often a model passed, if
+    that is known."""
     from datasets import Features, Image, List, Value
 
     text = {k: Value("string") for k in ("id", "question", "answer", "kind", "source")}
@@ -338,7 +344,8 @@ _LABELS = [
 def find_choices(
     question: str,  # perhaps with lettered choices in it
 ):  # ([texts, A first], where they begin), or (None, None)
-    "The lettered choices of a question: `(A) 3 (B) 4`, `A. 3`, `A) 3` or `A: 3`, in the order of the alphabet."
+    """The lettered choices of a question: `(A) 3 (B) 4`, `A. 3`, `A) 3` or `A: 3`, in the order of the
+    alphabet."""
     for label in _LABELS:
         found = list(label.finditer(question))
         starts = [i for i, m in enumerate(found) if m[1] == "A"]

@@ -12,7 +12,8 @@ from array import array
 from collections import Counter, deque
 from itertools import islice
 from pathlib import Path
-from .core import SpecsError, atomic, derive_seed, read_json
+
+from .core import SpecsError, atomic, derive_seed
 from .data import conversation
 from .formats import CORRUPTIONS, FORMATS, announced, find_answer, strip_tags
 from .generate import Job, Sampling, answer_all
@@ -205,6 +206,7 @@ def pairs_card(
 ) -> str:  # Markdown with the hub's metadata
     "A data set's card for pairs: how many, from which sources, how they were spoilt."
     import pyarrow.parquet as pq
+
     from specs_nb import __version__
 
     read_pairs(path)
@@ -252,7 +254,8 @@ def write_samples(
     path: Path,  # a `.parquet` file
 ):
     "Write every completion with its verdict, 256 questions at a time."
-    import pyarrow as pa, pyarrow.parquet as pq
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     schema = pa.schema([
         (k, pa.int64() if k == "sample" else pa.string())
@@ -309,7 +312,8 @@ def distill(
     compare: int = 0,  # answers of each kind on which it is compared with the rules
     **how,  # workers, load, threads: see `answer_all`
 ) -> dict:  # facts for stage.json
-    "Make preference pairs from two models' answers (the paper's stage 1); raises `SpecsError` if none is left."
+    """Make preference pairs from two models' answers (the paper's stage 1); raises `SpecsError` if none is
+    left."""
     out, c, paths = Path(out), config, {"zero": zero, "base": base}
     draw = Sampling(c.n_samples, c.temperature, c.max_new_tokens, c.batch_size)
     jobs = {
@@ -371,7 +375,8 @@ def kept_by_kind(
     path: Path,  # samples.parquet of the stage
     model: str,  # whose answers are chosen
 ) -> dict:  # kind → right answers, those that were kept, and their share
-    "Of the right answers to each kind of question, how many may become pairs: a filter must not favour a kind."
+    """Of the right answers to each kind of question, how many may become pairs: a filter must not favour a
+    kind."""
     import pyarrow.parquet as pq
 
     column = rows.column if hasattr(rows, "column") else lambda name: [r[name] for r in rows]

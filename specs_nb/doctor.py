@@ -11,9 +11,13 @@ __all__ = ['KNOWN', 'TILE', 'NF4', 'SIZES', 'BASE_CPU', 'BASE_GPU', 'GRAPHS', 'W
            'report', 'add_options', 'read_rate', 'doctor']
 
 # %% ../nbs/72_doctor.ipynb #c995e21d
-import json, os, shutil, sys
+import json
+import os
+import shutil
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
 from .core import Config, SpecsError, load_config, merge, parts, read_json
 from .models import LORA_TARGETS, is_vlm, load_config_of, resolve
 
@@ -82,7 +86,8 @@ def known_config(
 def config_of_model(
     path: str,  # `tiny`, a folder or a hub name
 ):  # a configuration of transformers
-    "A model's configuration: from our table, without asking anybody; else from the disk or the hub; raises `SpecsError` if it is nowhere."
+    """A model's configuration: from our table, without asking anybody; else from the disk or the hub; raises
+    `SpecsError` if it is nowhere."""
     return known_config(path) if path in KNOWN else load_config_of(path)
 
 # %% ../nbs/72_doctor.ipynb #1beb1a69
@@ -112,7 +117,9 @@ def shape_of(
     config=None,  # of transformers, if at hand
 ) -> Shape:  # of the model
     "The shape of a model, without loading it."
-    import re, torch
+    import re
+
+    import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     c = config or config_of_model(path)
@@ -315,12 +322,17 @@ def generation(
 def measure_here(
     spec: dict,  # see `measure`
 ) -> dict:  # peak in bytes, and the shape's fields
-    "Build, train or ask a model in this process, and read the peak; for `measure`, which starts a fresh process."
-    import ctypes, gc, tempfile, torch
+    """Build, train or ask a model in this process, and read the peak; for `measure`, which starts a fresh
+    process."""
+    import ctypes
+    import gc
+    import tempfile
+
+    import torch
     from peft import get_peft_model
+
     from specs_nb.core import reset_peak_memory
     from specs_nb.models import lora_config, model_class, quiet_libraries, random_model
-    from specs_nb import world
 
     quiet_libraries()
     torch.set_num_threads(1)
@@ -383,6 +395,7 @@ def measure_here(
 def _stage(spec, folder):
     "Two steps of a stage's own trainer; the shape of its last batch: sequences, prompt and completion."
     import tempfile
+
     from specs_nb import world
     from specs_nb.coldstart import coldstart_trainer
     from specs_nb.core import ColdStartStage, GRPOStage
@@ -443,6 +456,7 @@ def _stage(spec, folder):
 
 def _batch(spec, folder):
     import torch
+
     from specs_nb import world
     from specs_nb.models import load_processor
 
@@ -546,7 +560,9 @@ def this_machine(
     launcher: str = "",  # `fsdp2`, `zero3 --num_processes 8`, …
 ) -> Machine:  # as found, or as asked for
     "The machine at hand, or another one that is described."
-    import re, torch
+    import re
+
+    import torch
 
     cut = launcher.split()[0] if launcher else ""
     asked = re.search(r"(?:num_processes|nproc_per_node)[= ](\d+)", launcher.replace("-per-", "_per_"))
@@ -633,6 +649,7 @@ def _sees(config):
 def _rows_at_hand(config, n=64):
     "Rows of a source on this disk with the longest questions; none if it can't be read"
     from itertools import islice
+
     from specs_nb import world
     from specs_nb.sources import Tally, open_source, parts, stream
 
@@ -657,7 +674,8 @@ def _rows_at_hand(config, n=64):
 
 
 def _counted(config, rows):
-    "Tokens of the longest prompt, by the model's own processor, or from lengths where that isn't on this machine"
+    """Tokens of the longest prompt, by the model's own processor, or from lengths where that isn't on this
+    machine"""
     from specs_nb.formats import FORMATS
     from specs_nb.generate import encode
     from specs_nb.models import load_processor
@@ -811,7 +829,8 @@ def dpo_parts(
     prompt: Prompt,  # how long prompts are
     machine: Machine,  # to run on
 ) -> Parts:  # without base
-    "Memory of the cold start: chosen and rejected side by side; all weights need a second model for reference."
+    """Memory of the cold start: chosen and rejected side by side; all weights need a second model for
+    reference."""
     c, how = config.coldstart, _how(config, "coldstart", machine)
     micro, new = 2 * c.trainer.get("per_device_train_batch_size", 8), config.distill.max_new_tokens
     return training(
@@ -914,7 +933,8 @@ def remedies(
     stage: str,  # that doesn't fit
     machine: Machine,  # to run on
 ):  # yields (values for `merge`, words)
-    "Settings of a stage that make it smaller, in the order in which one would try them; none that touches other stages."
+    """Settings of a stage that make it smaller, in the order in which one would try them; none that touches
+    other stages."""
     if stage in ("pairs", "eval"):
         part = "distill" if stage == "pairs" else "eval"
         if config.workers > 1:

@@ -8,14 +8,16 @@ __all__ = ['SHARES', 'pass_at_k', 'bootstrap', 'resample', 'ends_of', 'splits', 
            'question_values', 'checkpoints', 'evaluate_checkpoints']
 
 # %% ../nbs/70_evaluate.ipynb #92ebe0f5
-import json, math
+import json
+import math
 from array import array
 from collections import Counter
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from .data import Rows
+
 from .core import SpecsError, atomic, read_json, write_json
+from .data import Rows
 from .formats import FORMATS, find_answer
 from .generate import Job, Sampling, answer_all
 from .grading import audit, grade_row, is_right, plain_words
@@ -394,7 +396,8 @@ def _measure_all(block, count, most, ask):
 @contextmanager
 def _answers_file(path):
     "A function that adds rows to a Parquet file"
-    import pyarrow as pa, pyarrow.parquet as pq
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     kinds = dict(
         dict.fromkeys("model split id asked text answer source kind difficulty".split(), pa.string()),
@@ -419,7 +422,8 @@ def question_values(
     greedy: bool = False,  # greedy answers, not the sampled ones
 ) -> dict:  # model → split → question's id → mean over its samples
     "The value of each question; answers without opinion are left out. Raises `SpecsError` for a broken file."
-    import pyarrow as pa, pyarrow.parquet as pq
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
         rows = pq.read_table(path, columns=["model", "split", "id", "greedy", metric]).to_pylist()
@@ -461,7 +465,8 @@ def evaluate_checkpoints(
     metric: str = "strict",  # of the values that are returned
     **how,  # as for `evaluate`
 ) -> dict:  # step → split → question's id → value
-    "Evaluate a stage's checkpoints; step 0 is the model before training. Raises `SpecsError` for a step that isn't kept."
+    """Evaluate a stage's checkpoints; step 0 is the model before training. Raises `SpecsError` for a step
+    that isn't kept."""
     kept = {0: base, **checkpoints(folder)}
     steps = list(kept) if steps is None else steps
     if steps == [0] or (gone := [s for s in steps if s not in kept]):

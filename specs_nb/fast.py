@@ -123,7 +123,8 @@ def write(
     temperature: float = 1.0,  # of the draw; 0: greedy
     suppress=(),  # tokens that are never written
 ):  # (tokens of each answer as lists, log-probability of each)
-    "Answers drawn from the whole distribution, and how likely the model found each token (at the temperature of the draw)."
+    """Answers drawn from the whole distribution, and how likely the model found each token (at the
+    temperature of the draw)."""
     import torch
 
     with torch.no_grad():
@@ -530,7 +531,8 @@ def _pad(rows, value, side):
 
 def _padded(trainer, prompt_ids, few):
     "Fields of the processor as tensors, padded on the left."
-    import numpy as np, torch
+    import numpy as np
+    import torch
 
     out = {
         "input_ids": _pad(prompt_ids, trainer._tokenizer.pad_token_id, "left"),

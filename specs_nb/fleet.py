@@ -9,6 +9,7 @@ __all__ = ['connect', 'Worker', 'stored', 'vllm_requests', 'vllm_processor', 'Fl
 import pickle
 from itertools import chain
 from pathlib import Path
+
 from .core import Interrupted, SpecsError, derive_seed, stop_asked, write_json
 
 # %% ../nbs/37_fleet.ipynb #49558202
@@ -32,7 +33,9 @@ def connect(
             f"--fleet {address}: no Ray cluster can be reached ({' '.join(str(e).split())[:200]}): start one"
             " with `ray start --head`, or use --fleet local"
         ) from None
-    import logging, ray.data
+    import logging
+
+    import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel("WARNING")
@@ -54,6 +57,7 @@ class Worker:
     ) -> dict:  # column `done`: name of the file → its text
         "The files that `answer` would write, as text."
         import tempfile
+
         from specs_nb.generate import answer
 
         job, how, seed, path, *rest = pickle.loads(batch["task"][0])
@@ -68,7 +72,8 @@ def stored(
     values,  # bytes; taken one by one
 ):  # a `ray.data.Dataset` of one row each
     "A dataset of values that goes into Ray's store piece by piece."
-    import pyarrow as pa, ray
+    import pyarrow as pa
+    import ray
 
     return ray.data.from_arrow_refs(
         [ray.put(pa.table({column: pa.array([v], pa.large_binary())})) for v in values]
@@ -217,8 +222,8 @@ class Fleet:
         self,
         tasks,  # arguments of `answer`
     ):  # rows and failures of each, as they come
-        "With Ray's own vLLM processor: one engine a worker, requests streaming through it; a batch is written when its last answer is there."
-        import ray
+        """With Ray's own vLLM processor: one engine a worker, requests streaming through it; a batch is
+        written when its last answer is there."""
         from specs_nb.generate import tokenizer_of
         from specs_nb.models import load_processor
 

@@ -9,7 +9,8 @@ __all__ = ['FORMATS', 'PAPER_CORRUPTIONS', 'CORRUPTIONS', 'blank', 'TagFormat', 
            'strip_tags', 'find_answer', 'announced']
 
 # %% ../nbs/20_formats.ipynb #ac5eafff
-import json, re
+import json
+import re
 from dataclasses import dataclass
 
 _ZERO_WIDTH = re.compile("[\u200b-\u200f\u2060\ufeff]")
@@ -70,7 +71,8 @@ class TagFormat:
 
 # %% ../nbs/20_formats.ipynb #be714451
 def _first(values, target, at):
-    "The first index from `at` on where `values` is `target`, or None; in windows that grow, so that a box costs what it is long."
+    """The first index from `at` on where `values` is `target`, or None; in windows that grow, so that a box
+    costs what it is long."""
     size = 256
     while at < len(values):
         if len(hit := (values[at : at + size] == target).nonzero()[0]):
@@ -279,7 +281,8 @@ def shift_tags(
     text: str,  # well-formed
     fmt: TagFormat = _TA,  # the format to spoil
 ) -> str:  # with the answer inside the reasoning
-    "The closing think tag comes too late, after the answer; raises `ValueError` if `text` is not well-formed."
+    """The closing think tag comes too late, after the answer; raises `ValueError` if `text` is not
+    well-formed."""
     reasoning, answer = _well_formed(text, fmt)
     return f"{fmt.think[0]}{reasoning}\n{fmt.answer[0]}{answer}{fmt.answer[1]}{fmt.think[1]}"
 
@@ -365,7 +368,8 @@ def strip_tags(
 def find_answer(
     text: str,  # any completion
 ) -> str:  # the answer as written, or None
-    "The answer of a completion, kept to a format or not: a parse, an open tag, a box, `Answer:`, or the last line."
+    """The answer of a completion, kept to a format or not: a parse, an open tag, a box, `Answer:`, or the
+    last line."""
     for f in FORMATS.values():
         if parts := f.parse(text):
             return parts[1]

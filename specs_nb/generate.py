@@ -10,11 +10,19 @@ __all__ = ['VLLM_VERSIONS', 'ROW_ERRORS', 'ENGINES', 'SMALL', 'prompt', 'encode'
            'too_small_for_vllm', 'pick_engine', 'Job', 'answer', 'Answers', 'answer_all']
 
 # %% ../nbs/31_generate.ipynb #06aee498
-import base64, contextlib, io, json, os, re, sys, time
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+
 from specs_nb.core import (
     Interrupted,
     Progress,
@@ -565,8 +573,8 @@ def need_vllm():
     wanted = f"{low[0]}.{low[1]} to {high[0]}.{high[1]}"
     if version is None:
         raise SpecsError(
-            f"vLLM isn't installed in this environment: pip install 'specs_nb[vllm]' on a GPU, `make vllm`"
-            f" for the CPU, or engine: transformers"
+            "vLLM isn't installed in this environment: pip install 'specs_nb[vllm]' on a GPU, `make vllm`"
+            " for the CPU, or engine: transformers"
         )
     if not supported(version):
         raise SpecsError(
@@ -637,14 +645,16 @@ def one_per_image(
 
 
 def _vllm_prompt(processor, text):
-    "A prompt for vLLM: tokens where its own tokenizer would write a second token that begins a text, else the text"
+    """A prompt for vLLM: tokens where its own tokenizer would write a second token that begins a text, else
+    the text"""
     tok = tokenizer_of(processor)
     bare = tok(text, add_special_tokens=False)["input_ids"]
     return {"prompt": text} if tok(text)["input_ids"] == bare else {"prompt_token_ids": bare}
 
 
 def _with_answers(processor, rows, instructions, answers):
-    "Prompts with an answer behind each, for vLLM; and for each all tokens as transformers has them, and how many are the answer's"
+    """Prompts with an answer behind each, for vLLM; and for each all tokens as transformers has them, and how
+    many are the answer's"""
     prompts, whole = [], []
     for row, instruction, some in zip(rows, instructions, answers, strict=True):
         ids = encode(processor, [row], [instruction])["input_ids"][0].tolist()
@@ -670,7 +680,8 @@ def running(
 
 
 def end_vllm() -> int:  # engines that were ended
-    "Shut down the vLLM engines of this process: their memory is free afterwards, they can't be used any more."
+    """Shut down the vLLM engines of this process: their memory is free afterwards, they can't be used any
+    more."""
     ended = len(_running)
     while _running:
         llm, own = _running.pop()
@@ -686,7 +697,9 @@ def end_vllm() -> int:  # engines that were ended
         else:
             parallel_state.destroy_model_parallel()
     if ended:
-        import gc, torch
+        import gc
+
+        import torch
 
         gc.collect()
         if torch.cuda.is_available():
@@ -957,9 +970,7 @@ class Server(Engine):
         from urllib.error import HTTPError
 
         try:
-            body = dict(
-                _chat_body(row, instruction, how, self.never, self.chat), model=self.name, seed=seed
-            )
+            body = dict(_chat_body(row, instruction, how, self.never, self.chat), model=self.name, seed=seed)
         except Exception as e:
             return Failed(f"{type(e).__name__}: {_line(e)}")
         try:
@@ -1054,6 +1065,7 @@ def too_small_for_vllm(
 ) -> bool:  # False for a model that isn't on this disk
     "Whether a model on a CPU is so small that vLLM's own work outweighs the model's."
     import torch
+
     from specs_nb.models import base_of, is_adapter, resolve
 
     weights = list(Path(resolve(base_of(path) if is_adapter(path) else path)).glob("*.safetensors"))
@@ -1069,7 +1081,8 @@ def pick_engine(
     path: str = "tiny",  # of the model
     load: dict = {},  # keywords of `load_model`
 ) -> tuple:  # (name in `ENGINES`, why)
-    "The engine for a model; raises `SpecsError` for an unknown one, or vLLM of an unsupported version that was asked for by name."
+    """The engine for a model; raises `SpecsError` for an unknown one, or vLLM of an unsupported version that
+    was asked for by name."""
     if engine not in ("auto", *ENGINES):
         raise SpecsError(f"engine: no {engine!r}; {nearest(str(engine), ['auto', *ENGINES])}")
     if engine == "vllm":
@@ -1123,7 +1136,8 @@ class Job:
 
 
 def _read_row(rows, i):
-    "A row with its images decoded; `Failed` if that can't be done, since what can't be decoded can't be sent to another process either."
+    """A row with its images decoded; `Failed` if that can't be done, since what can't be decoded can't be
+    sent to another process either."""
     row = {}
     try:
         row = rows[i]
@@ -1181,7 +1195,8 @@ def answer(
 
 # %% ../nbs/31_generate.ipynb #20e863f7
 class Answers:
-    "A job's answers on disk: for each row a list of texts. Batches may differ in size: a run may go on with another one."
+    """A job's answers on disk: for each row a list of texts. Batches may differ in size: a run may go on with
+    another one."""
 
     def __init__(
         self,
@@ -1248,7 +1263,8 @@ def answer_all(
     # `fleet.Fleet`
     pool=None,
 ) -> dict:  # job's name → for each row a list of texts, None where there is no answer
-    "Answer all jobs' rows, batch by batch; what is there already is not asked again. Raises `SpecsError` if every row of the beginning fails."
+    """Answer all jobs' rows, batch by batch; what is there already is not asked again. Raises `SpecsError` if
+    every row of the beginning fails."""
     folder, hows = Path(folder), {job.name: job.how or how for job in jobs}
     sizes = {name: max(1, h.batch_size // h.n) for name, h in hows.items()}
     left = {job.name: list(Answers(job, folder, sizes[job.name]).missing()) for job in jobs}

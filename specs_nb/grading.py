@@ -11,11 +11,16 @@ __all__ = ['UNITS', 'OVERLAPS', 'KINDS', 'LIMIT', 'clean', 'unwrap', 'Number', '
            'consistent']
 
 # %% ../nbs/21_grading.ipynb #cab554a2
-import json, re, threading, time, unicodedata
+import json
+import re
+import threading
+import time
+import unicodedata
 from fractions import Fraction
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
+
 from .core import SpecsError, nearest
 from .formats import boxed
 
@@ -449,7 +454,8 @@ def _compound(text):
 def read_number(
     text: str,  # unwrapped
 ) -> Number:  # or None
-    "The number that `text` is: plain, grouped, fraction, scientific, percent, money, with a unit, or in words."
+    """The number that `text` is: plain, grouped, fraction, scientific, percent, money, with a unit, or in
+    words."""
     if m := _PLAIN.fullmatch(text):
         return Number(Fraction(text), len(m[1] or m[2] or ""))
     if len(text) > _DIGITS:
@@ -1047,7 +1053,8 @@ class _TooLong(BaseException):
 
 
 class _Budget(threading.local):
-    "What one answer may still spend on computer algebra, in seconds; an answer with fifty parts gets no more than one with one"
+    """What one answer may still spend on computer algebra, in seconds; an answer with fifty parts gets no
+    more than one with one"""
 
     left, depth = None, 0
 
@@ -1123,7 +1130,8 @@ def limited(
 
 # %% ../nbs/21_grading.ipynb #d7ee3458
 def _explodes(expr):
-    "Would working out a power or a factorial in `expr` take more than two million bits? Measured in floats, which is safe"
+    """Would working out a power or a factorial in `expr` take more than two million bits? Measured in floats,
+    which is safe"""
     from sympy import Pow, binomial, factorial, preorder_traversal
 
     bits = lambda e: 0 if e.free_symbols or not (v := e.evalf(5)).is_Float else max(abs(sum(v._mpf_[2:])), 1)
@@ -1140,6 +1148,7 @@ def _explodes(expr):
 def _reader():
     "Math-Verify's reader of LaTeX without its removal of units, by which `x + 2s` were `x + 2`"
     from dataclasses import replace
+
     from math_verify import LatexExtractionConfig
 
     config = LatexExtractionConfig()
@@ -1233,7 +1242,7 @@ def same_relation(
     p,  # the same
 ):  # True, False or None
     "Do two equations or inequalities have the same solutions, up to a factor?"
-    from sympy import Ne, Eq
+    from sympy import Eq, Ne
 
     flip = type(g) is not type(p)
     if flip and g.reversed.func is not p.func:
@@ -1255,8 +1264,8 @@ def same_relation(
 # %% ../nbs/21_grading.ipynb #96b9f56d
 def _compare(g, p):
     "Compare two SymPy objects; None: can't tell"
-    from sympy import Basic, Expr, MatrixBase, Tuple, Set
-    from sympy.core.relational import Relational, Eq
+    from sympy import Expr, MatrixBase, Tuple
+    from sympy.core.relational import Eq, Relational
 
     if isinstance(p, Eq) and not isinstance(g, Relational) and p.lhs.is_Symbol:
         p = p.rhs  # x = 5 for 5

@@ -9,6 +9,7 @@ __all__ = ['FIXED', 'SEALED', 'group_advantages', 'clipped_loss', 'check_trainer
 
 # %% ../nbs/40_grpo.ipynb #5ab3c081
 from pathlib import Path
+
 from .core import Interrupted, Progress, SpecsError, nearest, read_json, stop_asked, write_json
 from .data import grpo_dataset
 from .fast import fast_trainer
@@ -177,7 +178,8 @@ SEALED = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.distcp", "trainer_state.
 def seal(
     folder: Path,  # a checkpoint that is written
 ):
-    "Note the sizes of a checkpoint's files, those of all processes, so that one that was cut short later is seen."
+    """Note the sizes of a checkpoint's files, those of all processes, so that one that was cut short later is
+    seen."""
     if folder.is_dir():
         write_json(
             folder / "sizes.json",
@@ -254,7 +256,8 @@ def go_on_later(
 def last_checkpoint(
     folder,  # with `checkpoint-…` folders
 ) -> str:  # its path, or None
-    "The newest checkpoint that is whole; `trainer_state.json` is what Trainer writes last but one, `rng_state` last."
+    """The newest checkpoint that is whole; `trainer_state.json` is what Trainer writes last but one,
+    `rng_state` last."""
     written = [
         p
         for p in Path(folder).glob("checkpoint-*")
@@ -312,7 +315,8 @@ def grpo_trainer(
     vllm=None,  # a `core.VLLMConfig`, for `trainer: {use_vllm: true}`
     **load,  # keywords of `load_model`
 ):  # a `GRPOTrainer`
-    "TRL's GRPOTrainer with DAPO's loss and no KL term; raises `SpecsError` for a configuration that makes no sense."
+    """TRL's GRPOTrainer with DAPO's loss and no KL term; raises `SpecsError` for a configuration that makes
+    no sense."""
     check_moves(config, stage, "float32" if is_adapter(start) else load.get("dtype", "float32"))
     before_vllm(config, base_of(start) if is_adapter(start) else start, stage, vllm)
     from trl import GRPOConfig, GRPOTrainer
@@ -391,7 +395,8 @@ def resume_point(
 
 
 def _read_weights(model, folder):
-    "Put saved weights into a model, a tensor at a time, so that no rank holds a second model; False if their names can't be told"
+    """Put saved weights into a model, a tensor at a time, so that no rank holds a second model; False if
+    their names can't be told"""
     import torch
     from safetensors import safe_open
 

@@ -9,10 +9,20 @@ __all__ = ['TASKS', 'VERDICTS', 'SETTINGS', 'LIMIT', 'LONGEST', 'JUDGED_KINDS', 
            'calibrate', 'calibration_table', 'in_bulk', 'open_judge', 'JudgeReward', 'use_judge']
 
 # %% ../nbs/23_judge.ipynb #35d83006
-import asyncio, hashlib, json, os, random, re, sqlite3, sys, threading, time
+import asyncio
+import hashlib
+import json
+import os
+import random
+import re
+import sqlite3
+import sys
+import threading
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
 from .core import JudgeConfig, SpecsError, nearest
 from .formats import FORMATS
 from .rewards import accuracy_reward, column, consistency_reward, logged, text_of
@@ -143,7 +153,8 @@ class Member:
 def members(
     config: JudgeConfig,  # of the judge
 ) -> list:  # of `Member`
-    "The judges that a configuration names; raises `SpecsError` for an entry that makes no sense or a key that isn't set."
+    """The judges that a configuration names; raises `SpecsError` for an entry that makes no sense or a key
+    that isn't set."""
     found = []
     for entry in config.models:
         entry = {"model": entry} if isinstance(entry, str) else entry
@@ -482,7 +493,8 @@ class Endpoint:
 async def check_endpoint(
     e: Endpoint,  # to look at
 ):
-    "Raise `SpecsError` for a server that can't be reached, refuses the key, or doesn't serve the model; one that can't list its models passes."
+    """Raise `SpecsError` for a server that can't be reached, refuses the key, or doesn't serve the model; one
+    that can't list its models passes."""
     import openai
 
     m = e.member

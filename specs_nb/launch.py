@@ -6,8 +6,10 @@
 __all__ = ['Joined', 'ShareDone', 'Share', 'work', 'main']
 
 # %% ../nbs/82_launch.ipynb #b10ac632
-import sys, time
+import sys
+import time
 from pathlib import Path
+
 from specs_nb.core import (
     Interrupted,
     Run,
@@ -99,6 +101,7 @@ def work(
 def _settle(config):
     "As the pipeline does before its first stage; it has looked at the names already."
     import torch
+
     from specs_nb.models import quiet_libraries
 
     quiet_libraries()
@@ -108,7 +111,9 @@ def _settle(config):
 
 def _own_gpu():
     "This rank's GPU, for itself and for the processes it starts (vLLM's), which see no other."
-    import os, torch
+    import os
+
+    import torch
 
     if not torch.cuda.is_available():
         return

@@ -6,8 +6,10 @@
 __all__ = ['ENOUGH', 'count', 'payer', 'look_words', 'look_table', 'stop_words', 'same_luck', 'look_at']
 
 # %% ../nbs/52_look.ipynb #b9b65e1d
-import contextlib, random
+import contextlib
+import random
 from pathlib import Path
+
 from .core import SpecsError, derive_seed, fingerprint, read_json, write_json
 from .data import conversation
 from .distill import judge
@@ -138,7 +140,8 @@ def stop_words(
 @contextlib.contextmanager
 def same_luck():
     "Within, random numbers may be drawn; afterwards the generators stand where they stood."
-    import numpy, torch
+    import numpy
+    import torch
 
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     kept = random.getstate(), numpy.random.get_state(), torch.get_rng_state()

@@ -11,8 +11,13 @@ __all__ = ['FAMILIES', 'LORA_TARGETS', 'TYPICAL', 'resolve', 'is_vlm', 'load_con
            'load_to_train', 'rest_eyes', 'check_eyes', 'model_card', 'push', 'export_model']
 
 # %% ../nbs/30_models.ipynb #507e1bb6
-import hashlib, json, math, os, shutil
+import hashlib
+import json
+import math
+import os
+import shutil
 from pathlib import Path
+
 from .core import SpecsError, fingerprint, nearest, read_json, write_json
 
 # %% ../nbs/30_models.ipynb #9a72706f
@@ -28,7 +33,8 @@ def resolve(
 def is_vlm(
     config,  # of transformers
 ) -> bool:  # reads images
-    "Whether a configuration is one of a vision-language model; raises `SpecsError` for one that can't talk at all."
+    """Whether a configuration is one of a vision-language model; raises `SpecsError` for one that can't talk
+    at all."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -109,7 +115,8 @@ _OF_A_MODEL = (
 def check_folder(
     path: str,  # `tiny`, a folder or a hub name
 ):
-    "Raise `SpecsError` if a model's folder lacks files or holds half of one; what isn't a folder is left to transformers."
+    """Raise `SpecsError` if a model's folder lacks files or holds half of one; what isn't a folder is left to
+    transformers."""
     folder = Path(resolve(path))
     if not folder.is_dir():
         return
@@ -231,7 +238,8 @@ def set_chat(
     processor,  # a processor or a tokenizer
     chat: dict = None,  # `system` and `kwargs` of the chat template; None leaves both empty
 ):  # the same processor
-    "Note on a tokenizer how its model is spoken to; raises `SpecsError` for arguments that aren't a template's."
+    """Note on a tokenizer how its model is spoken to; raises `SpecsError` for arguments that aren't a
+    template's."""
     chat = chat or {}
     taken = {"tokenize", "add_generation_prompt", "return_dict", "continue_final_message", "messages"}
     if bad := sorted(taken & set(chat.get("kwargs") or {})):
@@ -251,7 +259,10 @@ def chat_of(
 # %% ../nbs/30_models.ipynb #21cab313
 def quiet_libraries():
     "Switch off progress bars and warnings of transformers and datasets."
-    import datasets, transformers, warnings
+    import warnings
+
+    import datasets
+    import transformers
 
     # of names that TRL still uses
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -548,8 +559,10 @@ def random_model(
     seed: int = 0,  # of the weights
     **text,  # fields of the text model's configuration, such as `num_hidden_layers`
 ) -> str:  # the folder
-    "Write a tiny model of a family with random weights; raises `SpecsError` for a family that isn't there or can't be built here."
-    import torch, transformers as T
+    """Write a tiny model of a family with random weights; raises `SpecsError` for a family that isn't there
+    or can't be built here."""
+    import torch
+    import transformers as T
 
     if family not in FAMILIES:
         raise SpecsError(f"no family {family!r}: {nearest(family, FAMILIES)}")
@@ -605,7 +618,9 @@ def lora_config(
 
 def _lora_layers(model, targets, tower):
     "Full names of the layers that get an adapter"
-    import re, torch
+    import re
+
+    import torch
 
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     eyes = [n for n in linear if re.search(_EYES, n)]
@@ -629,7 +644,8 @@ def save_model(
     processor,  # its processor
     folder,  # where to
 ):
-    "Save a model with its processor; of an adapted model the adapter alone, see `merge_adapter` for a whole one."
+    """Save a model with its processor; of an adapted model the adapter alone, see `merge_adapter` for a whole
+    one."""
     if hasattr(model, "peft_config"):
         return save_adapter(model, folder, processor)
     model.save_pretrained(folder)
@@ -708,8 +724,10 @@ def load_adapter(
     folder,  # of the adapter
     train: bool = False,  # it is to be trained further
 ):  # a `PeftModel`
-    "Put an adapter on its base; raises `SpecsError` if it was made for another, or for other names of its layers."
+    """Put an adapter on its base; raises `SpecsError` if it was made for another, or for other names of its
+    layers."""
     import warnings
+
     from peft import PeftModel
 
     note = note_base(model)
@@ -794,7 +812,8 @@ def nf4_config(
 
 
 def _exact_on_cpu(model):
-    "On CPUs with AVX-512-BF16 bitsandbytes repacks the weights for a kernel that computes in bfloat16; keep to what `dtype` says."
+    """On CPUs with AVX-512-BF16 bitsandbytes repacks the weights for a kernel that computes in bfloat16; keep
+    to what `dtype` says."""
     import torch
 
     if torch.cuda.is_available():
@@ -830,7 +849,8 @@ def least_step(
 def keeps_float32(
     trainer: dict,  # what stands under `trainer:` of the stage
 ) -> bool:  # beside weights in 16 bits
-    "Whether this process was started so that float32 weights are kept: FSDP or DeepSpeed, with mixed precision."
+    """Whether this process was started so that float32 weights are kept: FSDP or DeepSpeed, with mixed
+    precision."""
     named = [os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() for name in ("FSDP", "DEEPSPEED")]
     spread = "true" in named or bool(trainer.get("fsdp") or trainer.get("deepspeed"))
     return spread and bool(trainer.get("bf16", True) or trainer.get("fp16"))
@@ -884,7 +904,6 @@ def merge_adapter(
 
 def _add_in_float32(adapted, dtype):
     "Add an adapter to its base's weights, layer by layer; the share of the update that `dtype` keeps"
-    import torch
     from peft.tuners.lora import LoraLayer
 
     config = next(iter(adapted.peft_config.values()))
@@ -917,7 +936,8 @@ def whole_model(
     path: str,  # `tiny`, a folder (of a model or an adapter) or a hub name
     dtype: str = "auto",  # see `merge_adapter`
 ) -> str:  # of a whole model
-    "The path of a model that anybody can load: of an adapter's folder `model`, its neighbour `merged`, which is made when needed."
+    """The path of a model that anybody can load: of an adapter's folder `model`, its neighbour `merged`,
+    which is made when needed."""
     import fcntl
 
     if not is_adapter(path):
@@ -971,7 +991,8 @@ def _new_adapter(config, model):
 def rest_eyes(
     model,  # that a trainer has wrapped
 ):
-    "Let gradients end before a vision tower that isn't trained: for checkpointing, the trainer made its input ask for them, so that all of it would be computed backward for nothing."
+    """Let gradients end before a vision tower that isn't trained: for checkpointing, the trainer made its
+    input ask for them, so that all of it would be computed backward for nothing."""
     from transformers import PreTrainedModel
 
     for part in model.modules():
@@ -1032,7 +1053,8 @@ def model_card(
     run,  # a run folder
     model: str = "final",  # which of its models
 ) -> str:  # Markdown with a YAML head
-    "The card of a run's model: recipe, data, seed, results, cost; raises `SpecsError` if that model isn't finished."
+    """The card of a run's model: recipe, data, seed, results, cost; raises `SpecsError` if that model isn't
+    finished."""
     import yaml
 
     run = Path(run)
@@ -1091,7 +1113,8 @@ def push(
     api=None,  # a `huggingface_hub.HfApi`; None: the user's own
     private: bool = True,  # who may see it
 ) -> str:  # the repository
-    "Upload a run's model with its card; an adapter goes as a whole model and beside it. Raises `SpecsError` if the model isn't finished or the hub refuses."
+    """Upload a run's model with its card; an adapter goes as a whole model and beside it. Raises `SpecsError`
+    if the model isn't finished or the hub refuses."""
     trained, card = Path(run) / model / "model", model_card(run, model)
     if not is_adapter(trained) and not (trained / "config.json").exists():
         raise SpecsError(f"{trained} holds no model: specs {model} --run-dir {run}")
@@ -1131,7 +1154,8 @@ def export_model(
     model: str = "final",  # which of its models
     dtype: str = "auto",  # of the written weights, see `merge_adapter`
 ) -> str:  # the folder
-    "Write a run's model as a whole, its adapter merged, with its card; raises `SpecsError` if it isn't finished or `out` is there."
+    """Write a run's model as a whole, its adapter merged, with its card; raises `SpecsError` if it isn't
+    finished or `out` is there."""
     trained, card, out = Path(run) / model / "model", model_card(run, model), Path(out)
     if out.exists():
         raise SpecsError(f"{out} is there already: choose another folder with --out")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from statistics import mean, median, variance
+
 from .core import SpecsError, read_json, write_json
 
 # %% ../nbs/35_monitor.ipynb #65fb30e5
@@ -194,7 +195,8 @@ def monitor(
     # TRL's `GRPOTrainer`, whose completions and importance ratios are looked at; None: the log alone
     trainer=None,
 ):  # a `TrainerCallback`
-    "Watch a training of transformers or TRL; raises `SpecsError` before a step with gradients that are not finite."
+    """Watch a training of transformers or TRL; raises `SpecsError` before a step with gradients that are not
+    finite."""
     from transformers import TrainerCallback
 
     class Monitor(TrainerCallback):

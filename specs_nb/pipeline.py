@@ -8,9 +8,15 @@ __all__ = ['STAGES', 'DO', 'EXAMPLES', 'HELP', 'inputs', 'keys', 'look_before', 
            'config_of', 'parse', 'clean', 'main']
 
 # %% ../nbs/80_pipeline.ipynb #15da276c
-import argparse, errno, os, shutil, sys
+import argparse
+import errno
+import os
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+
+from .ablate import OUTPUTS, ablate, add_grid_options
 from specs_nb.core import (
     TESTS,
     Config,
@@ -34,9 +40,8 @@ from specs_nb.core import (
     write_json,
 )
 from .doctor import add_options, doctor, out_of_memory
-from .models import check_moves, export_model, push
-from .ablate import OUTPUTS, ablate, add_grid_options
 from .fleet import Fleet
+from .models import check_moves, export_model, push
 from .ranks import launcher_words, need_one_gpu, spreads_weights, start_ranks
 
 # %% ../nbs/80_pipeline.ipynb #fe02eba4
@@ -66,6 +71,7 @@ def _files(path):
 def _data_inputs(data):
     "What training follows from, and what the tests follow from besides"
     from dataclasses import asdict
+
     from specs_nb.data import FILES
     from specs_nb.sources import NAMED, digest
 
@@ -222,7 +228,8 @@ def look_before(
     run: Run,  # the run
     stage: Stage,  # `zero` or `final`
 ):
-    "Ask the model that a stage begins with, if its `look` says so; left to the first process where there are several."
+    """Ask the model that a stage begins with, if its `look` says so; left to the first process where there
+    are several."""
     from specs_nb.look import look_at
     from specs_nb.ranks import rank
 
@@ -280,8 +287,8 @@ def do_grpo(
     stage: Stage,  # `zero` or `final`
 ) -> dict:  # facts
     "GRPO from the base (`zero`) or from the cold start (`final`)."
-    from specs_nb.templates import check_chat
     from specs_nb.grpo import train_grpo
+    from specs_nb.templates import check_chat
     from specs_nb.track import tracked
 
     c, name = run.config, stage.dir.name
@@ -349,8 +356,8 @@ def do_coldstart(
     stage: Stage,  # `coldstart`
 ) -> dict:  # facts
     "DPO + λ·SFT on the pairs."
-    from specs_nb.templates import check_chat
     from specs_nb.coldstart import train_coldstart
+    from specs_nb.templates import check_chat
     from specs_nb.track import tracked
 
     c = run.config
@@ -393,8 +400,8 @@ def do_eval(
 ) -> dict:  # facts
     "The models on all splits."
     from specs_nb.data import without
-    from specs_nb.sources import load_rows
     from specs_nb.evaluate import evaluate, splits
+    from specs_nb.sources import load_rows
 
     c = run.config
     train = _train_rows(run)
@@ -477,6 +484,7 @@ def check_values(
 ):
     "Raise `SpecsError` for a value that TRL would refuse when its stage begins, or that makes no sense."
     import typing
+
     from specs_nb.grpo import trainer_config
 
     hints = typing.get_type_hints(cls)
@@ -509,12 +517,14 @@ def check_names(
     config: Config,  # of the run
     build: bool = True,  # let TRL check how values go together; False where several processes share them
 ):
-    "Raise `SpecsError` for names that TRL or this package doesn't know, and for values of any stage that TRL refuses."
+    """Raise `SpecsError` for names that TRL or this package doesn't know, and for values of any stage that
+    TRL refuses."""
     from specs_nb.generate import need_vllm
 
     if config.engine == "vllm" or any(getattr(config, s).trainer.get("use_vllm") for s in ("zero", "final")):
         need_vllm()
     from trl import DPOConfig, GRPOConfig
+
     from specs_nb.core import nearest
     from specs_nb.formats import CORRUPTIONS
     from specs_nb.grpo import check_trainer_keys, resolve_rewards
@@ -554,7 +564,8 @@ def check_training(
     names: tuple = ("zero", "coldstart", "final"),  # stages that are to be trained
     launcher: str = "",  # that starts them, see `ranks.launcher_words`
 ):
-    "Raise `SpecsError`, before anything is trained, for a stage whose weights would not move; see `models.check_moves`."
+    """Raise `SpecsError`, before anything is trained, for a stage whose weights would not move; see
+    `models.check_moves`."""
     kept = spreads_weights(launcher) if launcher else False
     if kept is None:
         return  # each rank looks for itself
@@ -673,7 +684,8 @@ def _do(name, run, stage, **kw):
 
 def _release():
     "Give back what a stage's models took, before the next stage starts processes of its own."
-    import ctypes, gc
+    import ctypes
+    import gc
 
     if asks := sys.modules.get("specs_nb.generate"):
         asks._loaded.clear()  # the model that answered last
@@ -687,6 +699,7 @@ def _release():
 
 def _prepare(config, build=True):
     import torch
+
     from specs_nb.models import quiet_libraries
 
     quiet_libraries()
@@ -853,7 +866,8 @@ def _add_others(sub):
 def config_of(
     args,  # from `parser`
 ) -> Config:  # checked
-    "The configuration that a command line asks for: a file, else the run folder's own, else the defaults; then overrides."
+    """The configuration that a command line asks for: a file, else the run folder's own, else the defaults;
+    then overrides."""
     stored = Path(args.run_dir) / "config.yaml"
     return load_config(args.config or (str(stored) if stored.exists() else None), args.overrides)
 
@@ -882,7 +896,8 @@ def clean(
     run_dir,  # a run folder, or a grid's
     yes: bool = False,  # don't ask
 ) -> int:  # bytes that were removed
-    "List what `Stage.set_aside` has left in a run folder, and remove it if that is wanted; raises `SpecsError` while a run is at work there."
+    """List what `Stage.set_aside` has left in a run folder, and remove it if that is wanted; raises
+    `SpecsError` while a run is at work there."""
     if not Path(run_dir).is_dir():
         raise SpecsError(f"there is no folder {run_dir}: name the run with --run-dir")
     sizes = {p: folder_bytes(p) for p in set_aside_folders(run_dir)}

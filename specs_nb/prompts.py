@@ -8,6 +8,7 @@ __all__ = ['NUMBER', 'HEADER', 'Table', 'look_up', 'once_trainer', 'picture_size
 # %% ../nbs/33_prompts.ipynb #038d6649
 import io
 from functools import cached_property
+
 from .core import SpecsError
 from .models import tokenizer_of
 
@@ -119,7 +120,8 @@ def prompt_lengths(
     answers=(),  # columns with answers (conversations); the longest is counted with its prompt
     **template,  # keywords of the chat template
 ) -> list:  # tokens of each row
-    "How long each prompt is in tokens, pictures included; they are decoded only where the processor has no rule for their size."
+    """How long each prompt is in tokens, pictures included; they are decoded only where the processor has no
+    rule for their size."""
     table, has_images = (
         Table(dataset),
         "images" in dataset.column_names and tokenizer_of(processor) is not processor,

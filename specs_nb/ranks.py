@@ -8,8 +8,13 @@ __all__ = ['rank', 'is_main', 'stop_agreed', 'ask_stop', 'wait_for_ranks', 'save
            'spreads_weights']
 
 # %% ../nbs/38_ranks.ipynb #b20db6eb
-import os, shlex, subprocess, sys, time
+import os
+import shlex
+import subprocess
+import sys
+import time
 from pathlib import Path
+
 from .core import Interrupted, SpecsError, nearest, read_json, stop_asked
 
 # %% ../nbs/38_ranks.ipynb #b9fe882a
@@ -27,7 +32,8 @@ def stop_agreed() -> bool:  # the same in all ranks
     "Whether any rank has been asked to stop; every rank has to call it."
     if rank()[1] == 1:
         return bool(stop_asked())
-    import torch, torch.distributed as dist
+    import torch
+    import torch.distributed as dist
 
     if not dist.is_initialized():
         return bool(stop_asked())
@@ -63,7 +69,8 @@ def save_trained(
     # 1 GB
     dtype: str = "float32",
 ) -> str:  # the dtype that was written
-    "Save what was trained (a whole model, or its adapter), with its processor, from any number of processes; returns in each when it is there."
+    """Save what was trained (a whole model, or its adapter), with its processor, from any number of
+    processes; returns in each when it is there."""
     from specs_nb.models import save_adapter, save_model
 
     folder, pieces, model = (
@@ -75,7 +82,9 @@ def save_trained(
     if pieces:
         trainer.save_model(str(gathered))  # weights, configuration, processor
     if is_main():
-        import shutil, torch
+        import shutil
+
+        import torch
 
         if not pieces:
             if not adapter and str(model.dtype) == "torch.float32":
@@ -117,6 +126,7 @@ def round_weights(
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
+
     from specs_nb.core import write_json
 
     if dtype == "float32":
@@ -195,7 +205,8 @@ def _on_path(word):
 
 
 def _accelerate(words):
-    "`--num_processes` where a configuration leaves it open; `--cpu` starts a single process (see `82_launch`), `--multi_gpu` as many as asked for."
+    """`--num_processes` where a configuration leaves it open; `--cpu` starts a single process (see
+    `82_launch`), `--multi_gpu` as many as asked for."""
     words = ["--multi_gpu" if w == "--cpu" else w for w in words]
     if "--config_file" in words and not any(
         w.startswith(("--num_processes", "--num-processes")) for w in words
@@ -219,7 +230,8 @@ def need_one_gpu(
     stage: str,  # that is to be trained, for the message
     gpus: int = None,  # that this process would train on; None: all it sees
 ):
-    "Raise `SpecsError` where one process would train on several GPUs, which TRL doesn't do; a launcher's processes have one each."
+    """Raise `SpecsError` where one process would train on several GPUs, which TRL doesn't do; a launcher's
+    processes have one each."""
     if rank()[1] > 1:
         return
     import torch

@@ -17,7 +17,7 @@ __all__ = ['LOOKS', 'INK', 'CURVES', 'EXTRA', 'GROUPED', 'MOST_GROUPS', 'GF_WORD
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from .core import SpecsError, atomic, read_json
+
 from specs_nb.analysis import (
     METRICS,
     MODELS,
@@ -36,9 +36,11 @@ from specs_nb.analysis import (
     title,
     value_at,
 )
+from .core import SpecsError, atomic, read_json
 from .evaluate import bootstrap, resample
 from .look import look_words
-from .stats import contrast, gf_interval, hierarchical, judged as corrected, told
+from .stats import contrast, gf_interval, hierarchical, told
+from .stats import judged as corrected
 
 # %% ../nbs/75_report.ipynb #c615ab5c
 LOOKS = dict(  # on white, on black, matplotlib's mark, Plot's symbol, dash
@@ -431,7 +433,9 @@ def svg(
     label: str,  # makes its ids its own
 ) -> str:  # an SVG file
     "A figure as SVG, the same for the same figure."
-    import io, matplotlib
+    import io
+
+    import matplotlib
 
     out = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": label, "svg.fonttype": "none"}):
@@ -446,7 +450,8 @@ def inline(
     chart: Chart,  # what it shows
 ) -> str:  # an `<svg>` element
     "A figure as part of a page."
-    import html, re
+    import html
+    import re
 
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"|\sid="\w+_\d+"', "", drawn[drawn.index("<svg") :])
     for name, colour in {"ink": INK, **{ink: LOOKS[ink][0] for ink in chart.inks.values()}}.items():
@@ -513,8 +518,10 @@ class Table:
 def csv(
     table: Table,  # to write
 ) -> str:  # text of a CSV file
-    "A row for each number, shares as shares, all digits; a text that a spreadsheet would compute is quoted as text."
-    import csv as writer, io
+    """A row for each number, shares as shares, all digits; a text that a spreadsheet would compute is quoted
+    as text."""
+    import csv as writer
+    import io
 
     out, keys = io.StringIO(), [*table.by, "mean", "lo", "hi", "n"]
     keys += ["detectable"] * any(r.get("detectable") is not None for r in table.rows)
@@ -743,7 +750,8 @@ def data_uri(
     side: int = 480,  # larger ones are made smaller
 ) -> str:  # for the `src` of an `<img>`
     "An image as text: PNG if it is small, else JPEG."
-    import base64, io
+    import base64
+    import io
 
     image, out, kind = image.convert("RGB"), io.BytesIO(), "png" if max(image.size) < 200 else "jpeg"
     image.thumbnail((side, side))
@@ -1181,7 +1189,8 @@ def hashed(
     script: str,  # its text, exactly as in the page
 ) -> str:  # for `script-src`
     "How a content security policy names a script."
-    import base64, hashlib
+    import base64
+    import hashlib
 
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
@@ -2091,7 +2100,8 @@ def grid_report(
     contrasts=None,  # (arm, arm) pairs: the first is claimed to be better; None: each arm over the first
     outcome=("final", "id", "strict"),  # model, split, metric: what the contrasts are tested on
 ) -> Path:  # the page
-    "A chart and a table for each metric and test, and contrasts; raises `SpecsError` if there is nothing to show."
+    """A chart and a table for each metric and test, and contrasts; raises `SpecsError` if there is nothing to
+    show."""
     cells = {}
     for r in results:
         if r["metric"] in metrics and r["model"] in models:

@@ -8,8 +8,10 @@ __all__ = ['overlong_reward', 'repetition_reward', 'REWARDS', 'text_of', 'column
            'weighted_sum', 'Checked', 'load_reward']
 
 # %% ../nbs/22_rewards.ipynb #8a67002b
-import importlib, inspect
+import importlib
+import inspect
 from dataclasses import dataclass
+
 from .core import SpecsError, nearest
 from .formats import FORMATS, boxed
 from .grading import consistent, grade_row
@@ -110,7 +112,8 @@ def accuracy_reward(
     log_metric=None,  # TRL's
     **kw,  # other columns, `grading` among them: see `grading.grade_row`
 ) -> list:  # 0.0 to 1.0, or None, for each completion
-    "One point for the right answer in the right place, a part of it where grading is dense; `None` for no opinion."
+    """One point for the right answer in the right place, a part of it where grading is dense; `None` for no
+    opinion."""
     n = len(completions)
     own = {k: v for k, v in kw.items() if isinstance(v, list) and len(v) == n}
     own |= dict(answer=column(answer, n, "answer"), kind=column(kind, n, "kind"))
@@ -201,7 +204,8 @@ repetition_reward = Repetition()
 # %% ../nbs/22_rewards.ipynb #30f7d49f
 @dataclass
 class Weighted:
-    "A weighted sum of reward functions; `None` where one that counts has no opinion: what is missing isn't zero"
+    """A weighted sum of reward functions; `None` where one that counts has no opinion: what is missing isn't
+    zero"""
 
     parts: tuple  # of (reward function, weight)
     __name__ = "weighted_reward"

@@ -12,11 +12,18 @@ __all__ = ['MAX_CHARS', 'SPECIAL', 'MAX_BYTES', 'TURNS', 'ASKERS', 'ANSWERERS', 
            'pass_rates', 'keep_within']
 
 # %% ../nbs/24_sources.ipynb #2736c51d
-import ast, hashlib, json, random, re, time
+import ast
+import hashlib
+import json
+import random
+import re
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+
+from . import data as rows_of
 from specs_nb.core import (
     DataConfig,
     Progress,
@@ -41,7 +48,6 @@ from specs_nb.data import (
     to_png,
     write_rows,
 )
-from . import data as rows_of
 from .formats import FORMATS, boxed, find_answer
 from specs_nb.grading import (
     KINDS,
@@ -193,7 +199,8 @@ def infer(
     choices=None,  # texts, if the set has them apart
     as_text=False,  # the answer is a choice's text, even if it looks like a letter (MathVista)
 ) -> tuple:  # (answer, kind, choices)
-    "Which kind of answer this is, with a choice's answer as its letter; raises `Drop` if it is none of the choices."
+    """Which kind of answer this is, with a choice's answer as its letter; raises `Drop` if it is none of the
+    choices."""
     listed = None if choices else find_choices(question)[0]
     if listed and not _is_listing(question, listed, answer):
         listed = None
@@ -214,7 +221,8 @@ def infer(
 
 
 def _is_listing(question, choices, answer):
-    "Do the labels end the question, rather than name two tanks or figures? A letter as the gold answer says yes"
+    """Do the labels end the question, rather than name two tanks or figures? A letter as the gold answer says
+    yes"""
     if re.fullmatch(r"\(?[A-J]\)?[.:]?(?:(?:[,;& ]|and)*\(?[A-J]\)?)*", answer):
         return True
     last = question[find_choices(question)[1] :]
@@ -304,7 +312,8 @@ def image_bytes(
 
 def _written_out(text):
     "The bytes of an image that is written as a data URL or in base64; None for what looks like a path"
-    import base64, binascii
+    import base64
+    import binascii
 
     url = re.match(r"data:[\w./+;=-]*,", text[:200])
     if not url and (len(text) < 64 or not re.fullmatch(r"[\w+/=\s-]+", text, re.A)):
@@ -362,7 +371,8 @@ def draft_orsta(
     d: dict,  # a row of the set
     columns: dict,  # not used
 ) -> dict:  # a draft
-    "A row of One-RL-to-See-Them-All/Orsta-Data-47k; raises `Drop` for a sample of MEGA-Bench or an unknown verifier."
+    """A row of One-RL-to-See-Them-All/Orsta-Data-47k; raises `Drop` for a sample of MEGA-Bench or an unknown
+    verifier."""
     if "megabench" in re.sub(r"[^a-z]", "", (d["data_source"] or "").lower()):
         raise Unwanted("it is a sample of MEGA-Bench", d["data_source"])
     asked = [m["content"] for m in d["prompt"] if m["role"] == "user"]
@@ -531,7 +541,8 @@ def _parts_of(content):
 
 
 def _said(turns, who):
-    "The words of the one turn of an asker, or the last of an answerer; raises `Drop` if there are several questions"
+    """The words of the one turn of an asker, or the last of an answerer; raises `Drop` if there are several
+    questions"""
     if isinstance(turns, str) and turns is _read(turns):
         return turns if who is ASKERS else None
     said = [content for speaker, content in _turns(turns) if speaker in who]
@@ -608,7 +619,8 @@ def grading_of(
     draft: dict,  # may have `tol` and `precision`
     data: DataConfig,  # grader
 ) -> str:  # JSON for the column `grading`, or None
-    "How a row is graded, where that is not by the rules alone; raises `Drop` for a tolerance that is no number."
+    """How a row is graded, where that is not by the rules alone; raises `Drop` for a tolerance that is no
+    number."""
     how = {}
     for key, make in (("tol", float), ("precision", int)):
         value = draft.get(key)
@@ -831,8 +843,10 @@ def _members(file, p):
 def raw_rows(
     file: Path,  # Parquet, JSON lines or JSON
 ):  # yields (number from 1, dict or `Drop`)
-    "The rows of a file as they are, in order, a few in memory at a time; a line that is no JSON object comes as a `Drop`. Raises `SpecsError` for a broken file."
-    import pyarrow as pa, pyarrow.parquet as pq
+    """The rows of a file as they are, in order, a few in memory at a time; a line that is no JSON object
+    comes as a `Drop`. Raises `SpecsError` for a broken file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     if file.suffix == ".parquet":
         n = 0
@@ -986,7 +1000,8 @@ def open_source(
     data: DataConfig,  # `source`, `path`, …
     role: str = "train",  # `train`, or `test` for `data.test`
 ) -> Source:  # not read yet
-    "The source that a configuration names; raises `SpecsError` if it isn't there, is of no known schema or must not be trained on."
+    """The source that a configuration names; raises `SpecsError` if it isn't there, is of no known schema or
+    must not be trained on."""
     name, where = (data.source, data.path) if role == "train" else ("", data.test)
     if name in NAMED and not where:
         raise SpecsError(
@@ -1333,7 +1348,8 @@ def stream(
     seen: set = None,  # keys of rows that came before
     limits: bool = True,  # apply `data.pass_rate`
 ):  # yields rows with `Picture`s
-    "Valid rows, one after the other; raises `SpecsError` at a bad row with `stop`, and where it is plain that none will be of use."
+    """Valid rows, one after the other; raises `SpecsError` at a bad row with `stop`, and where it is plain
+    that none will be of use."""
     seen = set() if seen is None else seen
     for where, raw in source.raw(low, high, data.seed):
         tally.read += 1
@@ -1382,7 +1398,8 @@ def _sentence(e):
 def digest(
     data: DataConfig,  # which source
 ) -> list:  # of what identifies its files
-    "Names and contents of a source's files, without its pictures; of a file of more than 64 MB, its size, beginning and end."
+    """Names and contents of a source's files, without its pictures; of a file of more than 64 MB, its size,
+    beginning and end."""
     if data.sources:
         rest = DataConfig(test=data.test, decontaminate=data.decontaminate)
         return [*(digest(one) for _, _, one in parts(data)), digest(rest)]
@@ -1443,6 +1460,7 @@ def _lots(source, data, n, tally, guard, stop, limits, seen=None):
 def _copy(path, order, to):
     "The rows of an Arrow file in another order, a few in memory at a time"
     import pyarrow as pa
+
     from specs_nb.core import atomic
 
     table = Rows(path).all.with_format("arrow")
@@ -1476,7 +1494,8 @@ def prepare(
     data: DataConfig,  # the source and its limits
     out,  # folder for `train.arrow`, `test.arrow`, `report.json`
 ) -> dict:  # what is in report.json
-    "Stream a source into Arrow files, unless that was done; raises `SpecsError` for a source or rows that are of no use."
+    """Stream a source into Arrow files, unless that was done; raises `SpecsError` for a source or rows that
+    are of no use."""
     from specs_nb import __version__
 
     out, mine = Path(out), {
@@ -1849,7 +1868,8 @@ def keep_within(
     low: float,  # lowest rate
     high: float,  # highest
 ) -> tuple:  # (rows, facts)
-    "The rows whose measured rate is in [low, high], with what became of the others; raises `SpecsError` if none is left."
+    """The rows whose measured rate is in [low, high], with what became of the others; raises `SpecsError` if
+    none is left."""
     rates = pass_rates(rows, texts)
     keep = [i for i, r in enumerate(rates) if r is not None and low <= r <= high]
     facts = dict(

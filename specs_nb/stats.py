@@ -8,6 +8,7 @@ __all__ = ['table', 'weights', 'real', 'drawn_means', 'hierarchical', 'with_ends
 
 # %% ../nbs/74_stats.ipynb #46b1bf14
 import math
+
 from .analysis import detectable, generalization_factor
 from .core import SpecsError
 
@@ -90,7 +91,8 @@ def hierarchical(
     level: float = 0.95,  # of the interval
     ends: tuple = None,  # (smallest, largest) possible value, such as (0, 1); None: unknown
 ) -> dict:  # mean, lo, hi, n (questions), seeds
-    "Mean over seeds with an interval for other seeds and other questions; raises `SpecsError` if there is nothing."
+    """Mean over seeds with an interval for other seeds and other questions; raises `SpecsError` if there is
+    nothing."""
     if not seeds:
         raise SpecsError("no seeds: nothing was evaluated")
     return _interval(table(seeds), n, seed, level, ends)
@@ -128,7 +130,8 @@ def _draws_questions(X):
 def paired_p(
     differences,  # one a seed, (n_seeds,)
 ) -> dict:  # p, test (`t` or `none`)
-    "Two-sided p value of `no difference` by Student's paired t; None where a single seed, or no spread, can't tell."
+    """Two-sided p value of `no difference` by Student's paired t; None where a single seed, or no spread,
+    can't tell."""
     import numpy as np
 
     d = np.asarray(differences, dtype=float)
@@ -141,7 +144,8 @@ def too_small_p(
     differences,  # one a seed, (n_seeds,)
     smallest: float = 0.02,  # effect that would matter, in their unit
 ) -> float:  # at most 1; None where t can't tell
-    "p value of `the effect is at least smallest`: twice the one-sided one, so that both claims share a level."
+    """p value of `the effect is at least smallest`: twice the one-sided one, so that both claims share a
+    level."""
     import numpy as np
 
     p = _t_p(np.asarray(differences, dtype=float) - smallest, "less")
@@ -278,7 +282,8 @@ def gf_over_seeds(
     n: int = 2000,  # resamples
     level: float = 0.95,  # of the intervals
 ) -> dict:  # gf_raw, gf_gain, id, ood, gain_id, gain_ood: each mean, lo, hi
-    "Both readings of the Generalization Factor, with intervals over seeds and questions; None where values are missing."
+    """Both readings of the Generalization Factor, with intervals over seeds and questions; None where values
+    are missing."""
     import numpy as np
 
     parts = dict(

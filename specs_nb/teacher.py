@@ -6,9 +6,11 @@
 __all__ = ['copied_from', 'grow', 'reasoning', 'examples', 'collate', 'rate', 'fit', 'look', 'train_teacher']
 
 # %% ../nbs/45_teacher.ipynb #e4944d2c
-import copy, time
+import copy
+import time
 from collections import Counter
 from pathlib import Path
+
 from . import world
 from .core import Interrupted, Progress, SpecsError, derive_seed, stop_asked
 from .formats import FORMATS
@@ -21,7 +23,8 @@ def copied_from(
     old: int,  # layers there are
     new: int,  # layers there shall be
 ) -> list:  # for each new layer the old one that it comes from
-    "Where the layers of the grown model come from, spread evenly; the first of each is the old one, those behind it are its copies."
+    """Where the layers of the grown model come from, spread evenly; the first of each is the old one, those
+    behind it are its copies."""
     return [i * old // new for i in range(new)]
 
 # %% ../nbs/45_teacher.ipynb #03b881ed
@@ -41,7 +44,8 @@ def grow(
     width: int = 512,  # inner width of its MLPs, at least as now
     seed: int = 0,  # of the new MLP rows
 ):  # a new model of the same class, in which the old one is untouched
-    "A deeper and wider model that computes what `model` computes; raises `SpecsError` for a size below the model's own."
+    """A deeper and wider model that computes what `model` computes; raises `SpecsError` for a size below the
+    model's own."""
     import torch
 
     config = copy.deepcopy(model.config)

@@ -8,6 +8,7 @@ __all__ = ['REASONING', 'ANSWER', 'Turn', 'render_turn', 'marks_of', 'changes', 
 
 # %% ../nbs/32_templates.ipynb #0bd7ecae
 from dataclasses import dataclass
+
 from .core import SpecsError
 from .data import conversation
 from .formats import CORRUPTIONS, FORMATS
@@ -35,7 +36,8 @@ def render_turn(
     rejected: str,  # the worse one
     images: list = (),  # of the question
 ) -> Turn:  # rendered
-    "A question and a pair through the chat template, as TRL renders them for DPO and GRPO; passes on the template's own errors."
+    """A question and a pair through the chat template, as TRL renders them for DPO and GRPO; passes on the
+    template's own errors."""
     from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
     text_only = tokenizer_of(processor) is processor
@@ -226,7 +228,8 @@ def check_template(
     where: str = "the model",  # its path, for the message
     **how,  # keywords of `template_faults`
 ):
-    "Raise `SpecsError` if an answer doesn't survive the model's chat template: what is lost, and what to set."
+    """Raise `SpecsError` if an answer doesn't survive the model's chat template: what is lost, and what to
+    set."""
     for format in formats:
         faults = template_faults(processor, format, **how)
         if not faults:

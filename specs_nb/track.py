@@ -6,9 +6,11 @@
 __all__ = ['TRACKERS', 'trackers', 'tracked', 'hush_trackio', 'last_samples', 'samples']
 
 # %% ../nbs/36_track.ipynb #b2652735
-import importlib.util, os
+import importlib.util
+import os
 from dataclasses import replace
 from pathlib import Path
+
 from .core import SpecsError, nearest, write_json
 
 # %% ../nbs/36_track.ipynb #b398c557
@@ -41,7 +43,8 @@ def tracked(
     run_dir: Path,  # the run's folder
     report_to,  # as for `trackers`
 ):  # the same with tracking under `trainer`
-    "A stage's configuration with tracking switched on; trackio's and W&B's files stay in the run's folder (of the process's first run: trackio looks once)."
+    """A stage's configuration with tracking switched on; trackio's and W&B's files stay in the run's folder
+    (of the process's first run: trackio looks once)."""
     run_dir, names = Path(run_dir), trackers(report_to)
     if "trackio" in names:
         os.environ.setdefault("TRACKIO_DIR", str((run_dir / "trackio").resolve()))
@@ -57,7 +60,9 @@ def hush_trackio(
     trainer,  # of transformers or TRL
 ):
     "Let trackio work without a word."
-    import contextlib, io
+    import contextlib
+    import io
+
     from transformers.integrations import TrackioCallback
 
     class Hushed(TrackioCallback):

@@ -8,8 +8,12 @@ __all__ = ['TRLS_OWN', 'server_for_training', 'before_vllm', 'check_beside', 'lo
            'vllm_ends', 'drift', 'tolerance_of', 'sync_check', 'watch_vllm']
 
 # %% ../nbs/39_vllm_sync.ipynb #293f920f
-import contextlib, functools, os, re
+import contextlib
+import functools
+import os
+import re
 from urllib.parse import urlsplit
+
 from .core import SpecsError
 from specs_nb.generate import (
     context_of,
@@ -49,7 +53,8 @@ def before_vllm(
     where: str = "zero",  # the stage, for messages
     vllm=None,  # a `core.VLLMConfig`
 ):
-    "Raise `SpecsError` for what would fail late: no vLLM, an unsupported one, no server, 4 bits with a server, settings that can't hold beside a trainer. Call it before TRL is imported."
+    """Raise `SpecsError` for what would fail late: no vLLM, an unsupported one, no server, 4 bits with a
+    server, settings that can't hold beside a trainer. Call it before TRL is imported."""
     t = config.trainer
     if not t.get("use_vllm"):
         return
@@ -137,6 +142,7 @@ def _image_sizes(rows):
     "Height and width of each picture, row by row"
     if hasattr(rows, "dataset"):  # `data.Rows`: a look at each file's head
         import io
+
         from PIL import Image
 
         for some in rows.dataset.select_columns(["images"]).with_format("arrow").iter(64):
@@ -483,7 +489,8 @@ def watch_vllm(
     instruction: str,  # of the format that is asked for
     config=None,  # a `core.VLLMConfig`
 ):  # the check's callback, or None
-    "Same prompts, safe weights, no tokens of images, and the check; without vLLM no tokens of images alone. Raises `SpecsError` for an adapter under FSDP1."
+    """Same prompts, safe weights, no tokens of images, and the check; without vLLM no tokens of images alone.
+    Raises `SpecsError` for an adapter under FSDP1."""
     never_written(trainer)
     if not trainer.args.use_vllm:
         return None

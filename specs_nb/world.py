@@ -8,7 +8,8 @@ __all__ = ['SHAPES', 'COLOURS', 'HELD_OUT', 'CELL', 'SIDE', 'SPLITS', 'Scene', '
            'ask_compare', 'ask_bar', 'is_test', 'ask', 'rows']
 
 # %% ../nbs/10_world.ipynb #f53e5391
-import random, zlib
+import random
+import zlib
 from dataclasses import dataclass
 
 # %% ../nbs/10_world.ipynb #e2cd47cc
@@ -20,7 +21,8 @@ CELL, SIDE = 28, 3  # pixels of a cell, cells of a side: one cell is one image t
 
 @dataclass(frozen=True)
 class Scene:
-    "What is in a picture: `grid` has 9 cells of `None` or (shape, colour); `bars` has 3 pairs (colour, height 1-6)"
+    """What is in a picture: `grid` has 9 cells of `None` or (shape, colour); `bars` has 3 pairs (colour,
+    height 1-6)"""
 
     kind: str  # `grid` or `bars`
     items: tuple  # cells row by row, or bars from left to right

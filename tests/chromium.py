@@ -1,6 +1,13 @@
 "A page in headless Chromium, driven over the DevTools protocol's pipe: no package is needed."
 
-import base64, itertools, json, os, select, shutil, subprocess, time
+import base64
+import itertools
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
 
 
 def find():

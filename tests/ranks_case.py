@@ -1,10 +1,13 @@
-"""What test_launch.py runs under launchers and without one: three steps of DPO and GRPO with the same batch of 8 altogether, from the same data
+"""What test_launch.py runs under launchers and without one: three steps of DPO and GRPO with the same batch
+of 8 altogether, from the same data
 
-With `fsdp2` as second word: DPO under FSDP2. accelerate turns that on for GPUs alone, so it is told that gloo's processes are such.
-"""
+With `fsdp2` as second word: DPO under FSDP2. accelerate turns that on for GPUs alone, so it is told that
+gloo's processes are such."""
 
-import random, sys
+import random
+import sys
 from pathlib import Path
+
 from specs_nb import world
 from specs_nb.coldstart import train_coldstart
 from specs_nb.core import ColdStartStage, GRPOStage
@@ -41,7 +44,8 @@ def dpo(out, loss, **more):
 
 
 def canned(trainer):
-    "Completions that follow from the question and the number within the group, whoever asks: sampling differs between ranks, the rest should not"
+    """Completions that follow from the question and the number within the group, whoever asks: sampling
+    differs between ranks, the rest should not"""
     tok, k = tokenizer_of(trainer.processing_class), trainer.num_generations
     texts = [FORMAT.render("Look.", a) for a in ("1", "2", "yes", "no", "red")] + [
         "2",
@@ -90,6 +94,7 @@ def pretend_gpus():
 def in_pieces(out):
     "DPO with the weights of each layer spread over the processes"
     from torch.distributed.tensor import DTensor
+
     from specs_nb import coldstart
 
     seen, save = [], coldstart.save_trained

@@ -1,7 +1,11 @@
-"A small grid, run for real: what is common is done once, a second call does nothing, an arm that fails doesn't take the others with it."
+"""A small grid, run for real: what is common is done once, a second call does nothing, an arm that fails
+doesn't take the others with it."""
 
 import re
-import pyarrow.parquet as pq, pytest
+
+import pyarrow.parquet as pq
+import pytest
+
 from specs_nb.ablate import plan, read_grid
 from specs_nb.core import SpecsError, read_json
 from specs_nb.pipeline import keys, main

@@ -1,7 +1,11 @@
 "tools/audit.py: an installed package that isn't the locked one, or was changed since, is found."
 
-import base64, hashlib, subprocess, sys, zipfile
+import base64
+import hashlib
+import sys
+import zipfile
 from pathlib import Path
+
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,8 +1,11 @@
-"""lmms-eval's part is played by a module that writes what 0.7.3 writes; the real one runs where SPECS_LMMS_PYTHON names its environment."""
+"""lmms-eval's part is played by a module that writes what 0.7.3 writes; the real one runs where
+SPECS_LMMS_PYTHON names its environment."""
 
-import os, sys
+import os
+import sys
 
 import pytest
+
 from specs_nb import world
 from specs_nb.benchmarks import VERSION, run_lmms, serving, write_task
 from specs_nb.core import SpecsError, read_json
@@ -30,7 +33,8 @@ for i, row in enumerate(json.loads((folder / f"{task}.gold.json").read_text())["
 
 
 class Knows:
-    "An engine: knows the first answer, calls its second right, can't be asked a third, talks for ever at the fourth"
+    """An engine: knows the first answer, calls its second right, can't be asked a third, talks for ever at
+    the fourth"""
 
     def __init__(self, rows):
         self.rows = rows

@@ -1,6 +1,8 @@
-"""The cold start's fast path changes nothing but the time: the same losses, log-probabilities, gradients and weights as TRL's own"""
+"""The cold start's fast path changes nothing but the time: the same losses, log-probabilities, gradients and
+weights as TRL's own"""
 
 import os
+
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -121,7 +123,8 @@ def test_encoder_sees_each_image_once(pairs, tmp_path):
 
 
 def test_reference_is_asked_once_and_found_again(pairs, tmp_path):
-    "The stored numbers serve the next start, and only for the same model and pairs; a damaged file is made anew"
+    """The stored numbers serve the next start, and only for the same model and pairs; a damaged file is made
+    anew"""
     asked = []
 
     def start(ds=pairs):

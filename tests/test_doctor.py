@@ -1,15 +1,19 @@
-"The doctor's reckoning against shapes, one measured peak and what must be refused; the recipes parse and fit the machines they name."
+"""The doctor's reckoning against shapes, one measured peak and what must be refused; the recipes parse and
+fit the machines they name."""
 
-import json, os, subprocess, sys
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+
 import pytest
+
 from specs_nb.core import Config, SpecsError, builtin_configs, load_config, merge
 from specs_nb.doctor import (
-    KNOWN,
     Machine,
     Prompt,
     advise,
-    config_of_model,
     diagnose,
     disk,
     generation,
@@ -21,7 +25,6 @@ from specs_nb.doctor import (
     read_rate,
     shape_of,
     this_machine,
-    tokens,
     training,
 )
 from specs_nb.models import FAMILIES, load_model, lora_config, random_model
@@ -266,6 +269,7 @@ def test_does_not_fit(tmp_path, capsys):
 
 def test_out_of_memory_in_a_stage(tmp_path, monkeypatch, capsys):
     import torch
+
     from specs_nb import pipeline
 
     def dies(run, stage):
@@ -324,7 +328,7 @@ def test_rates(tmp_path):
 
 def test_time_from_an_earlier_run(tmp_path):
     "The stage's own seconds, by tokens"
-    from specs_nb.core import Run, Stage, write_json
+    from specs_nb.core import Run, write_json
     from specs_nb.doctor import times
 
     run = Run(tmp_path / "r", Config())

@@ -1,6 +1,9 @@
-"The fast GRPO step gives TRL's numbers: tokens, log-probabilities, loss, gradients; and leaves to TRL what it can't do."
+"""The fast GRPO step gives TRL's numbers: tokens, log-probabilities, loss, gradients; and leaves to TRL what
+it can't do."""
 
-import pytest, torch
+import pytest
+import torch
+
 from specs_nb import fast, world
 from specs_nb.core import GRPOStage
 from specs_nb.fast import write
@@ -214,6 +217,7 @@ def test_a_prompt_beyond_the_context_is_left_out(tmp_path, capsys):
 
 def test_a_pair_beyond_the_context_is_left_out(capsys):
     from datasets import Dataset
+
     from specs_nb.coldstart import fitting_pairs
 
     says = lambda n: [{"role": "assistant", "content": "red " * n}]

@@ -1,13 +1,17 @@
 "Grading: the table of cases, properties of any input, safety, and what importing costs"
 
-import json, subprocess, sys, time
+import json
+import subprocess
+import sys
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from fractions import Fraction
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from specs_nb.grading import (
     KINDS,
@@ -123,18 +127,16 @@ def test_integers_have_no_tolerance(a, b):
 @calm
 @given(
     st.integers(-999, 999),
-    st.sampled_from(
-        [
-            "{}",
-            "${}$",
-            r"\boxed{{{}}}",
-            r"The answer is $\boxed{{{}}}$.",
-            "**{}**",
-            "Answer: {}",
-            "{} circles",
-            "x = {}",
-        ]
-    ),
+    st.sampled_from([
+        "{}",
+        "${}$",
+        r"\boxed{{{}}}",
+        r"The answer is $\boxed{{{}}}$.",
+        "**{}**",
+        "Answer: {}",
+        "{} circles",
+        "x = {}",
+    ]),
 )
 def test_wrapping_changes_nothing(n, wrap):
     assert (

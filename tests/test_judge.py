@@ -1,9 +1,21 @@
-"The judge against a real HTTP server that misbehaves: whatever goes wrong ends as None with its reason counted, and soon"
+"""The judge against a real HTTP server that misbehaves: whatever goes wrong ends as None with its reason
+counted, and soon"""
 
-import asyncio, contextlib, json, multiprocessing, os, pickle, re, signal, socket, sqlite3, subprocess, sys, threading, time
+import asyncio
+import contextlib
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -43,7 +55,8 @@ def fixed(value):
 
 
 class Server:
-    "An HTTP server on this machine; `act(handler, asked, n)` answers the n-th chat request, by default with the verdict yes"
+    """An HTTP server on this machine; `act(handler, asked, n)` answers the n-th chat request, by default with
+    the verdict yes"""
 
     def __init__(self, act=None, think=says("yes"), models=("m",)):
         outer, self.seen, self.heads, self.lock, self.quit, self.busy, self.most = (
@@ -137,7 +150,8 @@ def serve():
 
 @pytest.fixture
 def judge():
-    "Make judges; they end with the test. Where time-outs are the point, tests set small ones: on a busy machine a good reply may take half a second"
+    """Make judges; they end with the test. Where time-outs are the point, tests set small ones: on a busy
+    machine a good reply may take half a second"""
     with contextlib.ExitStack() as stack:
 
         def make(server, cache=None, **how):
@@ -493,7 +507,8 @@ ORDERS = [
 
 
 def outside(prompt):
-    "What stands outside of the quotation, by the rule that the prompt itself states: the lines with the code that the prompt ends with"
+    """What stands outside of the quotation, by the rule that the prompt itself states: the lines with the
+    code that the prompt ends with"""
     code = re.findall(r'"code": "(k\w{7})"', prompt)[-1]
     before, data, after = prompt.split(f"\n--- data {code} ---\n")
     return before + after

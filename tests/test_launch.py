@@ -1,8 +1,17 @@
-"Several processes: what they compute is what one computes; what falls is told; nothing is lost. gloo on the CPU, two processes"
+"""Several processes: what they compute is what one computes; what falls is told; nothing is lost. gloo on the
+CPU, two processes"""
 
-import json, os, shutil, signal, subprocess, sys, time
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+
 import pytest
+
 from specs_nb.core import Run, SpecsError
 from specs_nb.ranks import accelerate_configs, launcher_words
 
@@ -274,7 +283,8 @@ EXAMPLES = ROOT / "docs/examples"
 
 
 def test_slurm_example(tmp_path):
-    "Run with stand-ins for SLURM's commands: each node starts accelerate with its own rank and what specs adds"
+    """Run with stand-ins for SLURM's commands: each node starts accelerate with its own rank and what specs
+    adds"""
     stub = tmp_path / "bin"
     stub.mkdir()
 
@@ -314,6 +324,7 @@ def test_slurm_example(tmp_path):
 def test_other_examples():
     "They are YAML, and our command line takes what they run, with a configuration that is shipped"
     import yaml
+
     from specs_nb.core import load_config
     from specs_nb.pipeline import parse
 

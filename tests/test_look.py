@@ -1,7 +1,9 @@
 "A look at the base before GRPO: kept, told once, and without effect on the training that follows"
 
-import pytest
 from dataclasses import replace
+
+import pytest
+
 from specs_nb.core import Config, DataConfig, GRPOStage, ModelConfig, Run, SpecsError, read_json
 from specs_nb.models import load_model, random_model
 from specs_nb.pipeline import run_stages

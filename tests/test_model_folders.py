@@ -1,9 +1,12 @@
-"Half a model, an adapter alone, a folder without a chat template: one line that names the file, before anything is trained"
+"""Half a model, an adapter alone, a folder without a chat template: one line that names the file, before
+anything is trained"""
 
 import json
-import pytest
 import shutil
 from pathlib import Path
+
+import pytest
+
 from specs_nb.core import Config, ModelConfig, SpecsError
 from specs_nb.models import load_model, load_processor, lora_config, random_model
 from specs_nb.templates import check_chat

@@ -1,8 +1,14 @@
 "Models of every family through our own stages: text alone, adapters, 4 bits, and what is refused."
 
-import json, os, subprocess, sys
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
-import pytest, torch
+
+import pytest
+import torch
+
 from specs_nb import world
 from specs_nb.core import ColdStartStage, GRPOStage, SpecsError, read_json
 from specs_nb.formats import FORMATS
@@ -36,7 +42,7 @@ def length(completions, **kw):
 
 
 def pairs(n, eyes, tmp_path):
-    from specs_nb.distill import make_pairs, read_pairs, write_pairs
+    from specs_nb.distill import make_pairs, write_pairs
 
     said = [[("One, two.", "2")]] * n
     write_pairs(
@@ -146,7 +152,8 @@ def test_a_frozen_tower_is_not_computed_backward(tmp_path, pay, monkeypatch):
 
 
 def test_4_bit_stages_go_on_with_one_adapter(tmp_path, pay):
-    "Cold start, then GRPO, both in 4 bits: the second trains the first one's adapter, and each merged model is what was trained"
+    """Cold start, then GRPO, both in 4 bits: the second trains the first one's adapter, and each merged model
+    is what was trained"""
     from specs_nb.coldstart import train_coldstart
     from specs_nb.grpo import grpo_trainer, train_grpo
 
@@ -243,6 +250,7 @@ def test_a_checkpoint_of_an_adapter_knows_its_base(cold):
 def test_names_of_transformers_4_are_refused(cold, tmp_path):
     "PEFT loads nothing of them and only warns: the model would answer as its base"
     import shutil
+
     from safetensors.torch import load_file, save_file
 
     old = shutil.copytree(cold / "model", tmp_path / "old")
@@ -256,7 +264,9 @@ def test_names_of_transformers_4_are_refused(cold, tmp_path):
 def test_a_run_that_was_moved_finds_its_base(cold, tmp_path):
     "A base within the run is found beside the adapter, wherever the folder lies now"
     import shutil
+
     from peft import get_peft_model
+
     from specs_nb.models import base_of, lora_config, save_model
 
     save_model(*load_model(str(cold / "model")), tmp_path / "run/coldstart/model")
@@ -287,6 +297,7 @@ def test_vllm_gets_a_whole_model(cold, capfd):
 def test_saved_weights_go_into_a_model_without_a_second_one(family, tmp_path, monkeypatch):
     "Names in files are others than in the model; they are translated without loading a model from them"
     from types import SimpleNamespace as NS
+
     from specs_nb import grpo
 
     start = "tiny" if family == "tiny" else built(family, tmp_path)
@@ -305,7 +316,8 @@ def test_saved_weights_go_into_a_model_without_a_second_one(family, tmp_path, mo
 
 def test_whole_weights_are_rounded_once_at_the_end(tmp_path):
     from types import SimpleNamespace as NS
-    from specs_nb.ranks import _dtype_to_write, round_weights, save_trained
+
+    from specs_nb.ranks import _dtype_to_write, save_trained
 
     assert _dtype_to_write("auto", 2e9) == "bfloat16" and _dtype_to_write("auto", 5e6) == "float32"
     model, processor = load_model("tiny")
@@ -418,7 +430,8 @@ def test_not_a_model_that_talks(tmp_path):
 
 
 def test_whole_run_of_a_text_model(tmp_path):
-    "`specs run` on questions without pictures; the base can't answer any, so the run ends at the pairs and says why"
+    """`specs run` on questions without pictures; the base can't answer any, so the run ends at the pairs and
+    says why"""
     data = tmp_path / "data"
     data.mkdir()
     for f in ("data.jsonl", "test.jsonl"):

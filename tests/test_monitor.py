@@ -1,6 +1,8 @@
-"Trainings that really go wrong: each is a GRPO run of a few steps on the embedded model, with settings that cause it, and the callback says so."
+"""Trainings that really go wrong: each is a GRPO run of a few steps on the embedded model, with settings that
+cause it, and the callback says so."""
 
 import json
+
 import pytest
 
 
@@ -15,7 +17,8 @@ def unsure(completions, **kw):
 
 
 def train(tmp_path, steps, rewards, **trainer):
-    "What the monitor said, and the history it saw; the limits are the defaults, only the patience is shorter."
+    """What the monitor said, and the history it saw; the limits are the defaults, only the patience is
+    shorter."""
     from specs_nb import world
     from specs_nb.core import GRPOStage
     from specs_nb.formats import FORMATS

@@ -1,8 +1,14 @@
 "The `specs` command: what it does twice, what it does after a cut, what it says about bad input"
 
-import json, os, subprocess, sys, time
+import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
+
 import pytest
+
 from specs_nb.core import Config, Run, SpecsError, load_config
 from specs_nb.pipeline import STAGES, main
 

@@ -1,7 +1,12 @@
 "Workers that die, and signals to all processes: no pool waits for ever, and what was done is kept"
 
-import os, signal, subprocess, sys, time
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+
 import pytest
 
 GRID = """

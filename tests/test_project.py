@@ -1,7 +1,17 @@
 "The project as a whole: its files agree with each other, and nothing slips in that shouldn't be public."
 
-import ast, configparser, importlib.metadata, io, json, re, subprocess, sys, tokenize, tomllib
+import ast
+import configparser
+import importlib.metadata
+import io
+import json
+import re
+import subprocess
+import sys
+import tokenize
+import tomllib
 from pathlib import Path
+
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +89,8 @@ def test_requirements_equal_pyproject():
 
 
 def test_imports_are_declared():
-    "The base install is enough: what a module imports is required, and what an extra brings is imported inside functions"
+    """The base install is enough: what a module imports is required, and what an extra brings is imported
+    inside functions"""
 
     def names(reqs):
         return {re.match(r"[\w.-]+", r)[0].lower().replace("_", "-") for r in reqs}

@@ -1,8 +1,16 @@
 "The report of a run: whole, half, and with hostile content. Numbers here are made up."
 
-import csv, html.parser, json, random, re, shutil, sys
+import csv
+import html.parser
+import json
+import random
+import re
+import shutil
+import sys
 from pathlib import Path
+
 import pytest
+
 from specs_nb.analysis import (
     MODELS,
     SPLITS,
@@ -266,7 +274,8 @@ def test_broken_file_is_named(run, name, hint):
 
 def swap(run, names):
     "Give models each other's metrics and answers: model → whose"
-    import pyarrow as pa, pyarrow.parquet as pq
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     m = json.loads((run / "eval/metrics.json").read_text())
     put(run / "eval/metrics.json", {k: m[names.get(k, k)] for k in m})

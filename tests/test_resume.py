@@ -1,11 +1,20 @@
-"Another micro-batch with the same product: a checkpoint holds, in GRPO and in DPO, and the steps after it are the same"
+"""Another micro-batch with the same product: a checkpoint holds, in GRPO and in DPO, and the steps after it
+are the same"""
 
 import json
+
 import pytest
+
 from specs_nb.core import ColdStartStage, Config, DistillStage, GRPOStage, Stage, load_config
 from specs_nb.pipeline import inputs, keys
 
-STEPS = dict(save_steps=2, gradient_checkpointing=False, learning_rate=1e-4, lr_scheduler_type="constant", warmup_steps=0)
+STEPS = dict(
+    save_steps=2,
+    gradient_checkpointing=False,
+    learning_rate=1e-4,
+    lr_scheduler_type="constant",
+    warmup_steps=0,
+)
 
 
 def micro(size, steps):
@@ -13,7 +22,8 @@ def micro(size, steps):
 
 
 def cut_off(stage, train, first, then):
-    "Four steps in two parts: a stop is asked for after the second, and the rest is taken with another micro-batch"
+    """Four steps in two parts: a stop is asked for after the second, and the rest is taken with another
+    micro-batch"""
     from specs_nb import core
 
     def stop():
@@ -134,6 +144,7 @@ def test_several_gpus_are_refused_before_anything_is_answered(tmp_path, monkeypa
 def test_trainer_never_gets_to_see_several_gpus(monkeypatch):
     import transformers
     from trl import GRPOConfig
+
     from specs_nb.core import SpecsError
     from specs_nb.grpo import trainer_config
 

@@ -1,10 +1,13 @@
 "Rewards: TRL's signature, what is paid and what is not, pickles and errors"
 
-import pickle, subprocess, sys
+import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from specs_nb.core import SpecsError
 from specs_nb.formats import CORRUPTIONS, FORMATS
@@ -47,7 +50,8 @@ anything = st.lists(
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_rendering_then_parsing_gives_back_or_nothing(fmt):
-    "Plain words always go through; whatever else the two hold, no text comes out that reads back as something else."
+    """Plain words always go through; whatever else the two hold, no text comes out that reads back as
+    something else."""
 
     @calm
     @given(parts, parts)

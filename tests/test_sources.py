@@ -1,13 +1,24 @@
 "Published sets, folders and other data: what is read, what is dropped and why, what is refused"
 
-import contextlib, io, json, pickle, random, struct, subprocess, sys, time, zlib
+import contextlib
+import io
+import json
+import pickle
+import random
+import struct
+import subprocess
+import sys
+import time
+import zlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa, pyarrow.parquet as pq
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from specs_nb import world
@@ -18,15 +29,12 @@ from specs_nb.data import (
     decode,
     find_choices,
     grpo_dataset,
-    load_image,
-    pixel_digest,
     prompt_text,
-    row_key,
     to_png,
     without,
     write_rows,
 )
-from specs_nb.grading import KINDS, explain_grade, grade
+from specs_nb.grading import grade
 from specs_nb.sources import (
     Drop,
     Guard,
@@ -42,14 +50,12 @@ from specs_nb.sources import (
     finish,
     image_bytes,
     infer,
-    is_test,
     keep_within,
     load_rows,
     open_source,
     part,
     pass_rates,
     prepare,
-    stem,
     stream,
     tidy_question,
     unbox,
@@ -278,7 +284,8 @@ def test_any_set_by_a_map_of_columns(data, tmp_path):
 
 @pytest.mark.parametrize("how", ["saved", "split", "folder", "csv"])
 def test_datasets_of_other_forms(how, tmp_path):
-    from datasets import Dataset, DatasetDict, Features, Image as Img, Value
+    from datasets import Dataset, DatasetDict, Features, Value
+    from datasets import Image as Img
 
     some, d = world.rows("train", 12), tmp_path / "set"
     ds = Dataset.from_list(
@@ -1057,7 +1064,8 @@ def big(folder, n):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells private memory")
 def test_memory_does_not_grow_with_the_set(tmp_path):
-    "Eight times the rows (96 MB, 50 to a row group): private memory stays where it was, from the file to TRL's data set"
+    """Eight times the rows (96 MB, 50 to a row group): private memory stays where it was, from the file to
+    TRL's data set"""
     peaks = {}
     for n in (100, 800):
         r = subprocess.run(

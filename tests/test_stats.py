@@ -1,8 +1,13 @@
 "Evaluation and its statistics: what is counted, what is left out, and how sure one may be."
 
 import math
-import numpy as np, pyarrow.parquet as pq, pytest
-from scipy.stats import t as student, ttest_1samp
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from scipy.stats import t as student
+from scipy.stats import ttest_1samp
+
 from specs_nb import evaluate as ev
 from specs_nb.analysis import generalization_factor, read_answers
 from specs_nb.core import EvalStage, SpecsError
@@ -31,7 +36,8 @@ def row(i, answer="3", kind="number"):
 
 @pytest.fixture
 def evaluated(tmp_path, monkeypatch):
-    "An evaluation whose model says what we tell it: half right when it samples, always right when it is greedy"
+    """An evaluation whose model says what we tell it: half right when it samples, always right when it is
+    greedy"""
 
     class Said(list):
         def surprises(self):

@@ -1,6 +1,14 @@
-"Ctrl-C and SIGTERM: the step is finished and saved, the run says how to go on, and ends as if nothing had happened"
+"""Ctrl-C and SIGTERM: the step is finished and saved, the run says how to go on, and ends as if nothing had
+happened"""
 
-import json, os, re, signal, subprocess, sys, time
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 
 SMALL = [

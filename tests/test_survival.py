@@ -1,6 +1,9 @@
 "Files that were damaged between two starts: what can be made again is, what can't is named with the way out"
 
-import shutil, subprocess, sys
+import shutil
+import subprocess
+import sys
+
 import pytest
 
 SMALL = ["-c", "smoke", "distill.n_prompts=16", "data.n_test=4", "report_to=none", "keep_checkpoints=true"]

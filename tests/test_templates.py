@@ -1,8 +1,10 @@
 "A system message and a chat template's arguments reach every place that builds a prompt"
 
-import pytest
 from pathlib import Path
 from types import SimpleNamespace as NS
+
+import pytest
+
 from specs_nb import world
 from specs_nb.core import ColdStartStage, Config, DataConfig, GRPOStage, ModelConfig, SpecsError
 from specs_nb.formats import FORMATS
@@ -42,8 +44,9 @@ def expected(folder, row):
 
 @pytest.mark.parametrize("family", ["text", "qwen2.5-vl"])
 def test_grpo_gives_the_same_prompt(models, family, tmp_path):
-    from specs_nb.grpo import grpo_trainer
     from trl.data_utils import prepare_multimodal_messages
+
+    from specs_nb.grpo import grpo_trainer
 
     rows = rows_for(family)
     stage = GRPOStage(
@@ -117,7 +120,9 @@ def test_the_text_begins_once(models):
 
 def test_a_template_that_eats_the_format_stops_a_run_before_it_trains(models, tmp_path):
     import shutil
+
     import trl
+
     from specs_nb.core import Run
     from specs_nb.doctor import _chat_problems
     from specs_nb.pipeline import run_stages

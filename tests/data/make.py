@@ -1,8 +1,14 @@
-"The small files of this folder, each in the schema of a published set, drawn from our own scenes: `python tests/data/make.py`"
+"""The small files of this folder, each in the schema of a published set, drawn from our own scenes: `python
+tests/data/make.py`"""
 
-import io, json, random
+import io
+import json
+import random
 from pathlib import Path
-import pyarrow as pa, pyarrow.parquet as pq
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from specs_nb import world
 
 HERE = Path(__file__).parent

@@ -1,8 +1,17 @@
-"vLLM's engines against transformers, on the embedded model in float32. `python tools/check.py vllm` runs this in the environment of `make vllm`"
+"""vLLM's engines against transformers, on the embedded model in float32. `python tools/check.py vllm` runs
+this in the environment of `make vllm`"""
 
-import json, os, re, signal, socket, subprocess, sys, time
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
+
 import pytest
 
 if find_spec("vllm") is None:
@@ -11,8 +20,10 @@ if find_spec("vllm") is None:
     )
 
 from PIL import Image
-from specs_nb import generate as g, world
-from specs_nb.core import GRPOStage, SpecsError, VLLMConfig, read_json
+
+from specs_nb import generate as g
+from specs_nb import world
+from specs_nb.core import GRPOStage, SpecsError
 from specs_nb.formats import FORMATS
 from specs_nb.models import load_model, resolve
 
@@ -32,6 +43,7 @@ GRPO = dict(
 def fond_of_images(folder):
     "The embedded model with a head of its own that wants the image's token nearly everywhere; its folder"
     import torch
+
     from specs_nb.models import save_model
 
     m, p = load_model("tiny")
