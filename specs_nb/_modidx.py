@@ -122,6 +122,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'specs_nb.core._Spawn.__init__': ('core.html#_spawn.__init__', 'specs_nb/core.py'),
                                'specs_nb.core._Worker': ('core.html#_worker', 'specs_nb/core.py'),
                                'specs_nb.core._Worker.terminate': ('core.html#_worker.terminate', 'specs_nb/core.py'),
+                               'specs_nb.core._as_number': ('core.html#_as_number', 'specs_nb/core.py'),
                                'specs_nb.core._batches': ('core.html#_batches', 'specs_nb/core.py'),
                                'specs_nb.core._begin_worker': ('core.html#_begin_worker', 'specs_nb/core.py'),
                                'specs_nb.core._filled': ('core.html#_filled', 'specs_nb/core.py'),

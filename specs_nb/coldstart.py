@@ -304,7 +304,8 @@ def fitting_pairs(
 ):  # a `datasets.Dataset`
     "The pairs that the model can read whole; raises `SpecsError` if there is none."
     say = print if is_main() else (lambda text: None)
-    return drop_long(pairs, processor, context_of(model), 0, "coldstart", ("chosen", "rejected"), say)
+    answers, template = ("chosen", "rejected"), chat_of(processor)["kwargs"] or {}
+    return drop_long(pairs, processor, context_of(model), 0, "coldstart", answers, say=say, **template)
 
 # %% ../nbs/60_coldstart.ipynb #5f4104a6
 def coldstart_trainer(

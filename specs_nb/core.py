@@ -125,6 +125,8 @@ class GRPOStage:
     # `from` in a file: a model that is there already, taken instead of training the stage; not for `final`
     start: str = ""
     steps: int = 20  # optimizer steps
+    # a question with a longer prompt, in tokens, is left out; 0: what the model's context has room for
+    max_prompt_tokens: int = 0
     # name → weight; they pay 0.5 and 1, as in the paper's final stage
     rewards: dict[str, float] = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})
     lora: bool = False  # train a LoRA adapter and keep it as one; false trains all weights
@@ -441,6 +443,10 @@ def check(
     need(not c.final.start, "final.from says nothing: the final stage goes on from coldstart.from")
     for stage in ("zero", "final"):
         need(getattr(c, stage).steps > 0, f"{stage}.steps must be positive")
+        need(
+            getattr(c, stage).max_prompt_tokens >= 0,
+            f"{stage}.max_prompt_tokens must be a number of tokens, or 0 for what the context has room for",
+        )
         need(getattr(c, stage).look >= 0, f"{stage}.look must be a number of questions, or 0 for none")
     for path, n in {
         "data.n_train": c.data.n_train,
@@ -822,11 +828,11 @@ def flat(
         elif isinstance(value, dict):
             out.update(flat(value, path))
         elif not why_execution(path):
-            out[path] = _number(value) if ".trainer." in path else value
+            out[path] = _as_number(value) if ".trainer." in path else value
     return out
 
 
-def _number(value):
+def _as_number(value):
     "YAML reads 1e-6 as text: it is the same as 0.000001"
     if isinstance(value, str):
         with contextlib.suppress(ValueError):

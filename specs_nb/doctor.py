@@ -626,8 +626,12 @@ def prompt_of(
     "The longest of a run's prompts: of 64 rows where they are at hand."
     if tokens:
         return Prompt(tokens, image or 0, "given")
-    if rows := _rows_at_hand(config):
-        return _counted(config, rows)
+    rows, smaller = _rows_at_hand(config)
+    if rows:
+        found = _counted(config, rows)
+        if smaller:
+            found.how += f", {smaller} pictures made smaller (data.shrink_to)"
+        return found
     if not _sees(config):
         return Prompt(256, 0, "assumed for text alone; --prompt-tokens says otherwise")
     if not config.data.drawn and config.data.shrink_to:  # 28 × 28 pixels are a token of Qwen2.5-VL
@@ -647,7 +651,8 @@ def _sees(config):
 
 
 def _rows_at_hand(config, n=64):
-    "Rows of a source on this disk with the longest questions; none if it can't be read"
+    """Rows of a source on this disk with the longest questions, and how many of their pictures were made
+    smaller; no row if it can't be read"""
     from itertools import islice
 
     from specs_nb import world
@@ -657,20 +662,22 @@ def _rows_at_hand(config, n=64):
     if data.sources:
         data = parts(data)[0][0]  # the first of several speaks for all
     if data.drawn:
-        return world.rows("train", n, data.seed) if Path(resolve(config.model.path)).is_dir() else []
+        return (world.rows("train", n, data.seed) if Path(resolve(config.model.path)).is_dir() else []), 0
     if not Path(data.path or data.source).exists():
-        return []
+        return [], 0
+    tally = Tally()
     try:
         source = open_source(data)
         high = min(1.0, 100 * n / source.total) if source.total and not source.ordered else 1.0
-        found = stream(source, data, Tally(), high=high, limits=False)
+        found = stream(source, data, tally, high=high, limits=False)
         rows = list(islice(found, n))
         if not any(r["images"] for r in rows):  # texts are quickly read: look at more of them
             rows += islice(found, 30 * n)
     except (SpecsError, OSError):
-        return []  # the run itself says what is wrong
+        return [], 0  # the run itself says what is wrong
     rows.sort(key=lambda r: len(r["question"]), reverse=True)
-    return [{**r, "images": [p.image for p in r["images"]]} for r in rows[:n]]
+    shown = [{**r, "images": [p.image for p in r["images"]]} for r in rows[:n]]
+    return shown, tally.notes["pictures were made smaller (data.shrink_to)"]
 
 
 def _counted(config, rows):

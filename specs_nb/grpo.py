@@ -343,7 +343,7 @@ def grpo_trainer(
     if chat["kwargs"]:
         args.chat_template_kwargs = chat["kwargs"]
     dataset = grpo_dataset(rows, format.instruction, format.name, chat["system"])
-    dataset = _fitting(dataset, model, processor, args, stage)
+    dataset = _fitting(dataset, model, processor, args, stage, config.max_prompt_tokens)
     with beside_vllm(args, model, vllm, lambda: longest_prompt(rows, processor, format.instruction)):
         cls = opinion_trainer(once_trainer(fast_trainer(GRPOTrainer) if config.fast else GRPOTrainer))
         trainer = cls(
@@ -362,7 +362,7 @@ def grpo_trainer(
     return trainer
 
 
-def _fitting(dataset, model, processor, args, stage):
+def _fitting(dataset, model, processor, args, stage, most):
     "The rows whose prompt and completion fit into the model's context, and into vLLM's"
     limits = [context_of(model), args.vllm_max_model_length if args.use_vllm else None]
     return drop_long(
@@ -371,6 +371,7 @@ def _fitting(dataset, model, processor, args, stage):
         min((n for n in limits if n), default=None),
         args.max_completion_length,
         stage,
+        most=most,
         say=print if is_main() else (lambda text: None),
         **(args.chat_template_kwargs or {}),
     )

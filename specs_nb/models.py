@@ -1118,6 +1118,8 @@ def push(
     trained, card = Path(run) / model / "model", model_card(run, model)
     if not is_adapter(trained) and not (trained / "config.json").exists():
         raise SpecsError(f"{trained} holds no model: specs {model} --run-dir {run}")
+    if trained.is_symlink():  # the card would be written into somebody's own folder
+        raise SpecsError(f"{trained} is a model that was there before this run ({trained.resolve().name})")
     folder = Path(whole_model(trained))
     (folder / "README.md").write_text(card, encoding="utf-8")
     if api is None:

@@ -185,10 +185,13 @@ def drop_long(
     new: int,  # of them, tokens kept free for a completion
     stage: str,  # name for messages
     answers=(),  # columns with answers, which count too
+    most: int = 0,  # tokens of the longest prompt that is wanted; 0: what the context has room for
     say=print,  # how to say it
     **template,  # keywords of the chat template
 ):  # the same data set, or one without the rows that are too long
     "The rows that fit into the model's context; raises `SpecsError` if none does."
+    if most:
+        context = min(context or most + new, most + new)
     if not context:
         return dataset
     what = "pairs" if answers else "prompts"
@@ -203,9 +206,11 @@ def drop_long(
         return dataset
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     name = dataset.select_columns(["id"])[longest]["id"] if "id" in dataset.column_names else ""
-    room = f"the {context - new} tokens of the model's context" + (
-        f" beside a completion of {new}" if new else ""
-    )
+    room = f"the {context - new} tokens of the model's context"
+    if context == most + new:
+        room = f"{stage}.max_prompt_tokens, {most}"
+    elif new:
+        room += f" beside a completion of {new}"
     said = (
         f"{stage}: {len(lengths) - len(keep)} of {len(lengths)} {what} are longer than {room}; the longest"
         f" ({name or f'number {longest}'}) has {lengths[longest]}"

@@ -97,7 +97,7 @@ def test_a_changed_value_redoes_what_follows_from_it(done, tmp_path):
     assert r.returncode == 0
     assert [l.split()[0] for l in r.stdout.splitlines() if "done before" in l] == ["zero", "pairs"]
     assert "changed: coldstart.lam 1.0 → 0.5" in r.stdout
-    assert (run / "coldstart.before-1/model/model.safetensors").exists(), "what was there is kept"
+    assert (run / "coldstart.before-1/model/adapter_model.safetensors").exists(), "what was there is kept"
     assert (
         states(run)["coldstart"]["lam"] == 0.5
         and (run / "pairs/pairs.parquet").read_bytes() == (done / "pairs/pairs.parquet").read_bytes()

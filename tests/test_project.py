@@ -332,3 +332,10 @@ def test_promises_name_tests_that_exist():
     missing = [f"{f}::{t}" for f, t in named if not re.search(rf"^def {t}\(", (ROOT / f).read_text(), re.M)]
     missing += [n for n in re.findall(r"`(\d\d_\w+)`", text) if not (ROOT / f"nbs/{n}.ipynb").exists()]
     assert not missing, missing
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "specs_nb").glob("[a-z]*.py")), ids=named)
+def test_no_name_is_defined_twice(path):
+    "Two cells far apart that define the same helper: the second would silently serve the first's callers"
+    names = [n.name for n in ast.parse(path.read_text()).body if hasattr(n, "name")]
+    assert sorted(set(names)) == sorted(names)
