@@ -51,8 +51,8 @@ clean: ## remove what was generated; runs/ and .venv stay
 	rm -rf site _docs _proc build dist *.egg-info .pytest_cache
 	find nbs specs_nb tests tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
-# No hub: the embedded model ships with the package; override to train one from the hub. One thread is faster on
-# tiny models.
+# No hub: the embedded model ships with the package; override to train one from the hub. One thread is faster
+# on tiny models.
 run test check bench: export HF_HUB_OFFLINE ?= 1
 run test check bench: export OMP_NUM_THREADS ?= 1
 
