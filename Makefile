@@ -12,7 +12,7 @@ help: ## this list
 
 install: $(VENV)/.base ## the package and what `specs run` needs, into .venv
 
-run: $(VENV)/.base ## all stages of SPECS on the embedded model, into runs/default; ARGS="-c smoke" adds arguments
+run: $(VENV)/.base ## SPECS on the embedded model, into runs/default; ARGS="-c smoke" adds arguments
 	$(BIN)/specs run --run-dir runs/default $(ARGS)
 
 test: $(VENV)/.dev ## round trip, all notebooks, pytest, wheel, docs
@@ -27,7 +27,8 @@ vllm: $(BIN)/pip ## an environment for vLLM's CPU build, in .venv-vllm (3 minute
 lab: $(VENV)/.dev ## JupyterLab on the notebooks, with .venv as its kernel
 	$(BIN)/python -m ipykernel install --sys-prefix --name specs_nb --display-name specs_nb >/dev/null
 	@mkdir -p $(VENV)/share/jupyter/lab/settings  # no question about news, no call for them
-	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' > $(VENV)/share/jupyter/lab/settings/overrides.json
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' \
+	  > $(VENV)/share/jupyter/lab/settings/overrides.json
 	$(BIN)/jupyter lab --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 docs: $(VENV)/.dev ## a site from the notebooks and docs/, in site/
@@ -38,7 +39,7 @@ bench: $(VENV)/.dev ## each measurement in bench/
 	@set -e; for f in bench/*.py; do echo "== $$f"; $(BIN)/python $$f $(ARGS); done
 
 # An environment apart, so that what is looked at doesn't look at itself.
-audit: $(VENV)/.dev ## what is installed against requirements.lock, and known holes in it; ARGS="--also NAME --fetch NAME"
+audit: $(VENV)/.dev ## packages against requirements.lock and known holes; ARGS="--also NAME --fetch NAME"
 	@$(VENV)-audit/bin/pip-audit --version >/dev/null 2>&1 || { $(BIN)/python -m venv $(VENV)-audit && \
 	  $(VENV)-audit/bin/python -m pip install -q 'pip-audit>=2.10,<3' 'uv>=0.13,<0.14'; }
 	$(VENV)-audit/bin/python tools/audit.py --env $(VENV) $(ARGS)
@@ -50,7 +51,8 @@ clean: ## remove what was generated; runs/ and .venv stay
 	rm -rf site _docs _proc build dist *.egg-info .pytest_cache
 	find nbs specs_nb tests tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
-# No hub: the embedded model ships with the package; override to train one from the hub. One thread is faster on tiny models.
+# No hub: the embedded model ships with the package; override to train one from the hub. One thread is faster
+# on tiny models.
 run test check bench: export HF_HUB_OFFLINE ?= 1
 run test check bench: export OMP_NUM_THREADS ?= 1
 
@@ -64,12 +66,15 @@ $(VENV)/.base: pyproject.toml | $(BIN)/pip
 	$(BIN)/python -m pip install -q -e .
 	@touch $@
 
-# Candidates are run, not only looked up: a version manager's shim exists for interpreters that are not active.
+# Candidates are run, not only looked up: a version manager's shim exists for interpreters that aren't active.
 $(BIN)/pip:
 	@for p in $(PYTHON); do \
 	  if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$p; break; fi; \
 	done; \
-	if [ -z "$$found" ]; then echo "error: no Python >= 3.11 among: $(PYTHON). Install one, or name it: make PYTHON=/path/to/python"; exit 1; fi; \
+	if [ -z "$$found" ]; then \
+	  echo "error: no Python >= 3.11 among: $(PYTHON). Install one, or name it: make PYTHON=/path/to/python"; \
+	  exit 1; fi; \
 	if ! $$found -c 'import venv, ensurepip' 2>/dev/null; then \
-	  echo "error: $$found cannot make virtual environments. Install its venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; fi; \
+	  echo "error: $$found cannot make virtual environments." \
+	    "Install its venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; fi; \
 	echo "$(VENV): $$($$found --version)"; $$found -m venv $(VENV)

@@ -148,10 +148,10 @@ def arm_config(
         "data.seed": seed,
     }
     values.update({k.replace("__", "."): v for k, v in last.items()})
-    texts = [
-        f"{k}={yaml.safe_dump(v, default_flow_style=True, width=9999).removesuffix(chr(10) + '...' + chr(10)).strip()}"
-        for k, v in values.items()
-    ]
+    texts = []
+    for key, value in values.items():
+        text = yaml.safe_dump(value, default_flow_style=True, width=9999)
+        texts.append(f"{key}={text.removesuffix(chr(10) + '...' + chr(10)).strip()}")
     try:
         return load_config(grid.config, [*texts, *more])
     except SpecsError as e:
@@ -281,9 +281,18 @@ def _eval_key(c, model, keys):
 def _samples(config, cell):
     "Name of the folder of the answers that pairs are made from: arms that ask the same share it"
     d = config.distill
-    return (
-        f"samples-{fingerprint(cell['zero'], cell.get('teacher'), d.teacher, d.rejected, d.n_prompts, d.n_samples, d.max_new_tokens, d.temperature, config.engine)[:16]}"
+    asked = fingerprint(
+        cell["zero"],
+        cell.get("teacher"),
+        d.teacher,
+        d.rejected,
+        d.n_prompts,
+        d.n_samples,
+        d.max_new_tokens,
+        d.temperature,
+        config.engine,
     )
+    return f"samples-{asked[:16]}"
 
 # %% ../nbs/79_ablate.ipynb #6650423f
 # a whole model or an adapter: the tokenizer is written last

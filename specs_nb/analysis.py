@@ -291,7 +291,7 @@ def cold_start_worth(
 def findings(
     metrics: dict,  # from `evaluate`
     versus: dict,  # from `comparisons`
-    stages: dict = {},  # stage → its stage.json: what each cost
+    stages: dict | None = None,  # stage → its stage.json: what each cost
 ) -> list:  # sentences
     "What the run shows and what it doesn't, in a few sentences."
     a, b = (value_at(metrics, m, "id", "accuracy") for m in ("final", "base"))
@@ -304,7 +304,7 @@ def findings(
             f" {say(('final', 'base'), 'id', 'accuracy')}."
         ),
         f"Answers that keep the trained format: {form}.",
-        cold_start_worth(stages, versus["final", "zero"]["id"]["accuracy"]),
+        cold_start_worth(stages or {}, versus["final", "zero"]["id"]["accuracy"]),
         (
             "Asked for formats that were never trained, final − base, right answer in the right format:"
             f" {say(('final', 'base'), 'ood_format', 'strict')}."

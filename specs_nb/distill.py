@@ -218,7 +218,8 @@ tags: [preference, dpo, specs_nb]
 ---
 # Preference pairs
 
-{len(found["source"])} pairs of `specs_nb` {__version__}, in TRL's columns `prompt`, `images`, `chosen`, `rejected`.
+{len(found["source"])} pairs of `specs_nb` {__version__}, in TRL's columns `prompt`, `images`, `chosen`, \
+`rejected`.
 Chosen and rejected are a model's own answers; what was done to the rejected ones: {say("corruption")}.
 
 Questions and pictures come from: {say("source")}. Their licences hold for these rows as well.

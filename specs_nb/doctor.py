@@ -980,7 +980,6 @@ def remedies(
         yield {stage: {"qlora": True}}, f"{stage}.qlora: true"
     if stage == "coldstart":
         return
-    steps = t.get("steps_per_generation") or group * micro
     for n in _halves(t.get("max_completion_length", 256), 64):
         yield trainer(max_completion_length=n), f"{stage}.trainer.max_completion_length: {n}"
 

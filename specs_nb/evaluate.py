@@ -138,8 +138,9 @@ def answer_in(
 # %% ../nbs/70_evaluate.ipynb #e69f5b0d
 def token_counter(
     model: str,  # `tiny`, a folder or a hub name
-):  # a function: texts, None among them → tokens of each, without the one that ended it; all None where the tokenizer can't be had
-    "How long completions are, in tokens of their model."
+):  # a function: texts, None among them → tokens of each
+    """How long completions are, in tokens of their model, without the one that ended them; None for each
+    where the tokenizer can't be had."""
     from specs_nb.models import load_processor, tokenizer_of
 
     try:

@@ -1079,7 +1079,7 @@ def too_small_for_vllm(
 def pick_engine(
     engine: str = "auto",  # `auto` or one of `ENGINES`
     path: str = "tiny",  # of the model
-    load: dict = {},  # keywords of `load_model`
+    load: dict | None = None,  # keywords of `load_model`
 ) -> tuple:  # (name in `ENGINES`, why)
     """The engine for a model; raises `SpecsError` for an unknown one, or vLLM of an unsupported version that
     was asked for by name."""
@@ -1159,7 +1159,7 @@ def answer(
     load: dict,  # keywords of `load_model`
     threads: int = 0,  # CPU threads; 0 leaves it to torch
     engine: str = "transformers",  # a name in `ENGINES`
-    options: dict = {},  # fields of `core.VLLMConfig`
+    options: dict | None = None,  # fields of `core.VLLMConfig`
 ) -> tuple:  # (rows answered, reasons of those that failed)
     "Answer a batch and write its file."
     import torch
@@ -1169,7 +1169,7 @@ def answer(
     key = engine, batch.model
     if key not in _loaded:
         _loaded.clear()
-        _loaded[key] = ENGINES[engine](batch.model, load, options)
+        _loaded[key] = ENGINES[engine](batch.model, load, options or {})
     good = [(r, i) for r, i in zip(batch.rows, batch.instructions) if not isinstance(r, Failed)]
     drawn = iter(
         _loaded[key].sample(*map(list, zip(*good)), how, derive_seed(seed, batch.name)) if good else []
@@ -1253,11 +1253,11 @@ def answer_all(
     seed: int,  # of the run
     folder: Path,  # of the batches' files
     workers: int = 1,  # processes; 1 stays in this one
-    load: dict = {},  # keywords of `load_model`
+    load: dict | None = None,  # keywords of `load_model`
     threads: int = 0,  # CPU threads of each process
     stage: str = "sample",  # name on the progress bar
     engine: str = "auto",  # `auto`, `transformers`, `vllm` or `server`
-    options: dict = {},  # fields of `core.VLLMConfig`
+    options: dict | None = None,  # fields of `core.VLLMConfig`
     keep: bool = True,  # lists; else `Answers`, which stay on disk
     # who works instead of `workers`: has `run(tasks, engine)` and `end()`, see `launch.Share` and
     # `fleet.Fleet`
@@ -1265,6 +1265,7 @@ def answer_all(
 ) -> dict:  # job's name → for each row a list of texts, None where there is no answer
     """Answer all jobs' rows, batch by batch; what is there already is not asked again. Raises `SpecsError` if
     every row of the beginning fails."""
+    load, options = load or {}, options or {}
     folder, hows = Path(folder), {job.name: job.how or how for job in jobs}
     sizes = {name: max(1, h.batch_size // h.n) for name, h in hows.items()}
     left = {job.name: list(Answers(job, folder, sizes[job.name]).missing()) for job in jobs}
@@ -1272,10 +1273,10 @@ def answer_all(
     total = sum(len(job.rows) for job in jobs)
     bar = Progress(stage, total, total - sum(len(places) for todo in left.values() for _, places in todo))
     try:
-        for (name, _), some in groupby(
+        for (name, _), group in groupby(
             (job for job in jobs if left[job.name]), lambda job: _together(names[job.name], job)
         ):
-            some, seen, lost = list(some), 0, 0
+            some, seen, lost = list(group), 0, 0
             tasks = (
                 (job.batch(*b), hows[job.name], seed, folder / f"{b[0]}.json", load, threads, name, options)
                 for job in some

@@ -138,8 +138,10 @@ _SCALES = {"dozen": 12, "hundred": 100, **_LARGE}
 
 # %% ../nbs/21_grading.ipynb #1ad5a804
 _TABLE_OF_UNITS = """
-length   mm 1/1000 cm 1/100 centimeter 1/100 centimetre 1/100 dm 1/10 m 1 meter 1 metre 1 km 1000 kilometer 1000 kilometre 1000
-length   in 127/5000 inch 127/5000 inches 127/5000 ft 381/1250 foot 381/1250 feet 381/1250 mi 201168/125 mile 201168/125
+length   mm 1/1000 cm 1/100 centimeter 1/100 centimetre 1/100 dm 1/10 m 1 meter 1 metre 1
+length   km 1000 kilometer 1000 kilometre 1000
+length   in 127/5000 inch 127/5000 inches 127/5000 ft 381/1250 foot 381/1250 feet 381/1250
+length   mi 201168/125 mile 201168/125
 mass     mg 1/1000 g 1 gram 1 kg 1000 kilogram 1000 t 1000000 lb 45359237/100000 lbs 45359237/100000
 time     ms 1/1000 s 1 sec 1 second 1 min 60 minute 60 h 3600 hr 3600 hour 3600 day 86400
 volume   ml 1/1000 mL 1/1000 l 1 L 1 liter 1 litre 1
@@ -264,18 +266,22 @@ _NUMBER = re.compile(
 )
 _TAIL = re.compile(r" ?(?:(?P<large>dozen|hundred|thousand|million|billion|trillion)\b)? ?(?P<unit>.*)", re.S)
 _NO_UNIT = re.compile(
-    r"\b(?:or|and|to|not|than|least|most|pi|sqrt|plus|minus|times|if|but|out"
-    r" of|is|are|was|were|of the"
-    r" way)\b|\d(?<![\^{]\d)|[=+*×<>^~|_,;:?!()\\\[\]{}√∛π²³-]|n't|[或和与及至到不非错没倍约半点负乘加减除根分]",
+    r"\b(?:or|and|to|not|than|least|most|pi|sqrt|plus|minus|times|if|but|out of|is|are|was|were|of the way)\b"
+    # signs
+    r"|\d(?<![\^{]\d)|[=+*×<>^~|_,;:?!()\\\[\]{}√∛π²³-]"
+    # words in Chinese
+    r"|n't|[或和与及至到不非错没倍约半点负乘加减除根分]",
     re.I,
 )
 # words and signs that make another number of the one they stand beside, or deny it
 _CHANGED = re.compile(
-    r"""\b(?: no | not | cannot | too | never | neither | nor | none | without | except | but | anything | instead
-      | wrong | incorrect | false | untrue | impossible | invalid | unlikely | mistake\w* | ruled? | denied
-      | doubt\w* | unsure | unknown | missing | excluded | removed | rejected | if | unless | whether
-      | january | february | march | april | may | june | july | august | september | october | november | december
-      | before | after | preced\w+ | follow(?:s|ed|ing) | next [ ] to | previous | successor | predecessor
+    r"""\b(?: no | not | cannot | too | never | neither | nor | none | without | except | but | anything
+      | instead | wrong | incorrect | false | untrue | impossible | invalid | unlikely | mistake\w*
+      | ruled? | denied | doubt\w*
+      | unsure | unknown | missing | excluded | removed | rejected | if | unless | whether
+      | january | february | march | april | may | june | july | august | september | october | november
+      | december | before | after | preced\w+ | follow(?:s|ed|ing) | next [ ] to | previous
+      | successor | predecessor
       | (?:square|cube|fourth|n-?th) [ ] roots? | roots? | sqrt | cbrt | squared? [ ] of | squared
       | cubed? [ ] of | cubed | power | raised | exponent | factorial | log(?:arithm)? | ln | lg | sin | sine
       | cos | cosine | tan | tangent | cot | sec | csc | arc\w+ | exp | pi | half [ ] of | half | halves
@@ -321,7 +327,7 @@ def _tidy(text):
             text = pattern.sub(new, text)
         text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^" + m[0].translate(_SUP), text)
         for k, v in _VULGAR.items():
-            text = re.sub(rf"(\d?) ?{k}", lambda m: f"{m[1]} {v}".strip(), text)
+            text = re.sub(rf"(\d?) ?{k}", lambda m, v=v: f"{m[1]} {v}".strip(), text)
     return re.sub(r"\s+", " ", text).strip()
 
 # %% ../nbs/21_grading.ipynb #1d78ff6d

@@ -166,10 +166,11 @@ def look_at(
     stage: str = "zero",  # its name
     pairs: bool = True,  # right answers of this model are needed for pairs
     batch_size: int = 256,  # completions in flight
-    load: dict = {},  # keywords of `load_model`
+    load: dict | None = None,  # keywords of `load_model`
     **how,  # threads, engine, options: see `answer_all`
 ) -> dict:  # counts
     "Ask a model before it is trained; raises `SpecsError` if nothing could be learned or paired."
+    load = load or {}
     t, own, out = config.trainer, derive_seed(seed, "look"), Path(out)
     n = min(config.look, len(rows))
     each = min(4, t.get("num_generations", 8))

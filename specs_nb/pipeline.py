@@ -711,16 +711,16 @@ def _prepare(config, build=True):
 EXAMPLES = """examples:
   specs run                                    all of SPECS on the embedded model, into runs/default
   specs run -c smoke --run-dir runs/smoke      the same in a minute, to see that it works
-  specs run coldstart.lam=0.5 seed=1           with other values; the same command again goes on where it stopped
+  specs run coldstart.lam=0.5 seed=1           with other values; given again, it goes on where it stopped
   specs coldstart --run-dir runs/default       up to one stage
   specs run zero.trainer.learning_rate=1e-5    any field of TRL's GRPOConfig or DPOConfig
   specs report --run-dir runs/default          write report.html again
-  specs ablate --run-dir runs/ablate --seeds 2 --arms none,sft,dpo+sft      the paper's ablations, a part of them
+  specs ablate --run-dir runs/ablate --seeds 2 --arms none,sft,dpo+sft   some of the paper's ablations
   specs compare runs/a runs/b                  one page for both
   specs clean --run-dir runs/default           what was set aside when a value changed, and its size
-  specs doctor -c paper_7b --gpus 8 --memory 80 --launcher fsdp2    does it fit? told before anything is loaded
+  specs doctor -c paper_7b --gpus 8 --memory 80 --launcher fsdp2    does it fit? nothing is loaded
   specs push --run-dir runs/default --repo me/my-model              the final model with its card, to the hub
-  specs export --run-dir runs/default --out my-model                the final model as a whole, for vLLM and others
+  specs export --run-dir runs/default --out my-model                the final model, whole, for vLLM or others
 """
 HELP = dict(
     run="every stage, then the report",

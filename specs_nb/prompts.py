@@ -37,8 +37,10 @@ class Table:
             kind = getattr(feature, "feature", feature)
             if not isinstance(kind, Image) or row[name] is None:
                 continue
-            decoded = lambda x: x if x is None else kind.decode_example(x)
-            row[name] = decoded(row[name]) if kind is feature else [decoded(x) for x in row[name]]
+            if kind is feature:
+                row[name] = kind.decode_example(row[name])
+            else:
+                row[name] = [x if x is None else kind.decode_example(x) for x in row[name]]
         return row
 
 # %% ../nbs/33_prompts.ipynb #a0b3f830

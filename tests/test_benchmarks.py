@@ -16,18 +16,26 @@ import json, os, sys, urllib.request
 from pathlib import Path
 arg = lambda k: sys.argv[sys.argv.index(k) + 1]
 if os.environ.get("PLAY") == "fail": print("ValueError: the hub is down"); sys.exit(0)
-assert arg("--reasoning_tags") == "none" and arg("--process_docs_parallel") == "1" and os.environ["OPENAI_API_KEY"]
+assert arg("--reasoning_tags") == "none" and arg("--process_docs_parallel") == "1"
+assert os.environ["OPENAI_API_KEY"]
 model = dict(p.split("=", 1) for p in arg("--model_args").split(","))
 task, folder, out = arg("--tasks"), Path(arg("--include_path")), Path(arg("--output_path")) / "m"
 out.mkdir(parents=True)
 lines = []
 for i, row in enumerate(json.loads((folder / f"{task}.gold.json").read_text())["rows"]):
-    body = dict(model=model["model_version"], max_tokens=8, temperature=0, messages=[dict(role="user", content=row["question"])])
-    request = urllib.request.Request(model["base_url"] + "/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    try: reply = json.loads(urllib.request.urlopen(request).read()); said, n = reply["choices"][0]["message"]["content"], reply["usage"]["completion_tokens"]
+    talk = [dict(role="user", content=row["question"])]
+    body = json.dumps(dict(model=model["model_version"], max_tokens=8, temperature=0, messages=talk)).encode()
+    kind = {"Content-Type": "application/json"}
+    request = urllib.request.Request(model["base_url"] + "/chat/completions", body, kind)
+    try:
+        reply = json.loads(urllib.request.urlopen(request).read())
+        said, n = reply["choices"][0]["message"]["content"], reply["usage"]["completion_tokens"]
     except urllib.error.HTTPError as e: said, n = f"[LMMS_EVAL_REQUEST_FAILED after 3 retries] {e}", 0
-    lines.append(dict(doc_id=i, target=row["answer"], filtered_resps=[said], token_counts=[dict(output_tokens=n)], acc_score=float("right" in said), format_score=0.0))
-(out / "1_results.json").write_text(json.dumps({"results": {task: {"acc_score,none": sum(l["acc_score"] for l in lines) / len(lines)}}}))
+    scores = dict(acc_score=float("right" in said), format_score=0.0)
+    counts = [dict(output_tokens=n)]
+    lines.append(dict(doc_id=i, target=row["answer"], filtered_resps=[said], token_counts=counts, **scores))
+mean = sum(l["acc_score"] for l in lines) / len(lines)
+(out / "1_results.json").write_text(json.dumps({"results": {task: {"acc_score,none": mean}}}))
 (out / f"1_samples_{task}.jsonl").write_text("".join(json.dumps(l) + "\\n" for l in lines))
 """
 

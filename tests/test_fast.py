@@ -28,9 +28,14 @@ def rows(n, eyes=True):
     return [r if eyes else {**r, "images": []} for r in world.rows("train", n)]
 
 
-def trainer(tmp_path, start="tiny", eyes=True, stage={}, load={}, **how):
+def trainer(tmp_path, start="tiny", eyes=True, stage=None, load=None, **how):
     t = grpo_trainer(
-        start, rows(8, eyes), tmp_path, GRPOStage(steps=1, **stage, trainer={**HOW, **how}), FMT, **load
+        start,
+        rows(8, eyes),
+        tmp_path,
+        GRPOStage(steps=1, **(stage or {}), trainer={**HOW, **how}),
+        FMT,
+        **(load or {}),
     )
     t.model.train()
     t.current_gradient_accumulation_steps = t.args.gradient_accumulation_steps

@@ -58,7 +58,8 @@ class Server:
     """An HTTP server on this machine; `act(handler, asked, n)` answers the n-th chat request, by default with
     the verdict yes"""
 
-    def __init__(self, act=None, think=says("yes"), models=("m",)):
+    def __init__(self, act=None, think=None, models=("m",)):
+        think = think or says("yes")
         outer, self.seen, self.heads, self.lock, self.quit, self.busy, self.most = (
             self,
             [],
@@ -593,7 +594,9 @@ def test_a_kill_loses_nothing(serve, tmp_path):
     code = f"""if True:
         from specs_nb.core import JudgeConfig
         from specs_nb.judge import Judge
-        Judge(JudgeConfig(url={s.url!r}, models=["m"], concurrency=1), {str(tmp_path/'c')!r}).ask("answer", [dict(question="?", gold="a", prediction=str(i)) for i in range(9)])"""
+        asked = [dict(question="?", gold="a", prediction=str(i)) for i in range(9)]
+        config = JudgeConfig(url={s.url!r}, models=["m"], concurrency=1)
+        Judge(config, {str(tmp_path / 'c')!r}).ask("answer", asked)"""
     child = subprocess.Popen([sys.executable, "-c", code])
     while len(s.seen) < 6 and child.poll() is None:
         time.sleep(0.02)
@@ -624,7 +627,7 @@ def test_processes_share_one_budget(serve, judge, tmp_path, how):
 
 
 def test_a_judge_works_after_a_fork(serve, judge):
-    j = judge(s := serve(), timeout=5)
+    j = judge(serve(), timeout=5)
     assert j.ask("answer", items(1)) == [True]
     out = multiprocessing.get_context("fork").Queue()
     p = multiprocessing.get_context("fork").Process(target=lambda: out.put(j.ask("answer", items(2))))
@@ -649,13 +652,11 @@ def test_a_budget_of_tokens_is_never_exceeded(serve, judge, concurrency):
 
 def test_a_server_that_counts_nonsense(serve, judge):
     for usage in (None, {"total_tokens": "many"}, {"total_tokens": -(10**9)}, {"total_tokens": True}, []):
-        j = judge(
-            serve(
-                lambda h, asked, n: h.say(
-                    200, {**chat(says("yes")(asked["messages"][0]["content"])), "usage": usage}
-                )
-            )
-        )
+
+        def act(h, asked, n, usage=usage):
+            h.say(200, {**chat(says("yes")(asked["messages"][0]["content"])), "usage": usage})
+
+        j = judge(serve(act))
         assert j.ask("answer", items(1)) == [True] and j.ledger.spent["tokens"] > 0, usage
 
 
@@ -680,10 +681,12 @@ def test_a_cache_with_nonsense_in_it(serve, judge, tmp_path):
 def test_ctrl_c_ends_it(serve, tmp_path):
     s = serve(lambda h, asked, n: s.quit.wait(20))
     code = f"""if True:
-        import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+        import signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
         from specs_nb.core import JudgeConfig
         from specs_nb.judge import Judge
-        Judge(JudgeConfig(url={s.url!r}, models=["m"])).ask("answer", [dict(question="?", gold="a", prediction="b")])"""
+        asked = [dict(question="?", gold="a", prediction="b")]
+        Judge(JudgeConfig(url={s.url!r}, models=["m"])).ask("answer", asked)"""
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     while not s.seen and child.poll() is None:
         time.sleep(0.02)

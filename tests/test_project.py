@@ -139,7 +139,7 @@ def test_numbers_are_unique():
 def test_imports_only_lower_numbers(path):
     number, known = int(re.match(r"\d+", path.name)[0]), modules()
     own = [m for m, n in known.items() if n == number]
-    for src, _, tree in code_cells(path):
+    for _, _, tree in code_cells(path):
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 used = [a.name for a in node.names]
@@ -218,6 +218,55 @@ def test_readme_is_the_index():
         assert (ROOT / name).read_bytes() == data, "run `make readme`"
 
 
+# ---- width and ruff
+
+WIDE = 110
+
+
+def wide_lines(text):
+    """Lines of Markdown, YAML or a Makefile that are wider than `WIDE`, as (number, line). Tables, text
+    between code fences, addresses and the data of images can't be broken, and don't count."""
+    fence = ""
+    for n, line in enumerate(text.splitlines(), 1):
+        mark = re.match(r"\s*(```|~~~)", line)
+        if mark and fence in ("", mark[1]):
+            fence = "" if fence else mark[1]
+        short = re.sub(r"https?://[^\s)>]+|data:image/[^\s)>]+", "", line)
+        if len(short) > WIDE and not fence and not line.lstrip().startswith("|"):
+            yield n, line
+
+
+def test_wide_lines_are_recognized():
+    long = "word " * 30
+    assert [n for n, _ in wide_lines(f"short\n{long}\n# {long}")] == [2, 3]
+    assert not list(wide_lines(f"| {long} |\n```bash\n{long}\n```\n[here](https://x.org/{'a' * 200})"))
+
+
+def test_width():
+    "What ruff doesn't see: it holds the width of Python alone"
+    texts = {named(p): p.read_text() for p in (ROOT / "docs").glob("*.md")}
+    texts |= {named(p): p.read_text() for p in (ROOT / "specs_nb/configs").rglob("*.yaml")}
+    texts["Makefile"] = (ROOT / "Makefile").read_text()
+    for path in NOTEBOOKS:
+        for i, cell in enumerate(json.loads(path.read_text())["cells"]):
+            if cell["cell_type"] == "markdown":
+                texts[f"{named(path)}, cell {i}"] = "".join(cell["source"])
+    found = [f"{name}:{n}: {line[:90]}…" for name, text in texts.items() for n, line in wide_lines(text)]
+    assert not found, "\n".join(found)
+
+
+def test_ruff_finds_nothing():
+    pytest.importorskip("ruff", reason="ruff comes with the extra dev")
+    folders = ["nbs", "specs_nb", "tests", "tools", "bench"]
+    ruff = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--output-format", "concise", *folders],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ruff.returncode == 0, ruff.stdout + ruff.stderr
+
+
 # ---- links of README.md
 
 
@@ -250,12 +299,18 @@ def test_readme_links():
 PRIVATE = {
     "path of one machine": r"(?<![\w.~-])/(?:root|home|work|tmp|opt)/[\w.]",
     "registry": (
-        r"(?:extra-)?index[-_]url|find[-_]links|\b(?:pypi|pythonhosted|npmjs|debian|pytorch)\.org/(?:simple|packages|whl|debian)|registry\.\w+\.\w+|files\.pythonhosted"
+        r"(?:extra-)?index[-_]url|find[-_]links"
+        # hosts
+        r"|\b(?:pypi|pythonhosted|npmjs|debian|pytorch)\.org/(?:simple|packages|whl|debian)"
+        r"|registry\.\w+\.\w+|files\.pythonhosted"
     ),
     "address": r"https?://(?:10|172|192)\.\d+\.\d+\.\d+",
     "secret": (
-        r"-----BEGIN [A-Z ]*PRIVATE"
-        r" KEY|\bhf_[A-Za-z0-9]{24,}|\bsk-[A-Za-z0-9_-]{24,}|\bgh[pousr]_[A-Za-z0-9]{24,}|\bAKIA[0-9A-Z]{16}\b"
+        r"-----BEGIN [A-Z ]*PRIVATE KEY"
+        # tokens of hubs and clouds
+        r"|\bhf_[A-Za-z0-9]{24,}|\bsk-[A-Za-z0-9_-]{24,}"
+        r"|\bgh[pousr]_[A-Za-z0-9]{24,}|\bAKIA[0-9A-Z]{16}\b"
+        # a value beside a name
         r"|(?i:api_?key|password|secret|token)[\"']?\s*[:=]\s*[\"'][A-Za-z0-9_\-+/]{20,}[\"']"
     ),
 }

@@ -1016,14 +1016,17 @@ import contextlib, io, sys, threading, imagehash, datasets
 from specs_nb.core import DataConfig
 from specs_nb.data import Rows, grpo_dataset
 from specs_nb.sources import prepare
-def anon(): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1024  # MB, without files that are mapped
+def anon():  # MB, without files that are mapped
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1024
 def watch():
     while not done.wait(.003): top.append(anon())
 small, large, n, out = sys.argv[1:]
-with contextlib.redirect_stdout(io.StringIO()): prepare(DataConfig(source=small, n_train=20, n_test=2), out + "/warm")
+with contextlib.redirect_stdout(io.StringIO()):
+    prepare(DataConfig(source=small, n_train=20, n_test=2), out + "/warm")
 top, done, start = [], threading.Event(), anon()
 w = threading.Thread(target=watch); w.start()
-with contextlib.redirect_stdout(io.StringIO()): prepare(DataConfig(source=large, n_train=int(n), n_test=5), out)
+with contextlib.redirect_stdout(io.StringIO()):
+    prepare(DataConfig(source=large, n_train=int(n), n_test=5), out)
 rows = Rows(out + "/train.arrow")
 for r in rows: pass
 for b in grpo_dataset(rows, "", "think_answer").iter(8): pass

@@ -236,7 +236,8 @@ def test_killed_and_continued(tmp_path):
         import sys
         from specs_nb import generate as g, world
         from specs_nb.formats import FORMATS
-        g.answer_all([g.Job("a", "tiny", world.rows("test", 40), FORMATS["think_answer"].instruction)], g.Sampling(n=2, batch_size=8), 0, sys.argv[1], engine="vllm")
+        job = g.Job("a", "tiny", world.rows("test", 40), FORMATS["think_answer"].instruction)
+        g.answer_all([job], g.Sampling(n=2, batch_size=8), 0, sys.argv[1], engine="vllm")
     """
     (tmp_path / "run.py").write_text(
         "\n".join(l[4:] if l.startswith("        ") else l for l in code.splitlines())
@@ -397,13 +398,15 @@ def in_process(body):
 @pytest.mark.parametrize("how", ["", "lora=True, lora_rank=4", "qlora=True, lora_rank=4"])
 def test_colocate_trains_with_checked_weights(how, tmp_path):
     out = in_process(f"""
-        t = grpo_trainer("tiny", rows, {str(tmp_path)!r}, GRPOStage(steps=2, {how + ', ' if how else ''}trainer={{**GRPO, **BESIDE}}), FMT, vllm=VLLMConfig(sync_every=1))
+        stage = GRPOStage(steps=2, {how + ', ' if how else ''}trainer={{**GRPO, **BESIDE}})
+        t = grpo_trainer("tiny", rows, {str(tmp_path)!r}, stage, FMT, vllm=VLLMConfig(sync_every=1))
         t.train()
         found = next(c.found for c in t.callback_handler.callbacks if type(c).__name__ == "SyncCheck")
         from specs_nb.models import load_model
         was = dict(load_model("tiny")[0].named_parameters())
+        named = t.accelerator.unwrap_model(t.model).named_parameters()
         base = {{k.replace("base_model.model.", "").replace("base_layer.", ""): p
-                for k, p in t.accelerator.unwrap_model(t.model).named_parameters() if "base_layer.weight" in k}}
+                for k, p in named if "base_layer.weight" in k}}
         moved = [k for k, p in base.items() if p.shape == was[k].shape and not (p == was[k]).all()]
         print("MOVED", len(base), len(moved))
         print("FOUND", json.dumps(found))""")
@@ -472,7 +475,8 @@ def test_a_broken_sync_is_noticed(tmp_path):
     out = in_process(f"""
         from trl.generation.vllm_generation import VLLMGeneration
         VLLMGeneration.sync_weights = lambda self: None
-        try: train_grpo("tiny", rows, {str(tmp_path)!r}, GRPOStage(steps=2, trainer={{**GRPO, **BESIDE}}), FMT, vllm=VLLMConfig())
+        stage = GRPOStage(steps=2, trainer={{**GRPO, **BESIDE}})
+        try: train_grpo("tiny", rows, {str(tmp_path)!r}, stage, FMT, vllm=VLLMConfig())
         except SpecsError as e: print("SAID", e)""")
     assert "SAID after step 1 vLLM's log-probabilities are" in out.stdout, (
         out.stdout[-1000:] + out.stderr[-3000:]
@@ -484,7 +488,8 @@ def test_other_prompts_are_noticed(tmp_path):
     out = in_process(f"""
         import specs_nb.vllm_sync as v
         v.one_per_image = lambda ids, processor: ids
-        try: train_grpo("tiny", rows, {str(tmp_path)!r}, GRPOStage(steps=2, trainer={{**GRPO, **BESIDE}}), FMT, vllm=VLLMConfig())
+        stage = GRPOStage(steps=2, trainer={{**GRPO, **BESIDE}})
+        try: train_grpo("tiny", rows, {str(tmp_path)!r}, stage, FMT, vllm=VLLMConfig())
         except SpecsError as e: print("SAID", e)""")
     assert "SAID vLLM reads other tokens than the trainer in 16 of 16 prompts" in out.stdout, (
         out.stdout[-1000:] + out.stderr[-3000:]
