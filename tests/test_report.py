@@ -23,6 +23,8 @@ from specs_nb.analysis import (
 )
 from specs_nb.core import SpecsError
 from specs_nb.report import (
+    SCRIPTS,
+    WEB,
     Table,
     compare,
     contrast_words,
@@ -206,6 +208,18 @@ def test_only_the_pages_own_scripts_may_run(run):
         and "unsafe-inline" not in policy.split("script-src")[1]
     )
     assert re.findall(r"'sha256-[^']*'", policy) == [hashed(s) for s in scripts] and len(scripts) == 3
+
+
+def test_parts_of_the_page_are_whole_and_readable():
+    from jinja2 import Environment
+
+    own = [WEB / name for name in (*SCRIPTS, "report.css")] + sorted(WEB.glob("*.j2"))
+    assert len(own) > 20
+    for part in own:
+        text = part.read_text(encoding="utf-8")
+        assert max(map(len, text.splitlines())) <= 110, part.name
+        if part.suffix == ".j2":
+            Environment().parse(text)
 
 
 def test_data_cannot_end_its_script():
