@@ -660,7 +660,7 @@ def _rows_at_hand(config, n=64):
 
     data = config.data
     if data.sources:
-        data = parts(data)[0][0]  # the first of several speaks for all
+        data = parts(data)[0][-1]  # the first of several speaks for all
     if data.drawn:
         return (world.rows("train", n, data.seed) if Path(resolve(config.model.path)).is_dir() else []), 0
     if not Path(data.path or data.source).exists():

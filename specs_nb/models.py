@@ -122,13 +122,6 @@ def check_folder(
         return
     again = f"copy or download {path} again"
     if not (folder / "config.json").exists():
-        if (folder / "adapter_config.json").exists():
-            base = (read_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
-            raise SpecsError(
-                f"{path} is an adapter alone, without the model it belongs to ({base}): merge the two with"
-                " PEFT (PeftModel.from_pretrained(base, adapter).merge_and_unload()), save model and"
-                " processor into one folder and set model.path to it"
-            )
         raise SpecsError(f"{path} has no config.json, so it is no model's folder: {again}, or set model.path")
     for file in sorted(p for name in _OF_A_MODEL for p in folder.glob(name)):
         try:

@@ -85,12 +85,14 @@ def test_an_adapter_alone(whole, tmp_path):
     from peft import get_peft_model
 
     get_peft_model(load_model(str(whole))[0], lora_config(4)).save_pretrained(tmp_path)
-    with pytest.raises(SpecsError, match="is an adapter alone, without the model it belongs to"):
-        check_chat(Config(model=ModelConfig(path=str(tmp_path))))
-    load_model(str(tmp_path))  # with its base it can still answer
+    load_model(str(tmp_path))  # with its base it can answer
     cut("adapter_model.safetensors")(tmp_path)
     with pytest.raises(SpecsError, match="adapter_model.safetensors is cut off or damaged"):
         load_model(str(tmp_path))
+    noted = tmp_path / "adapter_config.json"
+    noted.write_text(noted.read_text().replace(str(whole), "no/such-model"))
+    with pytest.raises(SpecsError, match="no/such-model"):
+        check_chat(Config(model=ModelConfig(path=str(tmp_path))))
 
 
 def test_a_run_says_so_in_one_line(whole, tmp_path, capsys):

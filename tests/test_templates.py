@@ -53,7 +53,7 @@ def test_grpo_gives_the_same_prompt(models, family, tmp_path):
         steps=1, trainer=dict(per_device_train_batch_size=4, num_generations=2, max_completion_length=4)
     )
     trainer = grpo_trainer(models[family], rows, tmp_path, stage, TA, chat=CHAT)
-    said = trainer.train_dataset[0]["prompt"]
+    said = trainer.table[0]["prompt"]
     if rows[0]["images"]:
         said = prepare_multimodal_messages(said, images=rows[0]["images"])
     ids = trainer._tokenize_prompts([said])[0][0]
@@ -85,11 +85,11 @@ def test_engines_give_the_same_prompt(models):
     assert VLLM._prompt(NS(processor=load_processor(folder, CHAT)), row, TA.instruction) == {
         "prompt": expected(folder, row)
     }
-    body = _chat_body(row, TA.instruction, Sampling(), CHAT)
+    body = _chat_body(row, TA.instruction, Sampling(), chat=CHAT)
     assert body["chat_template_kwargs"] == {"mood": "calm"}
     assert [m["role"] for m in body["messages"]] == ["system", "user"]
     assert "chat_template_kwargs" not in _chat_body(row, TA.instruction, Sampling())
-    shown = _chat_body(rows_for("eyes", 1)[0], TA.instruction, Sampling(), CHAT)["messages"]
+    shown = _chat_body(rows_for("eyes", 1)[0], TA.instruction, Sampling(), chat=CHAT)["messages"]
     assert [p["type"] for p in shown[-1]["content"]] == ["image_url", "text"]
 
 
