@@ -1094,7 +1094,7 @@ def pick_engine(
         return "transformers", "vLLM isn't installed"
     if not supported(version):
         return "transformers", f"vLLM {version} isn't supported"
-    if why := unfit_for_vllm(path, load):
+    if why := unfit_for_vllm(path, load or {}):
         return "transformers", why
     if too_small_for_vllm(path):
         return "transformers", "on a CPU vLLM is slower with so small a model"
