@@ -356,6 +356,9 @@ def _with_unit(value, places, tail):
     unit = m["unit"].strip().rstrip(".") if not tail.startswith(".") else tail
     if unit_of(unit):
         return Number(value, places, unit)
+    if han := re.match("[百千万亿]+", tail):
+        value, tail = value * prod(_HAN_SCALES[c] for c in han[0]), tail[han.end() :]
+        return _with_unit(value, None, tail)
     chinese = re.match(r"[一-龥]", tail)
     if unit and (_NO_UNIT.search(unit) or len(unit) == 1 and not chinese):
         return None
@@ -492,7 +495,10 @@ def read_number(
 _ANY = re.compile(r"(?<![\w.,/+-])[-+$€£¥]?\.?\d\S*(?: [A-Za-z°%][A-Za-z/^0-9°]*)?", re.A)
 _HEDGE = re.compile(
     r"\b(?:not|or|either|neither|nor|between|at least|at most|more than|less than|over|under|up"
-    r" to|never|unsure|maybe)\b|n't",
+    r" to|never|unsure|maybe|wrong|incorrect|false|untrue|eliminated?|excluded?|ruled?|except|but|other"
+    r" than|half of)\b|n't"
+    # in Chinese: not, or, negative, more, less, at least, root, power, times
+    r"|[不非或负]|[大小多少低高]于|至[少多]|超过|根号|[平立]方(?!厘|分|米|千)|倍",
     re.I,
 )
 
@@ -671,7 +677,10 @@ _CODES = {
     "a clock time": r"\d{1,2}:\d\d(?::\d\d)?(?: ?[apAP]\.?[mM]\b\.?)?|\d{1,2} ?[apAP]\.?[mM]\b\.?",
     "a range": r"\$?\d[\d.,]*%? ?(?:-|to) ?\$?\d[\d.,]*(?: ?[A-Za-z%°]+(?:/[A-Za-z]+)?)?",
     "a number with more than one point": r"(?![1-9]\d{0,2}(?:\.\d{3})+$)\d+(?:\.\d+){2,}",
-    "a code": r"[A-Z]{1,4}-\d+[A-Z]?|[A-Z]{2,4} ?\d{1,6}|\d+(?:-\d+){2,}|\d{3}-\d{4}",
+    "a code": (
+        r"[A-Z]{1,4}-\d+[A-Z]?|[A-Z]{2,4} ?\d{1,6}|[A-Z]\d{1,6}|\d{1,6}[A-DF-Z]|\d+(?:-\d+){2,}"
+        r"|\d{3}-\d{4}"
+    ),
     "a formula": r"(?=.*[_^₀-₉⁺⁻])(?:[A-Z][a-z]?(?:_?\{?\d+\}?|[₀-₉]+)?)+(?:\^?\{?\d?[+-]\}?|[⁰-⁹]?[⁺⁻])?",
 }
 _CODE = {name: re.compile(pattern) for name, pattern in _CODES.items()}
