@@ -1108,11 +1108,12 @@ def push(
 ) -> str:  # the repository
     """Upload a run's model with its card; an adapter goes as a whole model and beside it. Raises `SpecsError`
     if the model isn't finished or the hub refuses."""
-    trained, card = Path(run) / model / "model", model_card(run, model)
-    if not is_adapter(trained) and not (trained / "config.json").exists():
-        raise SpecsError(f"{trained} holds no model: specs {model} --run-dir {run}")
+    trained = Path(run) / model / "model"
     if trained.is_symlink():  # the card would be written into somebody's own folder
         raise SpecsError(f"{trained} is a model that was there before this run ({trained.resolve().name})")
+    card = model_card(run, model)
+    if not is_adapter(trained) and not (trained / "config.json").exists():
+        raise SpecsError(f"{trained} holds no model: specs {model} --run-dir {run}")
     folder = Path(whole_model(trained))
     (folder / "README.md").write_text(card, encoding="utf-8")
     if api is None:
