@@ -230,10 +230,12 @@ ROWS = [
     [vllm_env, roundtrip, ruff],
     [notebooks],
     [pytest],
-    [vllm_tests, vllm_notebooks, wheel, docs],
+    # not the two of vLLM at once: a trainer with vLLM inside takes a fixed port
+    [vllm_tests, wheel],
+    [vllm_notebooks, docs],
 ]
 CHECK = [[roundtrip, ruff, quick]]  # what one runs before a commit
-NAMED = {"vllm": [[vllm_env], [vllm_tests, vllm_notebooks]], "check": CHECK, "quick": [[quick]]}
+NAMED = {"vllm": [[vllm_env], [vllm_tests], [vllm_notebooks]], "check": CHECK, "quick": [[quick]]}
 
 
 def one(part):
