@@ -142,7 +142,7 @@ def shape_folder(a):
     "The folder of the shape: configuration and processor, without weights"
     from specs_nb.models import load_processor
 
-    folder = Path(a.work) / "shape"
+    folder = Path(a.work) / f"shape-{'tiny' if a.tiny else a.shape}"
     if not (folder / "config.json").exists():
         processor, config = load_processor("tiny"), large_config(a)
         processor.image_processor.size["longest_edge"] = max(168, a.pixels, a.dpo_pixels) ** 2
@@ -180,13 +180,17 @@ def model_folder(a):
 
 def model(a, found):
     "The random model as a folder, since the stages load from one"
-    start = time.perf_counter()
-    folder, m = Path(a.work) / "model", random_model(a)
+    start, folder = time.perf_counter(), Path(a.work) / "model"
+    shape = "tiny" if a.tiny else a.shape
+    if (folder / "whole").exists() and (folder / "whole").read_text() == shape:
+        found.note(there_already=shape)  # `--work` named a folder of an earlier run
+        return
+    m = random_model(a)
     found.note(drawn_s=time.perf_counter() - start, parameters=sum(p.numel() for p in m.parameters()))
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(shape_folder(a), folder)
     m.save_pretrained(folder)
-    (folder / "whole").write_text("")
+    (folder / "whole").write_text(shape)
     size = sum(f.stat().st_size for f in folder.iterdir())
     found.note(written_s=time.perf_counter() - start, gib=size / 2**30, where=a.work)
 

@@ -1009,8 +1009,8 @@ def count_seconds(
 def phase(
     name: str,  # of `PHASES`
 ):
-    """What runs within belongs to a phase, until an inner phase takes over; also a decorator. Without a clock it
-    does nothing."""
+    """What runs within belongs to a phase, until an inner phase takes over; also a decorator. Without a clock
+    it does nothing."""
     import threading
 
     if not _counting or _counting[0].thread != threading.get_ident():
