@@ -944,6 +944,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'specs_nb.report.seed_contrasts': ('report.html#seed_contrasts', 'specs_nb/report.py'),
                                  'specs_nb.report.seed_groups': ('report.html#seed_groups', 'specs_nb/report.py'),
                                  'specs_nb.report.smooth': ('report.html#smooth', 'specs_nb/report.py'),
+                                 'specs_nb.report.spent': ('report.html#spent', 'specs_nb/report.py'),
                                  'specs_nb.report.spread': ('report.html#spread', 'specs_nb/report.py'),
                                  'specs_nb.report.style': ('report.html#style', 'specs_nb/report.py'),
                                  'specs_nb.report.svg': ('report.html#svg', 'specs_nb/report.py'),

@@ -399,7 +399,7 @@ def in_process(body):
             f"""if True:
         import json, sys
         from specs_nb import world
-        from specs_nb.core import GRPOStage, VLLMConfig, SpecsError
+        from specs_nb.core import GRPOStage, VLLMConfig, SpecsError, count_seconds
         from specs_nb.formats import FORMATS
         from specs_nb.grpo import grpo_trainer, train_grpo
         FMT, GRPO, BESIDE, rows = FORMATS["think_answer"], {GRPO}, {BESIDE}, world.rows("train", 16)
@@ -418,7 +418,9 @@ def test_colocate_trains_with_checked_weights(how, tmp_path):
         stage = GRPOStage(steps=2, {how + ', ' if how else ''}trainer={{**GRPO, **BESIDE}})
         beside = VLLMConfig(sync_every=1, options=EAGER)
         t = grpo_trainer("tiny", rows, {str(tmp_path)!r}, stage, FMT, vllm=beside)
+        clock = count_seconds()
         t.train()
+        print("SPENT", json.dumps(clock.turn()))
         found = next(c.found for c in t.callback_handler.callbacks if type(c).__name__ == "SyncCheck")
         from specs_nb.models import load_model
         was = dict(load_model("tiny")[0].named_parameters())
@@ -429,6 +431,8 @@ def test_colocate_trains_with_checked_weights(how, tmp_path):
         print("MOVED", len(base), len(moved))
         print("FOUND", json.dumps(found))""")
     assert out.returncode == 0, out.stderr[-3000:]
+    spent = json.loads(out.stdout.split("SPENT")[1].strip().splitlines()[0])
+    assert {"write", "sync", "score", "train"} <= {name for name, seconds in spent.items() if seconds > 0}
     found = json.loads(out.stdout.split("FOUND")[1].strip().splitlines()[0])
     assert (
         [f["step"] for f in found] == [1, 2]
