@@ -5,7 +5,7 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: install run test check vllm lab docs bench audit readme clean help
+.PHONY: install run test check gpu vllm lab docs bench audit readme clean help
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -20,6 +20,10 @@ test: $(VENV)/.dev ## round trip, all notebooks, pytest, wheel, docs
 
 check: $(VENV)/.dev ## round trip, ruff and the quick tests: before a commit (3 minutes)
 	$(BIN)/python tools/check.py check
+
+# Without a card it says so and ends well; SPECS_NEED_GPU=1 makes that an error.
+gpu: $(VENV)/.dev ## what a CUDA card may decide differently: tests and cells, where there is a card
+	$(BIN)/python tools/check.py gpu
 
 vllm: $(BIN)/pip ## an environment for vLLM's CPU build, in .venv-vllm (3 minutes, 4 GB)
 	$(BIN)/python tools/make_vllm.py
@@ -53,8 +57,8 @@ clean: ## remove what was generated; runs/ and .venv stay
 
 # No hub: the embedded model ships with the package; override to train one from the hub. One thread is faster
 # on tiny models.
-run test check bench: export HF_HUB_OFFLINE ?= 1
-run test check bench: export OMP_NUM_THREADS ?= 1
+run test check gpu bench: export HF_HUB_OFFLINE ?= 1
+run test check gpu bench: export OMP_NUM_THREADS ?= 1
 
 # Stamps make a second call instant; a changed pyproject.toml installs again.
 $(VENV)/.dev: pyproject.toml | $(BIN)/pip

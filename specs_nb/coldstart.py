@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .core import Interrupted, Progress, SpecsError, fingerprint, read_json, write_json
 from .distill import read_pairs
-from .grpo import go_on, go_on_later, quiet, trainer_config, watcher
+from .grpo import go_on, go_on_later, quiet, timed_trainer, trainer_config, watcher
 from specs_nb.models import (
     base_digest,
     chat_of,
@@ -92,6 +92,10 @@ def _read_reference(path, key):
     return found.get("logps") if found.get("key") == key else None
 
 # %% ../nbs/60_coldstart.ipynb #c41c4df3
+from .core import phase
+
+
+@phase("score")
 def _ask_reference(trainer):
     "The reference's log-probabilities of every pair, (n_pairs, 2)"
     from accelerate.utils import gather_object
@@ -347,7 +351,7 @@ def coldstart_trainer(
     wasteful = adapter and 0 < seen < len(pairs)  # fewer steps than an epoch has: not every pair is needed
     once = config.fast and config.loss != "dpo+kl" and not wasteful
     borrowed = _borrowed(model) if once and not adapter and not args.sync_ref_model else None
-    trainer = DPOTrainer(
+    trainer = timed_trainer(DPOTrainer)(
         model,
         ref_model=borrowed,
         args=args,

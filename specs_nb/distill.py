@@ -400,6 +400,10 @@ def _second_facts(second, cases, compare, seed):
     return dict(judge=second.summary, calibration=table)
 
 # %% ../nbs/50_distill.ipynb #3dc7f22f
+from .core import phase
+
+
+@phase("score")
 def _choose(rows, texts, sides, format, c, seed, path, ask):
     "Verdicts by model, the turns of pairs, and for each side row → (reasoning, answer)s; writes all samples"
     counts, verdicts = {}, {}

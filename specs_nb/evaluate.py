@@ -329,6 +329,10 @@ def _about(row):
     return {k: row.get(k) for k in ("source", "kind", "difficulty")}
 
 # %% ../nbs/70_evaluate.ipynb #f4ae05d3
+from .core import phase
+
+
+@phase("score")
 def _score_all(jobs, tests, answers, path, most, ask):
     "Model → split → metric → mean, lo, hi, n; the answers go to a file"
     metrics, looked = {}, {}

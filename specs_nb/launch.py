@@ -85,12 +85,13 @@ def work(
 
     run = Joined(run_dir)
     stage = Stage(run.dir / name, read_json(run.dir / name / "stage.json")["key"])
-    stage._t0 = time.monotonic() - stage.info["seconds"]  # the clock goes on for `tick`
+    stage.go_on()  # its clocks, for `tick`
     _settle(run.config)
     if stop_asked():
         raise Interrupted("nothing was begun")  # a rank fell before the ranks knew each other
     if name not in ("pairs", "eval"):
-        return DO[name](run, stage)
+        facts = DO[name](run, stage)
+        return {**facts, "seconds_by": stage._clock.turn()}
     _own_gpu()
     try:
         DO[name](run, stage, pool=Share(*rank()))

@@ -33,9 +33,11 @@ from specs_nb.core import (
     folder_bytes,
     in_words,
     load_config,
+    phase,
     read_json,
     set_aside_folders,
     signals_ask,
+    spent_on,
     stop_asked,
     write_json,
 )
@@ -162,6 +164,7 @@ def _engine(c):
     return dict(engine=c.engine, options=asdict(c.vllm))
 
 
+@phase("fetch")
 def _train_rows(run):
     "The rows to train from; those whose pass rate the base model decides are asked once."
     from specs_nb.sources import keep_within, load_rows
@@ -405,8 +408,9 @@ def do_eval(
 
     c = run.config
     train = _train_rows(run)
-    tests = [load_rows(c.data, s, run.dir / "data") for s in ("test", "ood_visual")]
-    clean = [without(t, train) for t in tests]
+    with phase("fetch"):
+        tests = [load_rows(c.data, s, run.dir / "data") for s in ("test", "ood_visual")]
+        clean = [without(t, train) for t in tests]
     if tests[0] and not clean[0]:
         raise SpecsError(
             f"all {len(tests[0])} rows of the ID test are among the {len(train)} training rows: take other"
@@ -615,18 +619,24 @@ def run_stages(
         stage.begin()
         if launcher and name in ("zero", "final"):
             look_before(run, stage)
-        ranks = (
-            start_ranks(launcher, stage.dir, "specs_nb.launch", run.dir, name, keep=[run._file])
-            if launcher and (trains or answers and not fleet)
-            else {}
-        )
+        ranks = {}
+        if launcher and (trains or answers and not fleet):
+            with phase("write" if answers else "other"):  # ranks that train count for themselves
+                ranks = start_ranks(launcher, stage.dir, "specs_nb.launch", run.dir, name, keep=[run._file])
         pool = dict(pool=Fleet(fleet, run.config.workers)) if fleet and answers else {}
         facts = ranks if trains and ranks else _do(name, run, stage, **pool)
         _release()
         stage.end(**facts)
+        _say_spent(stage)
         if not run.config.keep_checkpoints:
             stage.drop_checkpoints()
     return what
+
+
+def _say_spent(stage):
+    "Where a stage's time went, in a line"
+    info = stage.info
+    print(f"{stage.dir.name:10} {info['seconds']:.0f} s: {spent_on(info['seconds_by'])}", flush=True)
 
 
 def _one_gpu(config, todo, launcher):
@@ -655,6 +665,7 @@ def run_stage(
     facts = _do(name, run, stage, **kw)
     _release()
     stage.end(**facts)
+    _say_spent(stage)
     if not run.config.keep_checkpoints:
         stage.drop_checkpoints()
 

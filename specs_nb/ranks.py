@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from .core import Interrupted, SpecsError, nearest, read_json, stop_asked
+from .core import Interrupted, SpecsError, nearest, phase, read_json, stop_asked
 
 # %% ../nbs/38_ranks.ipynb #b9fe882a
 def rank() -> tuple:  # (rank of this process, number of processes)
@@ -62,6 +62,7 @@ def wait_for_ranks():
         dist.barrier()
 
 
+@phase("save")
 def save_trained(
     trainer,  # of transformers or TRL, after training
     folder,  # where to

@@ -8,10 +8,10 @@ __all__ = ['LOOKS', 'INK', 'CURVES', 'EXTRA', 'GROUPED', 'MOST_GROUPS', 'GF_WORD
            'lines', 'learning_curves', 'dots', 'score_charts', 'tries', 'passk_charts', 'plane', 'gf_charts', 'draw',
            'svg', 'inline', 'write_charts', 'Table', 'csv', 'latex', 'tex', 'score_tables', 'paired_table',
            'group_table', 'gf_rows', 'data_uri', 'scenes', 'spread', 'first_answers', 'question_rows', 'examples',
-           'pieces', 'duration', 'machines', 'facts', 'costs', 'judged', 'at', 'methods', 'web', 'libraries', 'hashed',
-           'embed', 'own_script', 'style', 'fill', 'write_report', 'unpaired_difference', 'read_runs', 'same_questions',
-           'run_differences', 'config_differences', 'seed_groups', 'pooled_scores', 'seed_contrasts', 'contrast_words',
-           'compared_charts', 'compare', 'over_seeds', 'grid_contrasts', 'grid_report']
+           'pieces', 'duration', 'machines', 'facts', 'costs', 'spent', 'judged', 'at', 'methods', 'web', 'libraries',
+           'hashed', 'embed', 'own_script', 'style', 'fill', 'write_report', 'unpaired_difference', 'read_runs',
+           'same_questions', 'run_differences', 'config_differences', 'seed_groups', 'pooled_scores', 'seed_contrasts',
+           'contrast_words', 'compared_charts', 'compare', 'over_seeds', 'grid_contrasts', 'grid_report']
 
 # %% ../nbs/75_report.ipynb #bcb2d4b6
 import math
@@ -977,6 +977,22 @@ def costs(
         f"{max(memory):.2f}" if memory else "–",
     )
 
+# %% ../nbs/75_report.ipynb #6bc1220a
+from .core import PHASES
+
+
+def spent(
+    stages: dict,  # stage → its stage.json
+) -> tuple:  # (phases, rows: stage, share of each phase or None, seconds of each phase or None)
+    "Where each stage's time went."
+    noted = {name: info["seconds_by"] for name, info in stages.items() if info.get("seconds_by")}
+    phases = [p for p in PHASES if any(by.get(p) for by in noted.values())]
+    rows = []
+    for name, by in noted.items():
+        whole = sum(by.values()) or 1
+        rows.append((name, [by[p] / whole if p in by else None for p in phases], [by.get(p) for p in phases]))
+    return phases, rows
+
 # %% ../nbs/75_report.ipynb #45791944
 def judged(
     stages: dict,  # stage → its stage.json
@@ -1390,6 +1406,7 @@ def write_report(
         methods=methods(run),
         facts=facts(run),
         costs=costs(run["stages"]),
+        spent=spent(run["stages"]),
         verdicts=VERDICTS,
         share=_share,
     )

@@ -36,6 +36,7 @@ def pairs(tmp_path_factory):
         out,
         DistillStage(n_samples=4, max_pairs=10),
         FORMATS["think_answer"],
+        engine="transformers",  # not vLLM where there is a card: it isn't what is tested
     )
     return read_pairs(out / "pairs.parquet")
 

@@ -23,8 +23,12 @@ GRPO = dict(
     lr_scheduler_type="constant",
     warmup_steps=0,
     gradient_checkpointing=False,
+    bf16=False,  # on a GPU TRL's default is true
 )
-DPO = dict(per_device_train_batch_size=2, max_steps=1, learning_rate=1e-3, gradient_checkpointing=False)
+DPO = dict(
+    per_device_train_batch_size=2, max_steps=1, learning_rate=1e-3, gradient_checkpointing=False, bf16=False
+)
+torch.backends.cudnn.allow_tf32 = False  # nor are a GPU's convolutions exact as they come
 
 
 def built(family, tmp_path):
@@ -148,7 +152,8 @@ def test_a_frozen_tower_is_not_computed_backward(tmp_path, pay, monkeypatch):
     stock, theirs = gradients("stock")
     assert stock and not rested and mine.keys() == theirs.keys() and any(g.any() for g in mine.values())
     for n in mine:
-        torch.testing.assert_close(mine[n], theirs[n])
+        close = dict(rtol=1e-4, atol=1e-6) if torch.cuda.is_available() else {}  # sums in another order
+        torch.testing.assert_close(mine[n], theirs[n], **close)
 
 
 def test_4_bit_stages_go_on_with_one_adapter(tmp_path, pay):
@@ -196,8 +201,11 @@ def test_4_bit_run_cut_and_continued(tmp_path):
         train_coldstart("tiny", path, tmp_path / "cut", config, tick=stop)
     for name in ("cut", "whole"):
         train_coldstart("tiny", path, tmp_path / name, config)
-    cut, whole = ((tmp_path / n / "model/adapter_model.safetensors").read_bytes() for n in ("cut", "whole"))
-    assert cut == whole
+    from safetensors.torch import load_file
+
+    cut, whole = (load_file(tmp_path / n / "model/adapter_model.safetensors") for n in ("cut", "whole"))
+    close = dict(rtol=1e-3, atol=1e-5) if torch.cuda.is_available() else dict(rtol=0, atol=0)
+    torch.testing.assert_close(cut, whole, **close)
 
 
 @pytest.fixture(scope="module")
@@ -280,10 +288,11 @@ def test_a_run_that_was_moved_finds_its_base(cold, tmp_path):
 
 
 def test_vllm_gets_a_whole_model(cold, capfd):
-    from specs_nb.generate import pick_engine
+    from specs_nb.generate import pick_engine, supported, vllm_version
     from specs_nb.models import is_adapter, whole_model
 
-    assert pick_engine("auto", str(cold / "model"))[0] == "transformers"
+    here = "vllm" if torch.cuda.is_available() and supported(vllm_version()) else "transformers"
+    assert pick_engine("auto", str(cold / "model"))[0] == here
     path = whole_model(str(cold / "model"))
     assert (
         path == str(cold / "merged")
@@ -454,6 +463,7 @@ def test_whole_run_of_a_text_model(tmp_path):
             f"model.path={built('text', tmp_path)}",
             f"data.source={data}",
             "workers=1",
+            "engine=transformers",
             "distill.max_new_tokens=8",
         ],
         capture_output=True,

@@ -78,6 +78,19 @@ def test_a_run_leaves_what_others_rely_on(done):
         assert s["state"] == "done" and s["seconds"] >= 0 and 0 < s["peak_memory_gb"] < 8
 
 
+def test_each_stage_says_where_its_time_went(done):
+    spent = {name: s["seconds_by"] for name, s in states(done).items()}
+    for name, s in states(done).items():
+        assert sum(spent[name].values()) == pytest.approx(s["seconds"], rel=0.05, abs=0.1), name
+    for name in ("zero", "final"):
+        assert {"fetch", "write", "score", "train", "save"} <= spent[name].keys(), name
+    assert {"score", "train", "save"} <= spent["coldstart"].keys()
+    for name in ("pairs", "eval"):
+        assert spent[name]["write"] > 0.5 * sum(spent[name].values()), name
+    report = (done / "report.html").read_text()
+    assert "Where the time went" in report
+
+
 def test_again_skips_everything(done):
     before = states(done)
     r = specs("run", *SMALL, "--run-dir", done)

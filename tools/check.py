@@ -181,6 +181,46 @@ def vllm_tests(tmp):
     return "pytest failed" if code else ""
 
 
+# what a card may decide differently: where tensors lie, and how exact sums are
+GPU_TESTS = ("tests/test_fast.py", "tests/test_coldstart.py", "tests/test_models.py", "tests/engines")
+
+
+def card():
+    "The CUDA card's name, asked in a process of its own; empty without one"
+    code = "import torch; print(torch.cuda.get_device_name(0) if torch.cuda.is_available() else '')"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return out.stdout.strip()
+
+
+def no_card(part):
+    "Said, and no error unless somebody counts on a card"
+    say(f"{part}: NOT RUN, torch sees no CUDA card here")
+    return "there is no CUDA card" if os.environ.get("SPECS_NEED_GPU") else ""
+
+
+def gpu_tests(tmp):
+    "The tests of the fast step, the cold start, models and engines, on a CUDA card"
+    name = card()
+    if not name:
+        return no_card("gpu_tests")
+    say(f"gpu_tests: on {name}")
+    how = ["-m", "pytest", "-q", "-rs", "--durations", "20"]
+    return "pytest failed" if sh(sys.executable, *how, *GPU_TESTS)[0] else ""
+
+
+def gpu_cells(tmp):
+    "Notebook cells flagged cuda, one notebook at a time: they share a card"
+    from nbdev.doclinks import nbglob
+
+    if not card():
+        return no_card("gpu_cells")
+    flagged = [p for p in nbglob(ROOT / "nbs", as_path=True) if re.search(r'"#\| cuda', p.read_text())]
+    words = ["--flags", "cuda", "--n-workers", "0", "--do-print"]
+    failed = [p.name for p in flagged if sh(BIN / "nbdev-test", p, *words, quiet=True)[0]]
+    say(f"gpu_cells: {len(flagged) - len(failed)} passed, {len(failed)} failed")
+    return f"failed: {', '.join(failed)}" if failed else "" if flagged else "no notebook has such a cell"
+
+
 def wheel(tmp):
     "The wheel alone, outside the checkout, gives a `specs` command that runs"
     src, env, away = copy_tree(tmp / "src"), tmp / "env", tmp / "away"
@@ -235,7 +275,8 @@ ROWS = [
     [vllm_notebooks, docs],
 ]
 CHECK = [[roundtrip, ruff, quick]]  # what one runs before a commit
-NAMED = {"vllm": [[vllm_env], [vllm_tests], [vllm_notebooks]], "check": CHECK, "quick": [[quick]]}
+GPU = [[gpu_tests], [gpu_cells]]
+NAMED = {"gpu": GPU, "vllm": [[vllm_env], [vllm_tests], [vllm_notebooks]], "check": CHECK, "quick": [[quick]]}
 
 
 def one(part):
@@ -255,7 +296,7 @@ def one(part):
 
 
 def main(names):
-    known = {part.__name__: [[part]] for row in ROWS for part in row} | NAMED
+    known = {part.__name__: [[part]] for row in [*ROWS, *GPU] for part in row} | NAMED
     unknown = set(names) - set(known)
     if unknown:
         sys.exit(f"no part {', '.join(sorted(unknown))}; there are {', '.join(known)}")

@@ -10,9 +10,9 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+import torch
 
 if find_spec("vllm") is None:
     pytest.skip(
@@ -28,6 +28,9 @@ from specs_nb.formats import FORMATS
 from specs_nb.models import load_model, resolve
 
 FMT = FORMATS["think_answer"]
+CARD = torch.cuda.is_available()
+# several engines share a card here, and compiling would take longer than all they are asked
+ROOM = dict(gpu_memory=0.15, options=dict(enforce_eager=True)) if CARD else {}
 GREEDY = g.Sampling(temperature=0, max_new_tokens=48)
 BESIDE = dict(use_vllm=True, vllm_mode="colocate", vllm_max_model_length=256)
 GRPO = dict(
@@ -37,7 +40,9 @@ GRPO = dict(
     learning_rate=1e-3,
     lr_scheduler_type="constant",
     gradient_checkpointing=False,
+    bf16=False,  # on a GPU TRL's default is true, and vLLM follows
 )
+torch.backends.cudnn.allow_tf32 = False  # nor are a GPU's convolutions exact as they come
 
 
 def fond_of_images(folder):
@@ -108,7 +113,7 @@ def hf():
 
 @pytest.fixture(scope="module")
 def engine():
-    return g.VLLM("tiny", {}, {})
+    return g.VLLM("tiny", {}, ROOM)
 
 
 # ---- in process
@@ -169,7 +174,10 @@ def test_bias_is_scored_alike(hf, engine, rows):
 
 
 def test_no_room_says_by_how_much():
-    code = "from specs_nb import generate as g; g.VLLM('tiny', {}, {'max_model_len': 1_000_000})"
+    room = dict(ROOM, max_model_len=1_000_000)
+    if CARD:  # of a large card's memory even a share holds a million tokens of so small a model
+        room["options"] = dict(enforce_eager=True, kv_cache_memory_bytes=2**30)
+    code = f"from specs_nb import generate as g; g.VLLM('tiny', {{}}, {room})"
     out = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -201,7 +209,7 @@ def test_no_tokens_of_images_and_one_engine(engine, fond, rows):
     "Last of those that share an engine: another one ends it"
     want = g.Transformers(fond, {}, {})
     bad = want.processor.image_token_id
-    other = g.VLLM(fond, {}, {})
+    other = g.VLLM(fond, {}, ROOM)
     with pytest.raises(SpecsError, match="this vLLM engine was ended"):
         engine.sample(rows[:1], asks(rows[:1]), GREEDY, 0)
     assert [llm for llm, _ in g._running] == [other.llm]
@@ -218,10 +226,14 @@ def test_no_tokens_of_images_and_one_engine(engine, fond, rows):
 
 
 def test_auto_and_failures_on_disk(hard, tmp_path, capsys, monkeypatch):
-    assert g.pick_engine() == ("transformers", "on a CPU vLLM is slower with so small a model")
+    why = ("vllm", "it is installed")
+    assert g.pick_engine() == (
+        why if CARD else ("transformers", "on a CPU vLLM is slower with so small a model")
+    )
     monkeypatch.setattr(g, "SMALL", 0)  # as if the model were a larger one
     how = g.Sampling(n=2, batch_size=4)
-    got = g.answer_all([g.Job("hard", "tiny", hard, FMT.instruction)], how, 0, tmp_path, keep=False)["hard"]
+    job = g.Job("hard", "tiny", hard, FMT.instruction)
+    got = g.answer_all([job], how, 0, tmp_path, keep=False, options=ROOM)["hard"]
     assert [t[0] is None for t in got] == [False, True, True, False] and [
         f["row"] for f in got.failures()
     ] == [1, 2]
@@ -237,8 +249,9 @@ def test_killed_and_continued(tmp_path):
         from specs_nb import generate as g, world
         from specs_nb.formats import FORMATS
         job = g.Job("a", "tiny", world.rows("test", 40), FORMATS["think_answer"].instruction)
-        g.answer_all([job], g.Sampling(n=2, batch_size=8), 0, sys.argv[1], engine="vllm")
+        g.answer_all([job], g.Sampling(n=2, batch_size=8), 0, sys.argv[1], engine="vllm", options=ROOM)
     """
+    code = code.replace("ROOM", repr(ROOM))
     (tmp_path / "run.py").write_text(
         "\n".join(l[4:] if l.startswith("        ") else l for l in code.splitlines())
     )
@@ -276,7 +289,9 @@ def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log.txt"
     p = subprocess.Popen(
         [
-            Path(sys.executable).parent / "vllm",
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.cli.main",
             "serve",
             resolve("tiny"),
             "--host",
@@ -291,6 +306,7 @@ def server(tmp_path_factory):
             "raw_logprobs",
             "--generation-config",
             "vllm",
+            *(["--gpu-memory-utilization", "0.15"] if CARD else []),
         ],
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
@@ -383,10 +399,11 @@ def in_process(body):
             f"""if True:
         import json, sys
         from specs_nb import world
-        from specs_nb.core import GRPOStage, VLLMConfig, SpecsError
+        from specs_nb.core import GRPOStage, VLLMConfig, SpecsError, count_seconds
         from specs_nb.formats import FORMATS
         from specs_nb.grpo import grpo_trainer, train_grpo
         FMT, GRPO, BESIDE, rows = FORMATS["think_answer"], {GRPO}, {BESIDE}, world.rows("train", 16)
+        EAGER, ROOM = {ROOM.get("options", {})}, {ROOM}
         {body}""",
         ],
         capture_output=True,
@@ -399,8 +416,11 @@ def in_process(body):
 def test_colocate_trains_with_checked_weights(how, tmp_path):
     out = in_process(f"""
         stage = GRPOStage(steps=2, {how + ', ' if how else ''}trainer={{**GRPO, **BESIDE}})
-        t = grpo_trainer("tiny", rows, {str(tmp_path)!r}, stage, FMT, vllm=VLLMConfig(sync_every=1))
+        beside = VLLMConfig(sync_every=1, options=EAGER)
+        t = grpo_trainer("tiny", rows, {str(tmp_path)!r}, stage, FMT, vllm=beside)
+        clock = count_seconds()
         t.train()
+        print("SPENT", json.dumps(clock.turn()))
         found = next(c.found for c in t.callback_handler.callbacks if type(c).__name__ == "SyncCheck")
         from specs_nb.models import load_model
         was = dict(load_model("tiny")[0].named_parameters())
@@ -411,6 +431,8 @@ def test_colocate_trains_with_checked_weights(how, tmp_path):
         print("MOVED", len(base), len(moved))
         print("FOUND", json.dumps(found))""")
     assert out.returncode == 0, out.stderr[-3000:]
+    spent = json.loads(out.stdout.split("SPENT")[1].strip().splitlines()[0])
+    assert {"write", "sync", "score", "train"} <= {name for name, seconds in spent.items() if seconds > 0}
     found = json.loads(out.stdout.split("FOUND")[1].strip().splitlines()[0])
     assert (
         [f["step"] for f in found] == [1, 2]
@@ -434,7 +456,7 @@ def test_training_with_a_model_fond_of_images(tmp_path):
             keys = dict(GRPO, use_vllm=True, vllm_mode="colocate", shuffle_dataset=False)
             stage = GRPOStage(steps=2, trainer=keys, **kw)
             t = grpo_trainer(model, rows, {str(tmp_path)!r} + name, stage, FMT, seed,
-                vllm=VLLMConfig(sync_every=1, options=dict(max_num_batched_tokens=2048)))
+                vllm=VLLMConfig(sync_every=1, options=dict(EAGER, max_num_batched_tokens=2048)))
             g, seen = t.vllm_generation, []
             generate_ = g.generate
             g.generate = lambda *a, **kw: (seen.append(generate_(*a, **kw)), seen[-1])[1]
@@ -455,9 +477,9 @@ def test_training_with_a_model_fond_of_images(tmp_path):
         print("SEEDS", json.dumps([first[0] == first[1], first[0] == first[2]]), flush=True)
         print("LEFT", len(generate._running), flush=True)
         stage = GRPOStage(steps=1, trainer={{**GRPO, **BESIDE}})
-        train_grpo("tiny", rows, {str(tmp_path)!r} + "t", stage, FMT)
+        train_grpo("tiny", rows, {str(tmp_path)!r} + "t", stage, FMT, vllm=VLLMConfig(options=EAGER))
         print("ENDED", len(generate._running), torch.distributed.is_initialized(), flush=True)
-        again = generate.VLLM("tiny", {{}}, {{}})
+        again = generate.VLLM("tiny", {{}}, ROOM)
         print("AGAIN", len(again.sample(rows[:1], [FMT.instruction], generate.Sampling(), 0)), flush=True)
         """)
     assert out.returncode == 0, out.stderr[-3000:]
@@ -476,7 +498,7 @@ def test_a_broken_sync_is_noticed(tmp_path):
         from trl.generation.vllm_generation import VLLMGeneration
         VLLMGeneration.sync_weights = lambda self: None
         stage = GRPOStage(steps=2, trainer={{**GRPO, **BESIDE}})
-        try: train_grpo("tiny", rows, {str(tmp_path)!r}, stage, FMT, vllm=VLLMConfig())
+        try: train_grpo("tiny", rows, {str(tmp_path)!r}, stage, FMT, vllm=VLLMConfig(options=EAGER))
         except SpecsError as e: print("SAID", e)""")
     assert "SAID after step 1 vLLM's log-probabilities are" in out.stdout, (
         out.stdout[-1000:] + out.stderr[-3000:]
@@ -489,7 +511,7 @@ def test_other_prompts_are_noticed(tmp_path):
         import specs_nb.vllm_sync as v
         v.one_per_image = lambda ids, processor: ids
         stage = GRPOStage(steps=2, trainer={{**GRPO, **BESIDE}})
-        try: train_grpo("tiny", rows, {str(tmp_path)!r}, stage, FMT, vllm=VLLMConfig())
+        try: train_grpo("tiny", rows, {str(tmp_path)!r}, stage, FMT, vllm=VLLMConfig(options=EAGER))
         except SpecsError as e: print("SAID", e)""")
     assert "SAID vLLM reads other tokens than the trainer in 16 of 16 prompts" in out.stdout, (
         out.stdout[-1000:] + out.stderr[-3000:]
@@ -522,7 +544,9 @@ def test_run_up_to_pairs(tmp_path):
     "GRPO-zero with vLLM beside it and pairs from vLLM, from the command line"
     out = subprocess.run(
         [
-            Path(sys.executable).parent / "specs",
+            sys.executable,
+            "-c",
+            "import sys; from specs_nb.pipeline import main; sys.exit(main())",
             "pairs",
             "-c",
             "smoke",
@@ -530,6 +554,7 @@ def test_run_up_to_pairs(tmp_path):
             tmp_path / "run",
             "engine=vllm",
             "zero.trainer.use_vllm=true",
+            *(["vllm.options.enforce_eager=true"] if CARD else []),
         ],
         capture_output=True,
         text=True,
