@@ -366,7 +366,7 @@ def write_adapter(
     from safetensors.torch import save_file
 
     rank = max(t.shape[0] for name, t in tensors.items() if "lora_A" in name)
-    layers = sorted({name.split(".")[-3] for name in tensors})
+    layers = sorted({n.removeprefix("base_model.model.").rsplit(".", 2)[0] for n in tensors})
     config = dict(peft_type="LORA", r=rank, lora_alpha=rank, target_modules=layers, bias="none")
     Path(folder).mkdir(parents=True)
     save_file(tensors, Path(folder) / "adapter_model.safetensors")
