@@ -4,14 +4,19 @@
 
 # %% auto #0
 __all__ = ['TRLS_OWN', 'server_for_training', 'before_vllm', 'check_beside', 'longest_prompt', 'same_prompts', 'fresh_images',
-           'never_written', 'is_packed', 'plain_name', 'adapters_of', 'dense_weights', 'keywords_beside', 'beside_vllm',
-           'vllm_ends', 'drift', 'tolerance_of', 'sync_check', 'watch_vllm']
+           'never_written', 'is_packed', 'plain_name', 'adapters_of', 'dense_weights', 'adapter_tensors',
+           'write_adapter', 'unfit_beside', 'adapter_keywords', 'send_weights', 'Handover', 'takes_adapters',
+           'keywords_beside', 'beside_vllm', 'vllm_ends', 'drift', 'tolerance_of', 'sync_check', 'watch_vllm']
 
 # %% ../nbs/39_vllm_sync.ipynb #293f920f
 import contextlib
 import functools
+import json
 import os
 import re
+import shutil
+import tempfile
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from .core import SpecsError
@@ -19,14 +24,18 @@ from specs_nb.generate import (
     context_of,
     encode,
     end_vllm,
+    hand_adapter,
+    lora_keywords,
     need_vllm,
     never,
+    not_taken,
     one_per_image,
     prompt,
     real_stdout,
     running,
     score,
     settle,
+    unfit_adapter,
     unwritable,
     vllm_version,
 )
@@ -311,6 +320,7 @@ def dense_weights(
     dtype=None,  # of what is yielded; None: of the weights, and for 4 bits of the model's others
     gather=None,  # a context in which given parameters are whole, such as TRL's `gather_params`
     device=None,  # where parts held in host memory are put together
+    adapters: bool = True,  # merged into the weights; else those of the base
 ):  # yields (name, tensor)
     "Weights as the forward pass uses them, one at a time; the model stays as it is, bit by bit."
     gather, done = gather or (lambda params: contextlib.nullcontext()), set()
@@ -320,13 +330,225 @@ def dense_weights(
             continue
         packed = dtype or model.get_input_embeddings().weight.dtype
         with gather(list(m.parameters())):
-            yield plain, _merged(m, base, packed if is_packed(base) else dtype, device)
+            yield plain, _merged(m if adapters else base, base, packed if is_packed(base) else dtype, device)
         done.add(plain)
     for name, p in model.named_parameters():
         if "lora_" in name or "original_module" in name or plain_name(name) in done:
             continue
         with gather([p]):
             yield plain_name(name), _whole(p, device)
+
+# %% ../nbs/39_vllm_sync.ipynb #ad390002
+def adapter_tensors(
+    model,  # with an adapter
+    dtype,  # in which vLLM computes adapters
+    gather=None,  # a context in which given parameters are whole, such as TRL's `gather_params`
+    device=None,  # where parts held in host memory are put together
+) -> dict:  # name in adapter_model.safetensors → matrix
+    "The adapter's matrices as they are now; B is multiplied by the layer's scale."
+    gather, found = gather or (lambda params: contextlib.nullcontext()), {}
+    for name, m in model.named_modules():
+        for adapter in adapters_of(m):
+            a, b = (part[adapter].weight for part in (m.lora_A, m.lora_B))
+            with gather([a, b]):
+                a, b = _whole(a, device), _whole(b, device).float() * m.scaling[adapter]
+                layer = f"base_model.model.{plain_name(name)}"
+                found[f"{layer}.lora_A.weight"] = a.to(dtype).contiguous()
+                found[f"{layer}.lora_B.weight"] = b.to(dtype).contiguous()
+    return found
+
+
+def write_adapter(
+    tensors: dict,  # from `adapter_tensors`
+    folder,  # where to
+):
+    "A folder with an adapter as PEFT would write it, of scale 1."
+    from safetensors.torch import save_file
+
+    rank = max(t.shape[0] for name, t in tensors.items() if "lora_A" in name)
+    layers = sorted({n.removeprefix("base_model.model.").rsplit(".", 2)[0] for n in tensors})
+    config = dict(peft_type="LORA", r=rank, lora_alpha=rank, target_modules=layers, bias="none")
+    Path(folder).mkdir(parents=True)
+    save_file(tensors, Path(folder) / "adapter_model.safetensors")
+    (Path(folder) / "adapter_config.json").write_text(json.dumps(config))
+
+# %% ../nbs/39_vllm_sync.ipynb #ad390005
+def unfit_beside(
+    model,  # that is trained, with its adapter
+    dtype: str,  # in which vLLM computes, such as `bfloat16`
+    asleep: bool = False,  # vLLM sleeps while the trainer computes
+) -> str:  # why; empty if vLLM can be handed the adapter by itself
+    "What keeps the adapter of a trainer from vLLM, so that merged weights must be sent."
+    layers = [plain_name(n) for n, m in model.named_modules() if adapters_of(m)]
+    names = {a for m in model.modules() for a in adapters_of(m)}
+    if len(names) != 1:
+        return f"{len(names)} adapters are at work at once"
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    other = [n for n in trained if not re.search(r"\.lora_[AB]\.", n)]
+    config = model.peft_config[names.pop()].to_dict()
+    patterns = {"rank_pattern": None, "alpha_pattern": None}  # `adapter_tensors` heeds them
+    if why := unfit_adapter({**config, **patterns}, layers, dtype):
+        return why
+    if other:
+        return f"more than the adapter is trained ({plain_name(other[0])})"
+    return _no_bed(model) if asleep else ""
+
+
+def _no_bed(model):
+    "Why the base can't sleep in host memory; empty if it can, or if nothing says how much is free"
+    need = 2 * model.get_nb_trainable_parameters()[1] * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    known = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
+    found = re.search(r"MemAvailable: +(\d+) kB", known)
+    if not found or need < 0.8 * 1024 * int(found[1]):
+        return ""
+    return f"its base would sleep in {need / 1e9:.0f} GB of host memory, of which that much isn't free"
+
+
+def _supported_by_vllm(model):
+    "Why vLLM's class for a model takes no adapters; empty if it does, or isn't known"
+    from vllm.model_executor.models import ModelRegistry, supports_lora
+
+    for name in model.config.architectures or ():
+        known = getattr(ModelRegistry, "models", {}).get(name)
+        if known is not None:
+            return "" if supports_lora(known.load_model_cls()) else f"vLLM's {name} takes no adapters"
+    return ""
+
+
+def adapter_keywords(
+    model,  # that is trained
+    dtype: str,  # in which vLLM computes
+    trls: dict,  # keywords that TRL starts vLLM with
+) -> dict:  # more of them: none for a model without adapter, or for one that must be merged
+    "How vLLM is started so that it can be handed a trainer's adapter; says why if it can't."
+    if not any(adapters_of(m) for m in model.modules()):
+        return {}
+    why = unfit_beside(model, dtype, trls.get("enable_sleep_mode", False)) or _supported_by_vllm(model)
+    if why:
+        print(f"vLLM is sent merged weights at each step, not the adapter alone: {why}", flush=True)
+        return {}
+    ranks = [m.lora_A[a].weight.shape[0] for m in model.modules() for a in adapters_of(m)]
+    return lora_keywords(max(ranks))
+
+# %% ../nbs/39_vllm_sync.ipynb #ad390009
+@contextlib.contextmanager
+def _bare(model):
+    "vLLM's model without the layers that it wraps around others for adapters: weights have plain names"
+    wrapped = []
+    for name, layer in model.lora_manager.modules.items():
+        above, _, last = name.rpartition(".")
+        parent = model.get_submodule(above)
+        if getattr(parent, last, None) is layer and hasattr(layer, "base_layer"):
+            setattr(parent, last, layer.base_layer)
+            wrapped.append((parent, last, layer))
+    try:
+        yield model
+    finally:
+        for parent, last, layer in wrapped:
+            setattr(parent, last, layer)
+
+
+def send_weights(
+    llm,  # `vllm.LLM` in this process, started with `lora_keywords`
+    named,  # (name, tensor) of each weight
+):
+    "Put whole weights into a vLLM that was made for adapters."
+    with _bare(llm.llm_engine.model_executor.driver_worker.model_runner.model) as model:
+        for name, tensor in named:
+            model.load_weights([(name, tensor)])
+    llm.llm_engine.reset_encoder_cache()
+
+
+def _light_sleep(llm):
+    "Let a vLLM keep its weights in host memory when it sleeps: TRL would have it throw them away"
+    sleep = llm.sleep
+    llm.sleep = lambda level=1, *a, **kw: sleep(1, *a, **kw)
+
+# %% ../nbs/39_vllm_sync.ipynb #ad390010
+class Handover:
+    "Hands a trainer's adapter to the vLLM beside it, which holds the base"
+
+    def __init__(
+        self,
+        generation,  # TRL's `VLLMGeneration`, colocated, its vLLM started with `adapter_keywords`
+        model,  # that is trained
+    ):
+        self.generation, self.model, self.llm = generation, model, generation.llm
+        self.dtype = self.llm.llm_engine.vllm_config.lora_config.lora_dtype
+        self.folder = tempfile.TemporaryDirectory(prefix="specs-adapter-")
+        # the base on the disk isn't the one that is trained on
+        self.other_base = any(is_packed(m) for m in model.modules()) or getattr(
+            model.get_base_model(), "specs_rounded", False
+        )
+        self.request, self.number, self.merged = None, 0, False
+        write = self.llm.generate
+        self.llm.generate = lambda *a, **kw: write(*a, **{"lora_request": self.request, **kw})
+        generation.sync_weights = self.sync
+
+    def sync(self):
+        "All that brings vLLM's model to the trainer's, in one function, so that its time can be taken."
+        self.wake()
+        if self.other_base or self.merged:
+            send_weights(self.llm, self.weights())
+            self.other_base = False
+        if not self.merged:
+            self.swap()
+        self.llm.reset_prefix_cache()
+
+    def wake(self):
+        "Let a sleeping vLLM have its weights back."
+        g = self.generation
+        if g.enable_sleep_mode and g._llm_weights_sleeping:
+            import torch
+
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["weights"])
+            g._llm_weights_sleeping = False
+
+    def weights(self):
+        "The weights that vLLM holds: of the base alone, or merged."
+        g = self.generation
+        return dense_weights(
+            self.model, gather=g._dist.gather_params, device=g.accelerator.device, adapters=self.merged
+        )
+
+    def swap(self):
+        "Replace vLLM's adapter by the trainer's; raises `SpecsError` if another one lies in its slot then."
+        g, first = self.generation, self.number == 0
+        tensors = adapter_tensors(self.model, self.dtype, g._dist.gather_params, g.accelerator.device)
+        self.number += 1
+        folder = Path(self.folder.name) / str(self.number)
+        write_adapter(tensors, folder)
+        try:
+            self.request = hand_adapter(self.llm, folder, self.number)
+            why = not_taken(self.llm, self.number, tensors.values())
+        except (ValueError, RuntimeError) as e:
+            why = " ".join(str(e).split())[:300]
+        shutil.rmtree(folder.with_name(str(self.number - 1)), ignore_errors=True)
+        if why and first:
+            self.merge(why)
+        elif why:
+            raise SpecsError(
+                f"vLLM didn't take the adapter of this step: {why}. It would write with another model: train"
+                " without use_vllm"
+            )
+
+    def merge(
+        self,
+        why: str,  # the adapter can't be handed over
+    ):
+        "From now on send merged weights."
+        print(f"vLLM is sent merged weights at each step, not the adapter alone: {why}", flush=True)
+        self.request, self.merged = None, True
+        send_weights(self.llm, self.weights())
+
+# %% ../nbs/39_vllm_sync.ipynb #ad390011
+def takes_adapters(
+    generation,  # TRL's `VLLMGeneration`
+) -> bool:  # started with `adapter_keywords`
+    "Whether a trainer's vLLM is handed adapters."
+    engine = getattr(getattr(generation, "llm", None), "llm_engine", None)
+    return getattr(getattr(engine, "vllm_config", None), "lora_config", None) is not None
 
 # %% ../nbs/39_vllm_sync.ipynb #f620384c
 def _computes_in(args, model):
@@ -367,7 +589,7 @@ def beside_vllm(
     config=None,  # a `core.VLLMConfig`
     longest=lambda: 0,  # gives the tokens of the longest prompt; asked only if no length is set
 ):
-    "Within, TRL starts vLLM in the trainer's precision, with whole weights and our settings."
+    "Within, TRL starts vLLM in the trainer's precision, with whole weights, for adapters, and our settings."
     if not args.use_vllm or args.vllm_mode != "colocate":
         yield
         return
@@ -385,7 +607,11 @@ def beside_vllm(
     kept, own = (theirs.LLM, theirs.is_bitsandbytes_available), not torch.distributed.is_initialized()
 
     def start(**trls):
-        return running(kept[0](**{**trls, **how}), own)
+        more = adapter_keywords(model, how["dtype"], trls)
+        llm = running(kept[0](**{**trls, **more, **how}), own)
+        if more:
+            _light_sleep(llm)
+        return llm
 
     theirs.LLM, theirs.is_bitsandbytes_available = start, lambda: False
     try:
@@ -495,11 +721,9 @@ def watch_vllm(
     if not trainer.args.use_vllm:
         return None
     g, model = trainer.vllm_generation, trainer.accelerator.unwrap_model(trainer.model)
-    if tokenizer_of(trainer.processing_class) is not trainer.processing_class:
-        fresh_images(g)
-        # a server is given placed features
-        if g.mode == "colocate":
-            same_prompts(g, trainer.processing_class)
+    sees = tokenizer_of(trainer.processing_class) is not trainer.processing_class
+    if sees and g.mode == "colocate":  # a server is given placed features
+        same_prompts(g, trainer.processing_class)
     if any(is_packed(m) or adapters_of(m) for m in model.modules()):
         if g._dist.fsdp_version == 1:
             raise SpecsError(
@@ -508,6 +732,10 @@ def watch_vllm(
         g._iter_named_params = lambda: dense_weights(
             model, gather=g._dist.gather_params, device=g.accelerator.device
         )
+    if takes_adapters(g):
+        trainer.handover = Handover(g, model)  # the tower stands still: what vLLM made of images holds
+    elif sees:
+        fresh_images(g)
     if trainer.top_k or trainer.top_p != 1 or trainer.min_p:
         print(
             "vLLM's weights are not checked: top_k, top_p and min_p change its log-probabilities", flush=True
