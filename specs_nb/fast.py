@@ -454,7 +454,7 @@ class _Divided(_Scoring):
             self._group = None
 
     def _parts(self, inputs):
-        "Rows of each pass; as many in all processes, since all of them gather what is logged."
+        "Rows of each pass; as many passes in all processes, for sharded weights are gathered by all in each."
         import torch
 
         if not self.tokens_per_microbatch or self._group is None or self._undivided():
@@ -493,28 +493,67 @@ class _Divided(_Scoring):
             factor = share(self.loss_type, (len(rows), len(tokens)), (weights[-1], tokens.sum().item()))
             last = i == len(parts) - 1
             # sharded models would keep whole gradients meanwhile, so they add up what they have after each pass
-            alone = nullcontext() if last or self.is_fsdp_enabled else self.accelerator.no_sync(model)
-            with alone:
+            wait = nullcontext() if last or self.is_fsdp_enabled else self.accelerator.no_sync(model)
+            with wait:
                 self._group = inputs["group"][rows]
-                loss = super()._compute_loss(model, _rows_of(inputs, rows)) * factor
+                with _by_itself(self.accelerator):
+                    loss = super()._compute_loss(model, _rows_of(inputs, rows)) * factor
                 if not last:
                     self.accelerator.backward(loss)
                     total += loss.detach()
-        _merge_metrics(metrics, before, weights)
+        _merge_logged(metrics, before, weights, self.accelerator)
         return loss + total
 
 # %% ../nbs/29_fast.ipynb #dc42c8db
-def _merge_metrics(metrics, before, weights):
-    "What each pass logged becomes what the batch would have logged"
-    for name, values in metrics.items():
-        start = before.get(name, 0)
-        new = values[start:]
-        if len(new) != len(weights):
-            continue
-        if name.endswith(("_min", "/min", "_max", "/max")):
-            values[start:] = [min(new) if name.endswith("min") else max(new)]
-        else:
-            values[start:] = [sum(w * v for w, v in zip(weights, new)) / max(sum(weights), 1)]
+class _by_itself:
+    "While it is entered, a process gathers from nobody but itself"
+
+    def __init__(self, accelerator):
+        self.accelerator = accelerator
+
+    def __enter__(self):
+        for name in ("gather", "gather_for_metrics", "reduce"):
+            setattr(self.accelerator, name, lambda x, *args, **kw: x)
+
+    def __exit__(self, *error):
+        for name in ("gather", "gather_for_metrics", "reduce"):
+            delattr(self.accelerator, name)
+
+
+def _as_one(
+    names: list,  # of what was logged
+    table,  # a row for each pass or process, a column for each name
+    weights,  # tokens of each row
+) -> list:  # one number for each name
+    "What was logged in parts becomes what the whole would have logged; NaN: no opinion."
+    import warnings
+
+    import numpy as np
+
+    table, weights, found = np.asarray(table, float), np.asarray(weights, float), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a column of NaN
+        for name, values in zip(names, table.T):
+            if name.endswith(("_min", "/min")):
+                found.append(np.nanmin(values))
+            elif name.endswith(("_max", "/max")):
+                found.append(np.nanmax(values))
+            else:
+                found.append(np.nansum(values * weights) / max(weights[~np.isnan(values)].sum(), 1))
+    return [float(x) for x in found]
+
+# %% ../nbs/29_fast.ipynb #efbac5c8
+def _merge_logged(metrics, before, weights, accelerator):
+    "Put what the passes of all processes logged together"
+    import torch
+
+    new = {k: v[before.get(k, 0) :] for k, v in metrics.items() if len(v) - before.get(k, 0) == len(weights)}
+    names = sorted(new)
+    values = _as_one(names, [list(row) for row in zip(*(new[k] for k in names))], weights)
+    mine = torch.tensor([[*values, sum(weights)]], device=accelerator.device)
+    table = accelerator.gather(mine).cpu()
+    for name, value in zip(names, _as_one(names, table[:, :-1], table[:, -1])):
+        metrics[name][before.get(name, 0) :] = [value]
 
 # %% ../nbs/29_fast.ipynb #a0a49c15
 def _picked(batch, rows):

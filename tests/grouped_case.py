@@ -46,16 +46,18 @@ def main(out):
     config = GRPOStage(steps=2, trainer=how, **many)
     folder = Path(out).parent / f"run{n}-{rank()[0]}"
     t = grpo_trainer("tiny", world.rows("train", 8), folder, config, FORMATS["think_answer"])
-    t._generate_single_turn, t.reward_funcs, t.reward_func_names = canned, [first], ["first"]
-    t.reward_weights = torch.ones(1)
+    t._generate_single_turn, t.reward_funcs[:] = canned, [first, first]
     passes = []
     if n > 1:
         score = t._score_pass
         t._score_pass = lambda *args: passes.append(1) or score(*args)
+    start = t.model.lm_head.weight.detach().clone()
     t.train()
     if is_main():
-        model = t.accelerator.unwrap_model(t.model)
-        torch.save({"weights": dict(model.state_dict()), "passes": len(passes)}, out)
+        weights = dict(t.accelerator.unwrap_model(t.model).state_dict())
+        moved = (weights["lm_head.weight"] - start).abs().max().item()
+        logged = [{k: h[k] for k in ("loss", "entropy", "clip_ratio/low_min")} for h in t.state.log_history[:-1]]
+        torch.save({"weights": weights, "passes": len(passes), "moved": moved, "logged": logged}, out)
 
 
 if __name__ == "__main__":
