@@ -141,6 +141,8 @@ class GRPOStage:
     lora_tower: bool = False  # the linear layers of the vision tower get an adapter too
     # a prompt and its image are computed once for all its answers, see `fast`; false: TRL as it is
     fast: bool = True
+    # prompts and answers that go through the model at a time, in tokens, see `fast`; 0: the whole batch
+    tokens_per_microbatch: int = 0
     # questions that the model is asked before it is trained, to see whether there is anything to learn; 0:
     # none
     look: int = 64
@@ -745,6 +747,7 @@ EXECUTION = {
     "model.attn": "another kernel for the same attention: the same to rounding",
     "model.liger": "other kernels for the same layers: the same to rounding",
     "*.fast": "what is computed once instead of several times: the same to rounding",
+    "*.tokens_per_microbatch": "what goes through the model at a time: the same to rounding",
     "distill.batch_size": "answers that are drawn at a time; others by chance, from the same distribution",
     "eval.batch_size": "as distill.batch_size",
     "judge.concurrency": "requests side by side",

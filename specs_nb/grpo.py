@@ -376,6 +376,8 @@ def grpo_trainer(
 ):  # a `GRPOTrainer`
     """TRL's GRPOTrainer with DAPO's loss and no KL term; raises `SpecsError` for a configuration that makes
     no sense."""
+    if config.tokens_per_microbatch and not config.fast:
+        raise SpecsError(f"{stage}.tokens_per_microbatch needs {stage}.fast: set it to true")
     check_moves(config, stage, "float32" if is_adapter(start) else load.get("dtype", "float32"))
     before_vllm(config, base_of(start) if is_adapter(start) else start, stage, vllm)
     from trl import GRPOConfig, GRPOTrainer
@@ -413,6 +415,7 @@ def grpo_trainer(
             processing_class=processor,
             peft_config=adapter,
         )
+    trainer.tokens_per_microbatch = config.tokens_per_microbatch
     float32_adapter(trainer.model)  # TRL rounds the adapter of a 4-bit model to bfloat16
     rest_eyes(trainer.model)
     watch_vllm(trainer, rows, format.instruction, vllm)

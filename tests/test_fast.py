@@ -4,7 +4,7 @@ it can't do."""
 import pytest
 import torch
 
-from specs_nb import fast, world
+from specs_nb import fast, grouped, world
 from specs_nb.core import GRPOStage
 from specs_nb.fast import write
 from specs_nb.formats import FORMATS
@@ -52,17 +52,14 @@ def gradients(t, inputs):
 
 def same(t, inputs):
     "Loss and gradients with the fast scores and with TRL's"
-    assert (
-        "group" in inputs
-        and t._tried == {"writing", "scoring"}
-        and t._why == {"writing": None, "scoring": None}
-    )
+    assert "group" in inputs
     inputs["advantages"] = torch.linspace(
         -1, 1, len(inputs["advantages"]), device=inputs["advantages"].device
     )
     (a, mine), (b, stock) = gradients(t, inputs), gradients(
         t, {k: v for k, v in inputs.items() if k != "group"}
     )
+    assert t._tried == {"writing", "scoring"} and t._why == {"writing": None, "scoring": None}
     assert (
         a == pytest.approx(b, abs=1e-6)
         and mine.keys() == stock.keys()
@@ -85,12 +82,10 @@ def test_every_family(family, tmp_path):
     same(*trainer(tmp_path, random_model(family, tmp_path / family), family != "text"))
 
 
-def test_images_in_tiles_are_left_to_trl(tmp_path, capsys):
+def test_images_in_tiles_are_written_by_trl(tmp_path, capsys):
     t, inputs = trainer(tmp_path, random_model("internvl", tmp_path / "internvl"))
-    assert (
-        capsys.readouterr().out.count("it isn't clear to which prompt the rows belong in pixel_values") == 2
-        and gradients(t, inputs)[1]
-    )
+    assert capsys.readouterr().out.count("it isn't clear to which prompt the rows belong in pixel_values") == 1
+    assert gradients(t, inputs)[1] and t._tried == {"scoring"}
 
 
 @pytest.mark.parametrize("how", [{"dtype": "bfloat16"}, {"bf16": True}], ids=["bfloat16", "autocast"])
@@ -99,7 +94,7 @@ def test_precisions(how, tmp_path):
     load = {k: v for k, v in how.items() if k == "dtype"}
     more = {k: v for k, v in how.items() if k != "dtype"}
     t, inputs = trainer(tmp_path, load=load, learning_rate=1e-3, **more)  # 1e-6 would move nothing in 16 bits
-    assert t._tried == {"writing", "scoring"} and gradients(t, inputs)[1]
+    assert gradients(t, inputs)[1] and t._tried == {"writing", "scoring"}
 
 
 def test_questions_with_and_without_pictures_in_one_batch(tmp_path, monkeypatch):
@@ -170,18 +165,17 @@ def test_drawn_as_the_model_says():
 
 
 def test_left_to_trl_and_said(tmp_path, capsys, monkeypatch):
-    t, inputs = trainer(tmp_path, gradient_checkpointing=True, top_k=5)
+    t, inputs = trainer(tmp_path, top_k=5, stage={"lora": True, "lora_dropout": 0.1})
     said = capsys.readouterr().out
-    assert (
-        "writing of answers is left to TRL" in said
-        and "scoring of answers is left to TRL" in said
-        and "group" not in inputs
-    )
-    counted = fast.positions
+    assert "writing of answers is left to TRL" in said and "scoring of answers is left to TRL" in said
+    assert "group" not in inputs
     # a model that counts otherwise than we thought
+    counted, asked = fast.positions, grouped.prompt_positions
     monkeypatch.setattr(fast, "positions", lambda *args: counted(*args) + 3)
+    monkeypatch.setattr(grouped, "prompt_positions", lambda *args: asked(*args) * 2)
     t, inputs = trainer(tmp_path)
-    assert not t._tried and "from TRL's own, more than" in capsys.readouterr().out and gradients(t, inputs)[1]
+    assert gradients(t, inputs)[1] and not t._tried
+    assert capsys.readouterr().out.count("from TRL's own, more than") == 2
 
 
 def test_switched_off(tmp_path):
