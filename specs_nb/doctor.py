@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['KNOWN', 'TILE', 'NF4', 'SIZES', 'BASE_CPU', 'BASE_GPU', 'GRAPHS', 'WORLD_PIXELS', 'PIXELS', 'known_config',
            'config_of_model', 'Shape', 'shape_of', 'activations', 'logits', 'Parts', 'training', 'generation',
-           'measure_here', 'measure', 'predict', 'Machine', 'this_machine', 'Prompt', 'prompt_of', 'vllm_beside',
-           'cramped', 'grpo_parts', 'dpo_parts', 'ask_parts', 'engine_of', 'plan', 'show', 'remedies', 'advise',
-           'out_of_memory', 'tokens', 'times', 'disk', 'host', 'host_line', 'requirements', 'missing', 'diagnose',
-           'report', 'add_options', 'read_rate', 'doctor']
+           'measure_here', 'measure', 'predict', 'Machine', 'this_machine', 'token_side', 'Prompt', 'prompt_of',
+           'vllm_beside', 'cramped', 'grpo_parts', 'dpo_parts', 'ask_parts', 'engine_of', 'plan', 'show', 'remedies',
+           'advise', 'out_of_memory', 'batches', 'side_by_side', 'tokens', 'times', 'disk', 'host', 'host_line',
+           'requirements', 'missing', 'diagnose', 'report', 'add_options', 'read_rate', 'doctor']
 
 # %% ../nbs/72_doctor.ipynb #c995e21d
 import json
@@ -28,6 +28,18 @@ _QWEN = dict(
         depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, spatial_merge_size=2
     ),
 )
+_QWEN3 = dict(
+    vision_config=dict(num_heads=16, patch_size=16, spatial_merge_size=2, num_position_embeddings=2304),
+    text_config=dict(
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+    ),
+)
+# of a head's 64 angles: time, height, width
+_MROPE = dict(qwen2_5_vl=[16, 24, 24], qwen3_vl=[24, 20, 20])
 KNOWN = {
     "Qwen/Qwen2.5-VL-7B-Instruct": dict(
         _QWEN,
@@ -52,6 +64,30 @@ KNOWN = {
             num_key_value_heads=2,
             vocab_size=151936,
         ),
+    ),
+    "Qwen/Qwen3-VL-8B-Instruct": dict(
+        model_type="qwen3_vl",
+        tie_word_embeddings=False,
+        vision_config=dict(
+            _QWEN3["vision_config"],
+            depth=27,
+            hidden_size=1152,
+            intermediate_size=4304,
+            deepstack_visual_indexes=[8, 16, 24],
+        ),
+        text_config=dict(_QWEN3["text_config"], hidden_size=4096, intermediate_size=12288),
+    ),
+    "Qwen/Qwen3-VL-4B-Instruct": dict(
+        model_type="qwen3_vl",
+        tie_word_embeddings=True,
+        vision_config=dict(
+            _QWEN3["vision_config"],
+            depth=24,
+            hidden_size=1024,
+            intermediate_size=4096,
+            deepstack_visual_indexes=[5, 11, 17],
+        ),
+        text_config=dict(_QWEN3["text_config"], hidden_size=2560, intermediate_size=9728),
     ),
     "Qwen/Qwen2.5-1.5B-Instruct": dict(
         model_type="qwen2",
@@ -78,7 +114,7 @@ def known_config(
     d["vision_config"]["out_hidden_size"] = d["text_config"]["hidden_size"]
     d["text_config"] |= dict(
         tie_word_embeddings=d["tie_word_embeddings"],
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": _MROPE[d["model_type"]]},
     )
     return CONFIG_MAPPING[d.pop("model_type")](**d)
 
@@ -608,6 +644,18 @@ def _free_memory():
     except (OSError, ValueError):
         return free
 
+# %% ../nbs/72_doctor.ipynb #a15f20c3
+def token_side(
+    path: str,  # `tiny`, a folder or a hub name
+) -> int:  # pixels
+    "The side of the square of pixels that becomes one token; 28, as of Qwen2.5-VL, where it can't be told."
+    try:
+        eyes = getattr(config_of_model(path), "vision_config", None)
+    except SpecsError:
+        return 28
+    side = getattr(eyes, "patch_size", None), getattr(eyes, "spatial_merge_size", None)
+    return side[0] * side[1] if all(isinstance(s, int) for s in side) else 28
+
 # %% ../nbs/72_doctor.ipynb #44d35fde
 @dataclass
 class Prompt:
@@ -634,8 +682,8 @@ def prompt_of(
         return found
     if not _sees(config):
         return Prompt(256, 0, "assumed for text alone; --prompt-tokens says otherwise")
-    if not config.data.drawn and config.data.shrink_to:  # 28 × 28 pixels are a token of Qwen2.5-VL
-        most = config.data.shrink_to // 28**2
+    if not config.data.drawn and config.data.shrink_to:
+        most = config.data.shrink_to // token_side(config.model.path) ** 2
         return Prompt(most + 256, most, "one image of data.shrink_to pixels and 256 tokens of text")
     return Prompt()
 
@@ -695,10 +743,13 @@ def _counted(config, rows):
             config.model.path, dict(system=chat.system, kwargs=chat.chat_template_kwargs)
         )
     except SpecsError:
-        most = max(sum(i.width * i.height for i in r["images"]) // 28**2 for r in rows)
+        side = token_side(config.model.path)
+        most = max(sum(i.width * i.height for i in r["images"]) // side**2 for r in rows)
         text = max(len(f"{chat.system}{r['question']}{r['choices'] or ''}{ask}") for r in rows) // 3
         return Prompt(
-            most + text + 32, most, f"from {len(rows)} rows: 3 characters a token, 28 × 28 pixels a token"
+            most + text + 32,
+            most,
+            f"from {len(rows)} rows: 3 characters a token, {side} × {side} pixels a token",
         )
     mark = getattr(load_config_of(config.model.path), "image_token_id", -1)
     ids = [encode(processor, [r], [ask])["input_ids"] for r in rows]
@@ -1026,6 +1077,52 @@ def out_of_memory(
         f"set {words}" if words else "take a smaller model, or more GPUs"
     )
 
+# %% ../nbs/72_doctor.ipynb #90f4a6de
+def _grpo_batch(trainer, processes, where):
+    "A step of GRPO in words"
+    micro, group = trainer.get("per_device_train_batch_size", 8), trainer.get("num_generations", 8)
+    steps = trainer.get("gradient_accumulation_steps", 1)
+    rounds = trainer.get("steps_per_generation") or steps
+    written = trainer.get("generation_batch_size") or micro * rounds * processes
+    total = micro * steps * processes
+    return (
+        f"{total / group:g} questions × {group} rollouts = {total} completions a step ({processes} {where} ×"
+        f" {micro} × {steps} accumulated), {written} written at once"
+    )
+
+# %% ../nbs/72_doctor.ipynb #b7e02f48
+def batches(
+    config: Config,  # of the run
+    gpus: int = 1,  # that share the batches; 0: a single process on the CPU
+) -> dict:  # stage → words; only stages that are trained
+    "What one step of each training stage sees."
+    n, where = max(1, gpus), "GPU" if gpus == 1 else "GPUs" if gpus else "process"
+    cold = config.coldstart
+    micro = cold.trainer.get("per_device_train_batch_size", 8)
+    steps = cold.trainer.get("gradient_accumulation_steps", 1)
+    pairs = f"{n * micro * steps} pairs a step ({n} {where} × {micro} × {steps} accumulated)"
+    return {
+        **({} if config.zero.start else {"zero": _grpo_batch(config.zero.trainer, n, where)}),
+        **({} if cold.start or cold.loss == "none" else {"coldstart": pairs}),
+        "final": _grpo_batch(config.final.trainer, n, where),
+    }
+
+# %% ../nbs/72_doctor.ipynb #47ab3f1e
+def side_by_side(
+    config: Config,  # of the run
+    stage: str,  # `zero` or `final`
+    shape: Shape,  # of the model
+    prompt: Prompt,  # how long prompts are
+    machine: Machine,  # to run on
+) -> str:  # words; empty without vLLM in the stage's own GPU
+    "How many sequences vLLM has room for beside a trainer."
+    t = getattr(config, stage).trainer
+    if not t.get("use_vllm") or t.get("vllm_mode", "colocate") != "colocate" or not machine.gpus:
+        return ""
+    share, least, one = vllm_beside(config, stage, shape, prompt, machine)
+    room = max(0, int((share - least + one) / one))
+    return f"{share / 2**30:.1f} GiB for vLLM, which hold {room} sequences of full length side by side"
+
 # %% ../nbs/72_doctor.ipynb #199c1bb0
 def tokens(
     config: Config,  # of the run
@@ -1319,6 +1416,8 @@ def diagnose(
         prompt=prompt,
         parts=parts,
         disk=space,
+        batches=batches(config, machine.gpus),
+        beside={s: side_by_side(config, s, shape, prompt, machine) for s in ("zero", "final")},
         tokens=tokens(config, prompt, machine.gpus),
         times=times(config, prompt, machine.gpus, rate, run),
         problems=problems,
@@ -1348,6 +1447,8 @@ def report(
         + ", ".join(f"{k} {v / 2**30:.1f} GiB" for k, v in facts["disk"].items())
         + f"; free {machine.disk / 2**30:.1f}",
         *([facts["host"]] if facts.get("host") else []),
+        *(f"step     {stage}: {words}" for stage, words in facts["batches"].items()),
+        *(f"vllm     {stage}: {words}" for stage, words in facts["beside"].items() if words),
         "tokens   " + ", ".join(f"{k} {sum(v):,}" for k, v in facts["tokens"].items()) + " at most",
         "time     "
         + (

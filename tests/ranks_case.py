@@ -1,8 +1,9 @@
 """What test_launch.py runs under launchers and without one: three steps of DPO and GRPO with the same batch
 of 8 altogether, from the same data
 
-With `fsdp2` as second word: DPO under FSDP2. accelerate turns that on for GPUs alone, so it is told that
-gloo's processes are such."""
+With `fsdp2` as second word: DPO and GRPO of all weights under FSDP2; with `shipped`: a step of each with an
+adapter on bfloat16 weights, as `fsdp2.yaml` has it. accelerate turns FSDP2 on for GPUs alone, so it is told
+that gloo's processes are such."""
 
 import random
 import sys
@@ -36,11 +37,12 @@ def same(steps=3, batch=8, **more):
     )
 
 
-def dpo(out, loss, **more):
+def dpo(out, loss, lora=False, load=None, **more):
     good = [[(f"There are {i % 5} shapes that matter here.", r["answer"])] for i, r in enumerate(ROWS)]
     path = out / f"pairs-{rank()[0]}.parquet"
     write_pairs(make_pairs(ROWS, good, good, FORMAT, list(CORRUPTIONS)[:3], 24, 0), path)
-    train_coldstart("tiny", path, out, ColdStartStage(loss=loss, lora=False, trainer=same(**more)))
+    stage = ColdStartStage(loss=loss, lora=lora, lora_rank=4, trainer=same(**more))
+    train_coldstart("tiny", path, out, stage, **(load or {}))
 
 
 def canned(trainer):
@@ -63,18 +65,25 @@ def canned(trainer):
     return given
 
 
-def grpo(out):
-    trainer = grpo_trainer(
-        "tiny",
-        ROWS,
-        out,
-        GRPOStage(steps=3, trainer=same(num_generations=4, max_completion_length=64)),
-        FORMAT,
-    )
-    trainer._generate_single_turn = canned(trainer)
-    trainer.add_callback(watcher("zero", 3, out / "history.json", ()))
+def grpo(out, steps=3, given=canned, lora=False, load=None, **more):
+    keys = same(steps, num_generations=4, max_completion_length=64, **more)
+    stage = GRPOStage(steps=steps, lora=lora, lora_rank=4, trainer=keys)
+    trainer = grpo_trainer("tiny", ROWS, out, stage, FORMAT, **(load or {}))
+    if given:
+        trainer._generate_single_turn = given(trainer)
+    trainer.add_callback(watcher("zero", steps, out / "history.json", ()))
     trainer.train()
-    save_trained(trainer, out / "model")
+    save(trainer, out / "model")
+
+
+def save(trainer, folder):
+    "`save_trained`, after a look at whether the weights really lie in pieces, where they should"
+    from torch.distributed.tensor import DTensor
+
+    if sys.argv[2:]:
+        assert trainer.is_fsdp_enabled, "it was not FSDP2"
+        assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
+    save_trained(trainer, folder)
 
 
 def pretend_gpus():
@@ -92,31 +101,28 @@ def pretend_gpus():
 
 
 def in_pieces(out):
-    "DPO with the weights of each layer spread over the processes"
-    from torch.distributed.tensor import DTensor
+    "The weights of each layer spread over the processes; the same numbers are expected as from one process"
+    dpo(out / "dpo", "dpo")
+    grpo(out / "grpo")
 
-    from specs_nb import coldstart
 
-    seen, save = [], coldstart.save_trained
-
-    def look(trainer, folder):
-        seen.append(
-            trainer.is_fsdp_enabled and all(isinstance(p, DTensor) for p in trainer.model.parameters())
-        )
-        save(trainer, folder)
-
-    coldstart.save_trained = look
-    dpo(out, "dpo")
-    assert seen == [True], "it was not FSDP2"
+def as_shipped(out):
+    "A step with an adapter in float32 on weights in bfloat16; GRPO's answers are written by the model in pieces"
+    how = dict(lora=True, load=dict(dtype="bfloat16"), bf16=True)
+    dpo(out / "dpo", "dpo+sft", steps=1, **how)
+    grpo(out / "grpo", steps=1, given=None, **how)
 
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     if not is_main():
         sys.stdout = sys.stderr
-    if sys.argv[2:] == ["fsdp2"]:
+    if sys.argv[2:]:
+        from specs_nb import coldstart
+
         pretend_gpus()
-        sys.exit(in_pieces(out / "dpo"))
+        coldstart.save_trained = save
+        sys.exit(dict(fsdp2=in_pieces, shipped=as_shipped)[sys.argv[2]](out))
     dpo(out / "dpo", "dpo")
     # the SFT term is a mean over the tokens of a micro-batch: two of 4 on one process are what two processes
     # have

@@ -14,6 +14,7 @@ from specs_nb.doctor import (
     Machine,
     Prompt,
     advise,
+    batches,
     diagnose,
     disk,
     generation,
@@ -22,8 +23,10 @@ from specs_nb.doctor import (
     missing,
     plan,
     predict,
+    prompt_of,
     read_rate,
     shape_of,
+    side_by_side,
     this_machine,
     training,
 )
@@ -34,8 +37,10 @@ ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 CARD = {
     "paper_7b": dict(gpus=8, memory=80, launcher="fsdp2"),
-    "qwen7b_qlora_80gb": dict(gpus=1, memory=80),
+    "qwen7b_lora_80gb": dict(gpus=1, memory=80),
+    "qwen7b_qlora_48gb": dict(gpus=1, memory=48),
     "qwen3b_qlora_24gb": dict(gpus=1, memory=24),
+    "qwen3vl": dict(gpus=1, memory=80),
     "text_only": dict(gpus=1, memory=24),
 }
 
@@ -72,6 +77,74 @@ def test_recipes_fit_the_cards_they_name(name):
         assert p.peak < 0.95 * machine.memory, (stage, p)
 
 
+def comments(name):
+    "All comments of a shipped recipe as one line"
+    lines = builtin_configs()[name].read_text().splitlines()
+    return " ".join(" ".join(l.split("#", 1)[1].split()) for l in lines if "#" in l)
+
+
+@pytest.mark.parametrize("name", CARD)
+def test_recipes_say_what_the_doctor_says(name):
+    "The products of a step, and how many sequences vLLM holds"
+    config, machine, said = load_config(name), this_machine(**CARD[name]), comments(name)
+    shape = shape_of(config.model.path, known_config(config.model.path))
+    for stage, words in batches(config, machine.gpus).items():
+        assert words in said, stage
+    for stage in ("zero", "final"):
+        words = side_by_side(config, stage, shape, prompt_of(config), machine)
+        assert words and words.removesuffix(" side by side") in said, words
+
+
+@pytest.mark.parametrize("name", sorted(set(CARD) - {"paper_7b"}))
+def test_one_card_recipes_write_with_vllm(name):
+    c = load_config(name)
+    assert c.engine == "vllm"
+    for stage in (c.zero, c.final):
+        t = stage.trainer
+        assert t["use_vllm"] and t["vllm_mode"] == "colocate" and t["vllm_enable_sleep_mode"]
+        assert c.vllm.max_model_len == t["vllm_max_model_length"] >= 1024 + t["max_completion_length"]
+        assert (stage.lora, stage.qlora) == ("qlora" not in name, "qlora" in name)
+
+
+@pytest.mark.parametrize("name", CARD)
+def test_every_key_of_a_recipe_has_its_reason(name):
+    "A comment behind the key, or above it; what the second stage repeats was said in the first"
+    seen, bare, told = set(), [], False
+    for line in builtin_configs()[name].read_text().splitlines():
+        text = line.strip()
+        if not text or text.startswith("#"):
+            told = bool(text)
+            continue
+        key = text.removeprefix("- ").split(":")[0]
+        section = text.split("#")[0].strip().endswith((":", "&grpo"))
+        if not (told or "#" in text or section or key in seen or text.startswith("-")):
+            bare.append(key)
+        seen.add(key)
+        told = False
+    # of two factors the first explains the product; Qwen2.5-VL-7B needs no word
+    assert set(bare) <= {"gradient_accumulation_steps", "path"}, bare
+
+
+def test_paper_with_servers_on_half_of_the_cards(monkeypatch, tmp_path):
+    "The commented lines taken, those of the colocation left out, as the top of the file says"
+    lines = []
+    for line in builtin_configs()["paper_7b"].read_text().splitlines():
+        if "# {servers} " in line:
+            line = line.replace("# {servers} ", "")
+        if not line.endswith("{colocate}"):
+            lines.append(line)
+    (tmp_path / "mine.yaml").write_text("\n".join(lines))
+    config, machine = load_config(tmp_path / "mine.yaml"), this_machine(gpus=4, memory=80, launcher="fsdp2")
+    monkeypatch.setattr("specs_nb.generate.need_vllm", lambda: None)
+    check_names(config)
+    assert "sleep" not in str(config) and config.final.trainer["vllm_mode"] == "server"
+    for stage, words in batches(config, 4).items():
+        assert words.split(" (")[0] == batches(load_config("paper_7b"), 8)[stage].split(" (")[0]
+    shape = shape_of(config.model.path, known_config(config.model.path))
+    for stage, p in plan(config, machine, Prompt(), shape).items():
+        assert p.peak < 0.95 * machine.memory, (stage, p)
+
+
 def test_paper_recipe_says_where_each_value_comes_from():
     lines = builtin_configs()["paper_7b"].read_text().splitlines()
     body = lines[next(i for i, l in enumerate(lines) if l.startswith("seed:")) :]
@@ -81,7 +154,7 @@ def test_paper_recipe_says_where_each_value_comes_from():
         tagged = any(tag in line for tag in ("[paper]", "[fig]", "[note]", "[ours]"))
         if line.strip().startswith("#"):
             told |= tagged  # of the value below
-        elif not line.strip().startswith("- ") and not line.rstrip().endswith(":"):
+        elif not line.strip().startswith("- ") and not line.rstrip().endswith((":", "&grpo")):
             if not (told or tagged):
                 unsaid.append(line.split(":")[0].strip())
             told = False
@@ -129,6 +202,8 @@ def test_shape_of_every_family(family, tmp_path):
 def test_known_shapes_are_the_published_ones():
     assert shape_of("x", known_config("Qwen/Qwen2.5-VL-7B-Instruct")).total == 8_292_166_656
     assert shape_of("x", known_config("Qwen/Qwen2.5-VL-3B-Instruct")).total == 3_754_622_976
+    assert shape_of("x", known_config("Qwen/Qwen3-VL-8B-Instruct")).total == 8_767_123_696
+    assert shape_of("x", known_config("Qwen/Qwen3-VL-4B-Instruct")).total == 4_437_815_808
 
 
 # ---- memory

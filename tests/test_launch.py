@@ -123,17 +123,34 @@ def test_two_processes_compute_what_one_does(both, case):
     same(both / "one" / case, both / "two" / case, case)
 
 
-def test_fsdp2_computes_what_one_process_does(both):
-    "The configuration that ships, but for bfloat16"
-    command = launcher_words("fsdp2 --num_processes 2 --main_process_port 0 --mixed_precision no")
-    r = subprocess.run(
-        [*command, str(ROOT / "tests/ranks_case.py"), str(both / "pieces"), "fsdp2"],
-        capture_output=True,
-        text=True,
-        env=ENV,
-    )
+def in_pieces(out, case, more=""):
+    "ranks_case.py under the FSDP2 configuration that ships, two processes"
+    command = launcher_words(f"fsdp2 --num_processes 2 --main_process_port 0 {more}")
+    words = [*command, str(ROOT / "tests/ranks_case.py"), str(out), case]
+    r = subprocess.run(words, capture_output=True, text=True, env=ENV)
     assert r.returncode == 0, r.stderr[-3000:]
-    same(both / "one/dpo", both / "pieces/dpo", "dpo")
+
+
+def test_fsdp2_computes_what_one_process_does(both):
+    "DPO and GRPO, the models saved and loaded again; the configuration that ships, but for bfloat16"
+    in_pieces(both / "pieces", "fsdp2", "--mixed_precision no")
+    for case in ("dpo", "grpo"):
+        same(both / "one" / case, both / "pieces" / case, case)
+
+
+def test_fsdp2_trains_an_adapter_that_loads_again(tmp_path):
+    "As it ships: bfloat16 weights in pieces, an adapter in float32, answers written by the spread model"
+    import torch
+
+    from specs_nb.models import is_adapter, load_model
+
+    in_pieces(tmp_path, "shipped")
+    for case in ("dpo", "grpo"):
+        folder = tmp_path / case / "model"
+        assert is_adapter(folder) and len(json.loads((tmp_path / case / "history.json").read_text())) == 1
+        whole, bare = load_model(str(folder))[0].state_dict(), load_model("tiny")[0].state_dict()
+        moved = {k for k in bare if not torch.equal(whole[k], bare[k])}
+        assert moved and all("_proj" in k and "visual" not in k for k in moved), moved
 
 
 # ---- a run that is stopped, killed, and goes on
