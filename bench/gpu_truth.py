@@ -132,8 +132,9 @@ def fill_vocabulary(folder, size):
     "Give every token of the model's a word, so that whatever it writes can be read"
     path = folder / "tokenizer.json"
     d = json.loads(path.read_text())
-    special = {t["id"] for t in d["added_tokens"]}
-    known = set(d["model"]["vocab"].values()) | special
+    # a special token that the vocabulary doesn't name is given the next free number
+    d["model"]["vocab"] |= {t["content"]: t["id"] for t in d["added_tokens"]}
+    known = set(d["model"]["vocab"].values())
     d["model"]["vocab"] |= {f"~{i}": i for i in range(size) if i not in known}
     path.write_text(json.dumps(d, ensure_ascii=False))
 

@@ -397,7 +397,7 @@ def unfit_beside(
 
 def _no_bed(model):
     "Why the base can't sleep in host memory; empty if it can, or if nothing says how much is free"
-    need = 2 * model.get_nb_trainable_parameters()[1] * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    need = 2 * model.num_parameters() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     known = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
     found = re.search(r"MemAvailable: +(\d+) kB", known)
     if not found or need < 0.8 * 1024 * int(found[1]):
