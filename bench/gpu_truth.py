@@ -663,7 +663,7 @@ def preload(part):
     if "vllm" in part or part.startswith("grpo"):
         settle()
     if "vllm" in part and "smoke" not in part:
-        import vllm  # noqa: F401
+        from vllm import LLM  # noqa: F401
     if part.startswith(("grpo", "dpo")):
         from trl import DPOTrainer, GRPOTrainer  # noqa: F401
 
