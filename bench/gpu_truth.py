@@ -601,7 +601,8 @@ def dpo(a, found):
     go_on(trainer)
     step = mean_step(by.steps[:-1])  # the last was slowed down by the profiler
     sequences, length = seen[-2]
-    # forward, and backward through frozen weights; checkpointing reads once more. The reference was asked before
+    # forward, and backward through frozen weights; checkpointing reads once more; the reference was asked
+    # before
     each = shape_of(folder).total * sequences * length / step["whole"] / 1e12
     found.note(step=step, sequences=sequences, length=length, tflops=4 * each, tflops_with_recompute=6 * each)
     if on_card():
