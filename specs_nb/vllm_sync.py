@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from .core import SpecsError
 from specs_nb.generate import (
+    class_takes_none,
     context_of,
     encode,
     end_vllm,
@@ -404,17 +405,6 @@ def _no_bed(model):
     return f"its base would sleep in {need / 1e9:.0f} GB of host memory, of which that much isn't free"
 
 
-def _supported_by_vllm(model):
-    "Why vLLM's class for a model takes no adapters; empty if it does, or isn't known"
-    from vllm.model_executor.models import ModelRegistry, supports_lora
-
-    for name in model.config.architectures or ():
-        known = getattr(ModelRegistry, "models", {}).get(name)
-        if known is not None:
-            return "" if supports_lora(known.load_model_cls()) else f"vLLM's {name} takes no adapters"
-    return ""
-
-
 def adapter_keywords(
     model,  # that is trained
     dtype: str,  # in which vLLM computes
@@ -423,7 +413,9 @@ def adapter_keywords(
     "How vLLM is started so that it can be handed a trainer's adapter; says why if it can't."
     if not any(adapters_of(m) for m in model.modules()):
         return {}
-    why = unfit_beside(model, dtype, trls.get("enable_sleep_mode", False)) or _supported_by_vllm(model)
+    why = unfit_beside(model, dtype, trls.get("enable_sleep_mode", False)) or class_takes_none(
+        model.name_or_path
+    )
     if why:
         print(f"vLLM is sent merged weights at each step, not the adapter alone: {why}", flush=True)
         return {}
