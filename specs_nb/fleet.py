@@ -170,6 +170,8 @@ def _after(row):
 class Fleet:
     "Batches as a Ray Data job, for `answer_all(pool=…)`"
 
+    one_model = True  # Ray's vLLM is started for one model and told of no adapters
+
     def __init__(
         self,
         address: str = "local",  # see `connect`

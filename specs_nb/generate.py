@@ -6,9 +6,10 @@
 __all__ = ['VLLM_VERSIONS', 'ROW_ERRORS', 'VLLM_RANKS', 'ENGINES', 'SMALL', 'prompt', 'encode', 'unwritable', 'never', 'Sampling',
            'Completion', 'Failed', 'too_long', 'context_of', 'score', 'cache_bytes', 'out_of_memory', 'draw',
            'sample_batch', 'texts_of', 'Engine', 'Transformers', 'vllm_version', 'supported', 'need_vllm', 'settle',
-           'real_stdout', 'halves', 'one_per_image', 'running', 'end_vllm', 'unfit_adapter', 'lora_keywords', 'marks',
-           'not_taken', 'hand_adapter', 'VLLM', 'unfit_for_vllm', 'serve_command', 'Server', 'too_small_for_vllm',
-           'pick_engine', 'Job', 'answer', 'Answers', 'answer_all']
+           'real_stdout', 'halves', 'one_per_image', 'running', 'end_vllm', 'unfit_adapter', 'lora_keywords',
+           'unfit_folder', 'root_of', 'class_takes_none', 'marks', 'not_taken', 'hand_adapter', 'VLLM',
+           'unfit_for_vllm', 'serve_command', 'Server', 'too_small_for_vllm', 'pick_engine', 'Job', 'answer', 'Answers',
+           'answer_all']
 
 # %% ../nbs/31_generate.ipynb #06aee498
 import base64
@@ -22,7 +23,6 @@ import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 from specs_nb.core import (
@@ -502,6 +502,12 @@ class Engine:
         "Completions of one batch."
         raise NotImplementedError
 
+    def take(
+        self,
+        path: str,  # the model that it was made for, or an adapter on it
+    ):
+        "Answer as the model at `path` from now on."
+
     def score(
         self,
         rows: list,  # of the schema
@@ -767,6 +773,70 @@ def lora_keywords(
     "How vLLM is started for adapters, one at a time."
     return dict(enable_lora=True, max_loras=1, max_lora_rank=next(r for r in VLLM_RANKS if r >= rank))
 
+# %% ../nbs/31_generate.ipynb #ad000011
+def unfit_folder(
+    path: str,  # of an adapter
+    dtype: str = "bfloat16",  # in which vLLM computes
+) -> str:  # why; empty if nothing is known against it
+    "What keeps vLLM from taking an adapter that lies on the disk, see `unfit_adapter`."
+    from safetensors import safe_open
+
+    from specs_nb.models import base_of, is_adapter
+
+    file = Path(path) / "adapter_model.safetensors"
+    if not file.exists():
+        return f"it has no {file.name}"
+    if is_adapter(base_of(path)):
+        return "its base is an adapter too"
+    with safe_open(file, "pt") as held:
+        names = list(held.keys())
+    other = [n for n in names if not re.search(r"\.lora_[AB]\.weight$", n)]
+    if other:
+        return f"it holds more than LoRA's matrices ({other[0]})"
+    config = read_json(Path(path) / "adapter_config.json")
+    return unfit_adapter(
+        config, sorted({n.removeprefix("base_model.model.").rsplit(".", 2)[0] for n in names}), dtype
+    )
+
+
+def root_of(
+    path: str,  # of a model or an adapter
+) -> tuple:  # path of a whole model, and whether 4 bits have rounded it
+    "What vLLM holds to answer as the model at `path`: of an adapter, its base."
+    from specs_nb.models import base_of, is_adapter, resolve
+
+    base, rounded = str(path), False
+    if is_adapter(path) and not is_adapter(base_of(path)):
+        known = read_json(Path(path) / "base.json") or {}
+        base, rounded = base_of(path), bool(known.get("quantized"))
+    folder = Path(resolve(base))
+    return str(folder.resolve()) if folder.exists() else base, rounded
+
+
+def _matrices(path, dtype):
+    "An adapter's matrices as vLLM computes with them: B with its scale"
+    from safetensors.torch import load_file
+
+    config = read_json(Path(path) / "adapter_config.json")
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    tensors = load_file(Path(path) / "adapter_model.safetensors")
+    return [t.to(dtype) * (scale if ".lora_B." in n else 1) for n, t in tensors.items()]
+
+
+def class_takes_none(
+    path: str,  # of a whole model
+) -> str:  # why; empty if its class takes adapters, or isn't known
+    "Whether vLLM's class for a model is made without adapters; imports vLLM."
+    from vllm.model_executor.models import ModelRegistry, supports_lora
+
+    from specs_nb.models import load_config_of
+
+    for name in load_config_of(path).architectures or ():
+        known = getattr(ModelRegistry, "models", {}).get(name)
+        if known is not None:
+            return "" if supports_lora(known.load_model_cls()) else f"vLLM's {name} takes no adapters"
+    return ""
+
 # %% ../nbs/31_generate.ipynb #ad000006
 def marks(
     matrices,  # of an adapter, in any order
@@ -830,22 +900,73 @@ class VLLM(Engine):
 
     def __init__(
         self,
-        path: str,  # of the model
+        path: str,  # of the model, or of an adapter on it
         load: dict,  # keywords of `load_model`; of them `dtype`
-        options: dict,  # fields of `core.VLLMConfig`
+        # fields of `core.VLLMConfig`; and `adapters`, paths that it will be asked to `take`
+        options: dict,
     ):
         need_vllm()
         if why := unfit_for_vllm(path, load):
             raise SpecsError(f"{why}, or engine: transformers")
-        from specs_nb.models import load_processor, resolve, whole_model
+        from specs_nb.models import load_processor
 
-        path = whole_model(path)  # of an adapter, it is merged with its base
-        self.processor = load_processor(path, load.get("chat"))
-        self.llm = _start_vllm(
-            resolve(path), path, load, options, tokenizer_of(self.processor) is not self.processor
-        )
+        self.load, self.options, self.processor = load, options, load_processor(path, load.get("chat"))
+        self.held = self.request = None
+        self.rank = self.number = 0
+        self.take(path)
+
+    def take(self, path):
+        "Answer as the model at `path` from now on; an adapter that vLLM can't take is merged, and this said."
+        from specs_nb.models import is_adapter, rounded_base, whole_model
+
+        self.request = None
+        if not is_adapter(path):
+            return self._hold(path)
+        why = self._unfit(path)
+        if not why:
+            base, rounded = root_of(path)
+            self._hold(rounded_base(path) if rounded else base, self._largest(path))
+            why = self._hand(path)
+        if why:
+            print(f"{'sample':10} {path} is merged with its base for vLLM: {why}", flush=True)
+            self._hold(whole_model(path))
+
+    def _unfit(self, path):
+        dtype = self.options.get("options", {}).get("dtype") or self.load.get("dtype", "float32")
+        return unfit_folder(path, dtype) or class_takes_none(root_of(path)[0])
+
+    def _largest(self, path=None):
+        "The largest rank of the adapters that belong to the same base and fit; 0 if there is none"
+        root = root_of(path)
+        some = {str(p) for p in (path, *self.options.get("adapters", ())) if root_of(p) == root}
+        return max((_rank(p) for p in some if _rank(p) and not self._unfit(p)), default=0)
+
+    def _hold(self, path, rank=0):
+        "Have vLLM hold a whole model, unless it does"
+        from specs_nb.models import resolve
+
+        rank = max(rank, self._largest(path))
+        if (self.held, self.rank >= rank) == (root_of(path), True):
+            return
+        more = f" once, for adapters up to rank {rank}" if rank else ""
+        print(f"{'sample':10} vLLM starts: it holds {path}{more}", flush=True)
+        eyes = tokenizer_of(self.processor) is not self.processor
+        self.llm = _start_vllm(resolve(path), path, self.load, self.options, eyes, rank)
+        self.held, self.rank = root_of(path), rank
         self.most = self.llm.llm_engine.model_config.max_model_len
         self.never = never(unwritable(self.processor, self.llm.llm_engine.model_config.hf_config))
+
+    def _hand(self, path):
+        "Hand an adapter over; why it wasn't taken, or nothing"
+        self.number += 1
+        try:
+            self.request = hand_adapter(self.llm, path, self.number)
+        except (ValueError, RuntimeError) as e:
+            return _line(e)
+        given = _matrices(path, self.llm.llm_engine.vllm_config.lora_config.lora_dtype)
+        why = not_taken(self.llm, self.number, given)
+        self.request = None if why else self.request
+        return why
 
     @staticmethod
     def version():
@@ -869,7 +990,10 @@ class VLLM(Engine):
                 for i in numbers
             ]
             out = self.llm.generate(
-                [self._prompt(rows[i], instructions[i]) for i in numbers], params, use_tqdm=False
+                [self._prompt(rows[i], instructions[i]) for i in numbers],
+                params,
+                use_tqdm=False,
+                lora_request=self.request,
             )
             return [self._read(o, how) for o in out]
 
@@ -908,7 +1032,8 @@ class VLLM(Engine):
 
         _alive(self.llm)
         prompts, whole = _with_answers(self.processor, rows, instructions, answers)
-        out = self.llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+        how = SamplingParams(max_tokens=1, prompt_logprobs=0)
+        out = self.llm.generate(prompts, how, use_tqdm=False, lora_request=self.request)
         if any(list(o.prompt_token_ids) != ids for o, (ids, _) in zip(out, whole)):
             raise SpecsError(
                 "vLLM reads other tokens than transformers for the same prompt: engine: transformers"
@@ -933,7 +1058,12 @@ def _alive(llm):
         raise SpecsError("this vLLM engine was ended, since another one started in the same process")
 
 
-def _start_vllm(folder, path, load, options, eyes):
+def _rank(path):
+    "Of an adapter; 0 for a whole model"
+    return (read_json(Path(path) / "adapter_config.json") or {}).get("r") or 0
+
+
+def _start_vllm(folder, path, load, options, eyes, rank=0):
     "vLLM's engine for a model"
     import torch
 
@@ -947,6 +1077,8 @@ def _start_vllm(folder, path, load, options, eyes):
     )
     if eyes:
         how["limit_mm_per_prompt"] = {"video": 0}
+    if rank:
+        how.update(lora_keywords(rank))
     for ours, theirs in dict(
         max_model_len="max_model_len",
         gpu_memory="gpu_memory_utilization",
@@ -1277,17 +1409,18 @@ def answer(
     load: dict,  # keywords of `load_model`
     threads: int = 0,  # CPU threads; 0 leaves it to torch
     engine: str = "transformers",  # a name in `ENGINES`
-    options: dict | None = None,  # fields of `core.VLLMConfig`
+    options: dict | None = None,  # fields of `core.VLLMConfig`; and `adapters`, see `VLLM`
 ) -> tuple:  # (rows answered, reasons of those that failed)
     "Answer a batch and write its file."
     import torch
 
     if threads and engine == "transformers":
         torch.set_num_threads(threads)
-    key = engine, batch.model
+    key = engine, root_of(batch.model) if engine == "vllm" else batch.model
     if key not in _loaded:
         _loaded.clear()
         _loaded[key] = ENGINES[engine](batch.model, load, options or {})
+    _loaded[key].take(batch.model)
     good = [(r, i) for r, i in zip(batch.rows, batch.instructions) if not isinstance(r, Failed)]
     drawn = iter(
         _loaded[key].sample(*map(list, zip(*good)), how, derive_seed(seed, batch.name)) if good else []
@@ -1365,10 +1498,6 @@ class Answers:
                 yield {**f, "row": start + f["row"]}
 
 # %% ../nbs/31_generate.ipynb #629af0f4
-from .core import phase
-
-
-@phase("write")
 def answer_all(
     jobs: list,  # of `Job`
     how: Sampling,  # how to draw
@@ -1395,12 +1524,10 @@ def answer_all(
     total = sum(len(job.rows) for job in jobs)
     bar = Progress(stage, total, total - sum(len(places) for todo in left.values() for _, places in todo))
     try:
-        for (name, _), group in groupby(
-            (job for job in jobs if left[job.name]), lambda job: _together(names[job.name], job)
-        ):
-            some, seen, lost = list(group), 0, 0
+        for name, some, more in _groups([j for j in jobs if left[j.name]], names, options, pool):
+            seen, lost = 0, 0
             tasks = (
-                (job.batch(*b), hows[job.name], seed, folder / f"{b[0]}.json", load, threads, name, options)
+                (job.batch(*b), hows[job.name], seed, folder / f"{b[0]}.json", load, threads, name, more)
                 for job in some
                 for b in left[job.name]
             )
@@ -1447,9 +1574,23 @@ def _choose(engine, job, load, folder, stage):
     return name
 
 
-def _together(name, job):
-    "Jobs that the same processes work on: with vLLM those of one model, else all."
-    return name, job.model if name == "vllm" else None
+def _together(name, job, pool):
+    "What jobs share that the same processes work on: with vLLM a whole model, else nothing."
+    if name != "vllm":
+        return name, None
+    return name, job.model if getattr(pool, "one_model", False) else root_of(job.model)
+
+
+def _groups(jobs, names, options, pool):
+    "Engine, jobs and options of each group that the same processes work on, in the order of their first"
+    from specs_nb.models import is_adapter
+
+    groups = {}
+    for job in jobs:
+        groups.setdefault(_together(names[job.name], job, pool), []).append(job)
+    for (name, _), some in groups.items():
+        adapters = [job.model for job in some if is_adapter(job.model)] if name == "vllm" else []
+        yield name, some, {**options, "adapters": adapters} if adapters else options
 
 
 def _processes(engine, workers):

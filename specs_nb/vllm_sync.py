@@ -6,8 +6,7 @@
 __all__ = ['TRLS_OWN', 'server_for_training', 'before_vllm', 'check_beside', 'longest_prompt', 'same_prompts', 'fresh_images',
            'never_written', 'is_packed', 'plain_name', 'adapters_of', 'dense_weights', 'adapter_tensors',
            'write_adapter', 'unfit_beside', 'adapter_keywords', 'send_weights', 'Handover', 'takes_adapters',
-           'weights_stay_plain', 'keywords_beside', 'beside_vllm', 'vllm_ends', 'drift', 'tolerance_of', 'sync_check',
-           'watch_vllm']
+           'keywords_beside', 'beside_vllm', 'vllm_ends', 'drift', 'tolerance_of', 'sync_check', 'watch_vllm']
 
 # %% ../nbs/39_vllm_sync.ipynb #293f920f
 import contextlib
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 
 from .core import SpecsError
 from specs_nb.generate import (
+    class_takes_none,
     context_of,
     encode,
     end_vllm,
@@ -397,23 +397,12 @@ def unfit_beside(
 
 def _no_bed(model):
     "Why the base can't sleep in host memory; empty if it can, or if nothing says how much is free"
-    need = 2 * model.num_parameters() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    need = 2 * model.get_nb_trainable_parameters()[1] * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     known = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
     found = re.search(r"MemAvailable: +(\d+) kB", known)
     if not found or need < 0.8 * 1024 * int(found[1]):
         return ""
     return f"its base would sleep in {need / 1e9:.0f} GB of host memory, of which that much isn't free"
-
-
-def _supported_by_vllm(model):
-    "Why vLLM's class for a model takes no adapters; empty if it does, or isn't known"
-    from vllm.model_executor.models import ModelRegistry, supports_lora
-
-    for name in model.config.architectures or ():
-        known = getattr(ModelRegistry, "models", {}).get(name)
-        if known is not None:
-            return "" if supports_lora(known.load_model_cls()) else f"vLLM's {name} takes no adapters"
-    return ""
 
 
 def adapter_keywords(
@@ -424,7 +413,9 @@ def adapter_keywords(
     "How vLLM is started so that it can be handed a trainer's adapter; says why if it can't."
     if not any(adapters_of(m) for m in model.modules()):
         return {}
-    why = unfit_beside(model, dtype, trls.get("enable_sleep_mode", False)) or _supported_by_vllm(model)
+    why = unfit_beside(model, dtype, trls.get("enable_sleep_mode", False)) or class_takes_none(
+        model.name_or_path
+    )
     if why:
         print(f"vLLM is sent merged weights at each step, not the adapter alone: {why}", flush=True)
         return {}
@@ -551,16 +542,6 @@ def takes_adapters(
     engine = getattr(getattr(generation, "llm", None), "llm_engine", None)
     return getattr(getattr(engine, "vllm_config", None), "lora_config", None) is not None
 
-# %% ../nbs/39_vllm_sync.ipynb #2b97e6fa
-def weights_stay_plain():
-    "Have vLLM's CPU build keep weights that new ones can be written to."
-    from vllm import _custom_ops
-    from vllm.model_executor.layers import utils
-
-    _custom_ops._supports_onednn = False
-    if hasattr(utils, "check_cpu_sgl_kernel"):  # packing for AMX; older versions have none
-        utils.check_cpu_sgl_kernel = lambda *args: False
-
 # %% ../nbs/39_vllm_sync.ipynb #f620384c
 def _computes_in(args, model):
     "The dtype of the forward pass: autocast's, or the weights' own."
@@ -611,7 +592,9 @@ def beside_vllm(
     given = args.vllm_max_model_length or getattr(config, "max_model_len", 0)
     how = keywords_beside(args, model, config, 0 if given else longest())
     if not torch.cuda.is_available():
-        weights_stay_plain()
+        from vllm import _custom_ops
+
+        _custom_ops._supports_onednn = False
     end_vllm()
     kept, own = (theirs.LLM, theirs.is_bitsandbytes_available), not torch.distributed.is_initialized()
 
