@@ -6,7 +6,8 @@
 __all__ = ['TRLS_OWN', 'server_for_training', 'before_vllm', 'check_beside', 'longest_prompt', 'same_prompts', 'fresh_images',
            'never_written', 'is_packed', 'plain_name', 'adapters_of', 'dense_weights', 'adapter_tensors',
            'write_adapter', 'unfit_beside', 'adapter_keywords', 'send_weights', 'Handover', 'takes_adapters',
-           'keywords_beside', 'beside_vllm', 'vllm_ends', 'drift', 'tolerance_of', 'sync_check', 'watch_vllm']
+           'weights_stay_plain', 'keywords_beside', 'beside_vllm', 'vllm_ends', 'drift', 'tolerance_of', 'sync_check',
+           'watch_vllm']
 
 # %% ../nbs/39_vllm_sync.ipynb #293f920f
 import contextlib
@@ -397,7 +398,7 @@ def unfit_beside(
 
 def _no_bed(model):
     "Why the base can't sleep in host memory; empty if it can, or if nothing says how much is free"
-    need = 2 * model.get_nb_trainable_parameters()[1] * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    need = 2 * model.num_parameters() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     known = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
     found = re.search(r"MemAvailable: +(\d+) kB", known)
     if not found or need < 0.8 * 1024 * int(found[1]):
@@ -542,6 +543,16 @@ def takes_adapters(
     engine = getattr(getattr(generation, "llm", None), "llm_engine", None)
     return getattr(getattr(engine, "vllm_config", None), "lora_config", None) is not None
 
+# %% ../nbs/39_vllm_sync.ipynb #2b97e6fa
+def weights_stay_plain():
+    "Have vLLM's CPU build keep weights that new ones can be written to."
+    from vllm import _custom_ops
+    from vllm.model_executor.layers import utils
+
+    _custom_ops._supports_onednn = False
+    if hasattr(utils, "check_cpu_sgl_kernel"):  # packing for AMX; older versions have none
+        utils.check_cpu_sgl_kernel = lambda *args: False
+
 # %% ../nbs/39_vllm_sync.ipynb #f620384c
 def _computes_in(args, model):
     "The dtype of the forward pass: autocast's, or the weights' own."
@@ -592,9 +603,7 @@ def beside_vllm(
     given = args.vllm_max_model_length or getattr(config, "max_model_len", 0)
     how = keywords_beside(args, model, config, 0 if given else longest())
     if not torch.cuda.is_available():
-        from vllm import _custom_ops
-
-        _custom_ops._supports_onednn = False
+        weights_stay_plain()
     end_vllm()
     kept, own = (theirs.LLM, theirs.is_bitsandbytes_available), not torch.distributed.is_initialized()
 
