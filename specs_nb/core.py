@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALSO', 'PART', 'CHOICES', 'POSITIVE', 'FROM_ZERO', 'EXECUTION', 'TESTS', 'SpecsError', 'nearest', 'DataConfig',
            'ModelConfig', 'grpo_trainer_defaults', 'GRPOStage', 'DistillStage', 'ColdStartStage', 'EvalStage',
-           'JudgeConfig', 'VLLMConfig', 'Config', 'merge', 'parts', 'value_at', 'check', 'read_yaml', 'parse_override',
+           'JudgeConfig', 'VLLMConfig', 'Config', 'merge', 'parts', 'setting', 'check', 'read_yaml', 'parse_override',
            'builtin_configs', 'load_config', 'atomic', 'write_json', 'read_json', 'Run', 'fingerprint', 'file_digest',
            'why_execution', 'flat', 'differences', 'reset_peak_memory', 'peak_gpu_gb', 'peak_memory_gb', 'versions',
            'machine', 'folder_bytes', 'in_words', 'set_aside_folders', 'Stage', 'Interrupted', 'stop_asked',
@@ -459,7 +459,7 @@ FROM_ZERO = {  # key → what its number says, where the name doesn't
 }
 
 # %% ../nbs/00_core.ipynb #751896fa
-def value_at(
+def setting(
     config: Config,  # as merged
     key: str,  # such as `zero.steps`
 ):  # the value there
@@ -476,10 +476,10 @@ def _need(ok, message):
 
 def _check_numbers(config):
     for key in POSITIVE:
-        value = value_at(config, key)
+        value = setting(config, key)
         _need(value > 0, f"{key} must be positive, not {value}")
     for key, meaning in FROM_ZERO.items():
-        value = value_at(config, key)
+        value = setting(config, key)
         _need(value >= 0, f"{key} must be 0 or more{meaning and f' ({meaning})'}, not {value}")
     share = config.vllm.gpu_memory
     _need(
@@ -525,7 +525,7 @@ def check(
 ) -> Config:  # the same
     "Raise `SpecsError` for values out of range."
     for key, known in CHOICES.items():
-        value = value_at(config, key)
+        value = setting(config, key)
         _need(value in known, f"{key}: no {value!r}; {nearest(str(value), known)}")
     _check_numbers(config)
     for name in ("zero", "coldstart", "final"):
