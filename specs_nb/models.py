@@ -19,6 +19,7 @@ import shutil
 from pathlib import Path
 
 from .core import SpecsError, fingerprint, nearest, read_json, write_json
+from .tower import batch_windows
 
 # %% ../nbs/30_models.ipynb #9a72706f
 def resolve(
@@ -404,6 +405,7 @@ def load_model(
         )
     check_fit(model, processor, path)
     apply_liger(model, liger)
+    batch_windows(model)
     if quantize:
         _exact_on_cpu(model)
     return (model.cuda() if torch.cuda.is_available() and not quantize else model), processor
