@@ -8,10 +8,9 @@ __all__ = ['FAMILIES', 'LORA_TARGETS', 'TYPICAL', 'resolve', 'is_vlm', 'load_con
            'apply_liger', 'check_fit', 'load_model', 'random_model', 'lora_config', 'save_model', 'is_4bit',
            'save_adapter', 'note_base', 'base_digest', 'load_adapter', 'dense_from_4bit', 'nf4_config',
            'float32_adapter', 'least_step', 'keeps_float32', 'check_moves', 'merge_adapter', 'whole_model',
-           'rounded_base', 'load_to_train', 'rest_eyes', 'check_eyes', 'model_card', 'push', 'export_model']
+           'load_to_train', 'rest_eyes', 'check_eyes', 'model_card', 'push', 'export_model']
 
 # %% ../nbs/30_models.ipynb #507e1bb6
-import contextlib
 import hashlib
 import json
 import math
@@ -20,6 +19,7 @@ import shutil
 from pathlib import Path
 
 from .core import SpecsError, fingerprint, nearest, read_json, write_json
+from .tower import batch_windows
 
 # %% ../nbs/30_models.ipynb #9a72706f
 def resolve(
@@ -405,6 +405,7 @@ def load_model(
         )
     check_fit(model, processor, path)
     apply_liger(model, liger)
+    batch_windows(model)
     if quantize:
         _exact_on_cpu(model)
     return (model.cuda() if torch.cuda.is_available() and not quantize else model), processor
@@ -946,41 +947,6 @@ def whole_model(
         ):
             merge_adapter(path, out, dtype)
     return str(out)
-
-# %% ../nbs/30_models.ipynb #ad300001
-def rounded_base(
-    path: str,  # folder of an adapter that was trained on 4 bits
-    dtype: str = "auto",  # to write; `auto`: as the base's own files
-) -> str:  # of a whole model
-    """The base of such an adapter with the weights that it was trained on: rounded to 4 bits and written out.
-    One folder serves all adapters of a run; it is made when needed."""
-    import torch
-
-    base, known = base_of(path), read_json(Path(path) / "base.json") or {}
-    own = str(load_config_of(base).dtype or "float32").removeprefix("torch.")
-    dtype = own if dtype == "auto" else dtype
-    key = fingerprint(str(base), known.get("digest") or "", dtype)
-    folder = Path(path).resolve()
-    run = folder.parent.parent if folder.name == "model" else folder
-    out = run / f"base-4bit-{key[:8]}"
-    with _alone(run / ".base-4bit.lock"):
-        if not out.exists():
-            model, processor = load_model(base, dtype=own, quantize=True, liger="none")
-            part = out.with_name(f".{out.name}.{os.getpid()}.part")
-            save_model(dense_from_4bit(model).to(getattr(torch, dtype)), processor, part)
-            part.rename(out)
-            print(f"{out.name}: the base as 4 bits have rounded it, for all adapters of this run", flush=True)
-    return str(out)
-
-
-@contextlib.contextmanager
-def _alone(lock):
-    "One process at a time"
-    import fcntl
-
-    with open(lock, "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield
 
 # %% ../nbs/30_models.ipynb #aed7cfbe
 def load_to_train(
