@@ -723,7 +723,8 @@ def wanted(a):
 def tail(path, size=5000):
     "The end of what was printed, of a progress bar its last state"
     text = Path(path).read_bytes()[-40 * size :].decode(errors="replace")
-    return "\n".join(line.rsplit("\r", 1)[-1] for line in text.splitlines())[-size:]
+    lines = text.replace("\r\n", "\n").strip("\n").split("\n")
+    return "\n".join(line.rsplit("\r", 1)[-1] for line in lines)[-size:]
 
 
 def environment():

@@ -1,0 +1,86 @@
+"bench/gpu_truth.py keeps what a part has found, however the part ends"
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parent.parent / "bench/gpu_truth.py"
+
+
+@pytest.fixture(scope="module")
+def truth():
+    spec = importlib.util.spec_from_file_location("gpu_truth", BENCH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def child(code, tmp_path):
+    "A part's process, as `begin` makes it"
+    found, log = tmp_path / "found.json", tmp_path / "log"
+    code = f"import pathlib, time\ninput()\npathlib.Path({str(found)!r}).write_text('{{\"a\": 1}}')\n{code}"
+    with log.open("wb") as out:
+        streams = dict(stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT)
+        p = subprocess.Popen([sys.executable, "-c", code], **streams, start_new_session=True)
+    p.found, p.log = found, log
+    return p
+
+
+@pytest.mark.parametrize(
+    "code, state", [("", "ok"), ("raise ValueError('no')", "failed"), ("time.sleep(60)", "cut off")]
+)
+def test_what_was_found_is_kept(truth, code, state, tmp_path):
+    p = child(code, tmp_path)
+    r = truth.do_part(p, 4 if state == "cut off" else 60)
+    assert r["state"] == state
+    assert r["found"] == {"a": 1}
+    assert p.poll() is not None, "nothing of it is left"
+    assert ("ValueError: no" in r["printed"]) == (state == "failed")
+
+
+def test_parts_by_name_beginning_and_seconds(truth):
+    def asked(parts, limit=None):
+        return truth.wanted(argparse.Namespace(parts=parts, limit=limit))
+
+    assert asked("tests:30") == {"tests": 30}
+    assert list(asked("dpo")) == ["model", "dpo-lora", "dpo-qlora"], "these need the model"
+    assert list(asked("write-vllm")) == ["write-vllm"], "a whole name is no beginning"
+    assert asked("", 7)["smoke-vllm-lora"] == 7
+    assert list(asked(None))[:2] == ["smoke-vllm-lora", "write-vllm"]
+    with pytest.raises(SystemExit, match="no part 'smoko'"):
+        asked("smoko")
+
+
+def test_each_part_has_a_function(truth):
+    for name in truth.PARTS:
+        assert callable(truth.the_part(name)), name
+
+
+def test_a_line_for_each_end(truth, tmp_path):
+    step = dict(write=2.0, train=1.0, whole=3.0)
+    line = truth.headline("grpo-vllm-lora", dict(state="ok", seconds=9, found=dict(step=step)))
+    assert "step 3.00 s (write 2.00, train 1.00)" in line
+    bad = dict(state="failed", seconds=1, found=dict(traceback="Traceback\n  x\nValueError: no"))
+    assert truth.headline("dpo-lora", bad).endswith("ValueError: no")
+    assert "left out" in truth.headline("tests", dict(state="left out", why="3 s are left"))
+
+
+def test_the_last_state_of_a_progress_bar_is_kept(truth, tmp_path):
+    (tmp_path / "log").write_bytes(b"one\r two\rthree\nfour\n")
+    assert truth.tail(tmp_path / "log") == "three\nfour"
+
+
+def test_every_token_of_a_large_model_has_a_word(truth, tmp_path):
+    from specs_nb.models import load_processor
+
+    load_processor("tiny").save_pretrained(tmp_path)
+    truth.fill_vocabulary(tmp_path, 600)
+    words = json.loads((tmp_path / "tokenizer.json").read_text())
+    ids = {*words["model"]["vocab"].values(), *(t["id"] for t in words["added_tokens"])}
+    assert ids == set(range(600))
+    assert load_processor(str(tmp_path)).tokenizer.decode([599]) == "~599"
