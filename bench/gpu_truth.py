@@ -113,19 +113,20 @@ def questions(n, pixels):
 
 
 def large_config(a):
-    "The configuration of the shape, with the embedded tokenizer's special tokens"
+    "The configuration of the shape"
     from specs_nb.doctor import known_config
     from specs_nb.models import load_config_of
 
-    tiny = load_config_of("tiny")
-    if a.tiny:
-        return tiny
-    config = known_config(NAMES[a.shape])
-    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
-        setattr(config, name, getattr(tiny, name))
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config.text_config, name, getattr(tiny.text_config, name))
-    return config
+    return load_config_of("tiny") if a.tiny else known_config(NAMES[a.shape])
+
+
+def set_special_tokens(config, tok):
+    "The configuration's special tokens as the tokenizer numbers them, which differs by transformers' version"
+    vision = dict(image="image_pad", video="video_pad", vision_start="vision_start", vision_end="vision_end")
+    for name, word in vision.items():
+        setattr(config, f"{name}_token_id", tok.convert_tokens_to_ids(f"<|{word}|>"))
+    for name in ("bos", "eos", "pad"):
+        setattr(config.text_config, f"{name}_token_id", getattr(tok, f"{name}_token_id"))
 
 
 def fill_vocabulary(folder, size):
@@ -151,6 +152,8 @@ def shape_folder(a):
             fill_vocabulary(folder, config.text_config.vocab_size)
         config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
         config.dtype = load_words(a)["dtype"]
+        config.save_pretrained(folder)
+        set_special_tokens(config, load_processor(str(folder)).tokenizer)
         config.save_pretrained(folder)
     return folder
 

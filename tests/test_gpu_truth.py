@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -76,11 +75,16 @@ def test_the_last_state_of_a_progress_bar_is_kept(truth, tmp_path):
 
 
 def test_every_token_of_a_large_model_has_a_word(truth, tmp_path):
-    from specs_nb.models import load_processor
+    "And the configuration names the special tokens as the tokenizer numbers them once it is loaded"
+    words = dict(tiny=True, pixels=84, dpo_pixels=84, shape="3b")
+    a = argparse.Namespace(**words, work=str(tmp_path))
+    from specs_nb.models import load_config_of, load_processor
 
-    load_processor("tiny").save_pretrained(tmp_path)
-    truth.fill_vocabulary(tmp_path, 600)
-    words = json.loads((tmp_path / "tokenizer.json").read_text())
-    ids = {*words["model"]["vocab"].values(), *(t["id"] for t in words["added_tokens"])}
-    assert ids == set(range(600))
-    assert load_processor(str(tmp_path)).tokenizer.decode([599]) == "~599"
+    folder = truth.shape_folder(a)
+    truth.fill_vocabulary(folder, 600)
+    processor, config = load_processor(str(folder)), load_config_of(str(folder))
+    truth.set_special_tokens(config, processor.tokenizer)
+    assert config.image_token_id == processor.image_token_id
+    assert config.text_config.eos_token_id == processor.tokenizer.eos_token_id
+    assert processor.tokenizer.decode([520]) == "~520"
+    assert None not in processor.tokenizer.convert_ids_to_tokens([*range(500), *range(512, 600)])
