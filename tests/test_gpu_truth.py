@@ -88,3 +88,17 @@ def test_every_token_of_a_large_model_has_a_word(truth, tmp_path):
     assert config.text_config.eos_token_id == processor.tokenizer.eos_token_id
     assert processor.tokenizer.decode([520]) == "~520"
     assert None not in processor.tokenizer.convert_ids_to_tokens([*range(500), *range(512, 600)])
+
+
+def test_what_is_within_counts_once(truth):
+    "An outer event's own time is what its inner ones leave"
+    ms = 1_000_000
+    events = [
+        ("inner", 2 * ms, 5 * ms),
+        ("outer", 0, 10 * ms),
+        ("inner", 6 * ms, 7 * ms),
+        ("outer", 10 * ms, 11 * ms),
+    ]
+    found = truth.totals_by_name(events)
+    assert found == {"outer": (2, 11, 7), "inner": (2, 4, 4)}
+    assert [r["name"] for r in truth.largest(found, 2, 1)] == ["outer"]
