@@ -1,4 +1,4 @@
-"bench/gpu_truth.py keeps what a part has found, however the part ends"
+"bench/gpu_truth.py keeps what a part has found, however the part ends; `make gpu` without a card says so"
 
 import argparse
 import importlib.util
@@ -8,15 +8,20 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parent.parent / "bench/gpu_truth.py"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def script(path):
+    "A script of the checkout as a module"
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def truth():
-    spec = importlib.util.spec_from_file_location("gpu_truth", BENCH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("bench/gpu_truth.py")
 
 
 def child(code, tmp_path):
@@ -102,3 +107,16 @@ def test_what_is_within_counts_once(truth):
     found = truth.totals_by_name(events)
     assert found == {"outer": (2, 11, 7), "inner": (2, 4, 4)}
     assert [r["name"] for r in truth.largest(found, 2, 1)] == ["outer"]
+
+
+def test_make_gpu_without_a_card(monkeypatch, capsys, tmp_path):
+    "It says so and ends well, unless somebody counts on a card"
+    check = script("tools/check.py")
+    monkeypatch.setattr(check, "card", lambda: "")
+    monkeypatch.delenv("SPECS_NEED_GPU", raising=False)
+    for part in (check.gpu_tests, check.gpu_cells):
+        assert part(tmp_path) == ""
+        assert "NOT RUN, torch sees no CUDA card" in capsys.readouterr().out
+    monkeypatch.setenv("SPECS_NEED_GPU", "1")
+    assert check.gpu_tests(tmp_path) == "there is no CUDA card"
+    assert all((ROOT / path).exists() for path in check.GPU_TESTS)
