@@ -74,10 +74,12 @@ class Found:
 
 
 class Watch:
-    "The most of the card's memory that was taken at once, by whatever process, in GiB; 0 without a card"
+    """The most of the card's memory that was taken at once, by whatever process, in GiB; 0 without a card. A
+    clock's phases are noted as they pass, so that a part that is cut off has said where its time went"""
 
-    def __init__(self, every=0.1):
+    def __init__(self, found=None, clock=None, every=0.1):
         self.peak, self.over, self.every = 0.0, threading.Event(), every
+        self.found, self.clock = found, clock
 
     def __enter__(self):
         threading.Thread(target=self.look, daemon=True).start()
@@ -89,9 +91,15 @@ class Watch:
     def look(self):
         import torch
 
-        while torch.cuda.is_available() and not self.over.wait(self.every):
-            free, whole = torch.cuda.mem_get_info()
-            self.peak = max(self.peak, (whole - free) / 2**30)
+        turns = 0
+        while not self.over.wait(self.every):
+            if torch.cuda.is_available():
+                free, whole = torch.cuda.mem_get_info()
+                self.peak = max(self.peak, (whole - free) / 2**30)
+            turns += 1
+            if self.clock and turns % 50 == 0:
+                by = {k: round(v, 2) for k, v in list(self.clock.by.items())}
+                self.found.note(so_far=dict(by, running=self.clock.running[-1]), device_peak_gib=self.peak)
 
 
 def on_card():
@@ -113,19 +121,20 @@ def questions(n, pixels):
 
 
 def large_config(a):
-    "The configuration of the shape, with the embedded tokenizer's special tokens"
+    "The configuration of the shape"
     from specs_nb.doctor import known_config
     from specs_nb.models import load_config_of
 
-    tiny = load_config_of("tiny")
-    if a.tiny:
-        return tiny
-    config = known_config(NAMES[a.shape])
-    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
-        setattr(config, name, getattr(tiny, name))
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config.text_config, name, getattr(tiny.text_config, name))
-    return config
+    return load_config_of("tiny") if a.tiny else known_config(NAMES[a.shape])
+
+
+def set_special_tokens(config, tok):
+    "The configuration's special tokens as the tokenizer numbers them, which differs by transformers' version"
+    vision = dict(image="image_pad", video="video_pad", vision_start="vision_start", vision_end="vision_end")
+    for name, word in vision.items():
+        setattr(config, f"{name}_token_id", tok.convert_tokens_to_ids(f"<|{word}|>"))
+    for name in ("bos", "eos", "pad"):
+        setattr(config.text_config, f"{name}_token_id", getattr(tok, f"{name}_token_id"))
 
 
 def fill_vocabulary(folder, size):
@@ -152,6 +161,8 @@ def shape_folder(a):
             fill_vocabulary(folder, config.text_config.vocab_size)
         config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
         config.dtype = load_words(a)["dtype"]
+        config.save_pretrained(folder)
+        set_special_tokens(config, load_processor(str(folder)).tokenizer)
         config.save_pretrained(folder)
     return folder
 
@@ -425,7 +436,7 @@ def grpo_stage(a, vllm, how, fast):
     if vllm:
         trainer |= dict(use_vllm=True, vllm_mode="colocate", vllm_max_model_length=512 if a.tiny else 2048)
         trainer |= dict(vllm_gpu_memory_utilization=a.share, vllm_enable_sleep_mode=on_card())
-    return GRPOStage(steps=4 if vllm else 2, trainer=trainer, fast=fast, **{how: True})
+    return GRPOStage(steps=3 if vllm else 2, trainer=trainer, fast=fast, **{how: True})
 
 
 def grpo(a, found):
@@ -446,7 +457,7 @@ def grpo(a, found):
     found.note(doctor=expected(a, folder, grpo_parts, rows, "zero", zero=stage))
     clock = count_seconds()
     options = VLLMConfig(options=EAGER) if vllm else None
-    with Watch() as watch:
+    with Watch(found, clock) as watch:
         trainer = grpo_trainer(
             folder, rows, Path(a.work) / a.part, stage, FORMATS["think_answer"], vllm=options, **load_words(a)
         )
@@ -513,30 +524,57 @@ def named_ranges(model):
             name(module, "## visual attention")
 
 
+def totals_by_name(events):
+    "Calls, milliseconds and milliseconds without what is within, of each name; events of one thread nest"
+    names, open_events = {}, []
+    for name, start, end in sorted(events, key=lambda e: (e[1], -e[2])):
+        while open_events and open_events[-1][1] <= start:
+            open_events.pop()
+        calls, whole, own = names.get(name, (0, 0, 0))
+        names[name] = calls + 1, whole + end - start, own + end - start
+        if open_events:
+            outer = open_events[-1][0]
+            calls, whole, own = names[outer]
+            names[outer] = calls, whole, own - (end - start)
+        open_events.append((name, end))
+    return {n: (calls, whole / 1e6, own / 1e6) for n, (calls, whole, own) in names.items()}
+
+
+def largest(totals, at, n=15):
+    "Rows of the names that took most"
+    rows = sorted(totals.items(), key=lambda item: -item[1][at])[:n]
+    return [dict(name=k[:90], calls=c, ms=round(ms, 2), own_ms=round(own, 2)) for k, (c, ms, own) in rows]
+
+
 def profile_table(prof, seconds):
-    "Where a step's time went: the longest by device and by CPU, and how many kernels were launched"
-    events = prof.key_averages()
-    rows = [
-        dict(
-            name=e.key[:90],
-            calls=e.count,
-            device_ms=round(e.self_device_time_total / 1000, 2),
-            device_total_ms=round(e.device_time_total / 1000, 2),
-            cpu_ms=round(e.self_cpu_time_total / 1000, 2),
-        )
-        for e in events
-    ]
-    launch = [r for r in rows if "LaunchKernel" in r["name"]]
-    kernels = [e for e in events if str(e.device_type).endswith("CUDA") and not e.key.startswith("##")]
+    """Where a step's time went: by device and by CPU, and how many kernels were launched. torch's own tables
+    take minutes with so many events"""
+    threads, kernels, ranges = {}, [], []
+    for e in prof.profiler.kineto_results.events():
+        name, start = e.name(), e.start_ns()
+        one = name, start, start + e.duration_ns()
+        on_cpu = str(e.device_type()).endswith("CPU")
+        if name.startswith("##"):
+            ranges.append((f"{name} on the {'CPU' if on_cpu else 'card'}", *one[1:]))
+        if on_cpu:
+            threads.setdefault(e.start_thread_id(), []).append(one)
+        elif not name.startswith("##"):
+            kernels.append(one)
+    cpu = {}
+    for events in threads.values():
+        for name, found in totals_by_name(events).items():
+            cpu[name] = tuple(a + b for a, b in zip(cpu.get(name, (0, 0, 0)), found, strict=True))
+    launches = {n: c for n, c in cpu.items() if "LaunchKernel" in n}
     return dict(
         seconds=seconds,
-        launches=sum(r["calls"] for r in launch),
-        launch_cpu_ms=sum(r["cpu_ms"] for r in launch),
-        device_busy_s=sum(e.self_device_time_total for e in kernels) / 1e6,
-        attention_calls=sum(r["calls"] for r in rows if r["name"] == "aten::scaled_dot_product_attention"),
-        ranges=[r for r in rows if r["name"].startswith("##")],
-        by_device=sorted(rows, key=lambda r: -r["device_ms"])[:15],
-        by_cpu=sorted(rows, key=lambda r: -r["cpu_ms"])[:15],
+        events=sum(map(len, threads.values())) + len(kernels),
+        launches=sum(c[0] for c in launches.values()),
+        launch_cpu_ms=round(sum(c[2] for c in launches.values()), 1),
+        device_busy_s=sum(end - start for _, start, end in kernels) / 1e9,
+        attention_calls=cpu.get("aten::scaled_dot_product_attention", (0,))[0],
+        ranges=largest({n: c for n, c in totals_by_name(ranges).items()}, 1),
+        by_device=largest(totals_by_name(kernels), 1),
+        by_cpu=largest(cpu, 2),
     )
 
 
@@ -559,6 +597,7 @@ def profiled(trainer, at, found):
                 if on_card():
                     torch.cuda.synchronize()
                 seconds = time.perf_counter() - self.start
+                found.note(profiled_s=seconds)
                 self.prof.__exit__(None, None, None)
                 found.note(profile=profile_table(self.prof, seconds))
 
@@ -575,7 +614,7 @@ def dpo(a, found):
     from specs_nb.doctor import dpo_parts, shape_of
     from specs_nb.grpo import go_on
 
-    how, steps, micro = a.part.split("-")[1], 4, 2 if a.tiny else 4
+    how, steps, micro = a.part.split("-")[1], 3, 2 if a.tiny else 4
     folder, clock = model_folder(a), count_seconds()
     pairs, rows = make_pairs_file(a, folder, steps * micro)
     settings = dict(per_device_train_batch_size=micro, max_steps=steps, learning_rate=1e-6, bf16=on_card())
@@ -673,14 +712,15 @@ def run_part(a):
     "In a process of its own: do a part, and keep what it found"
     from specs_nb.ranks import die_with_parent
 
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
     die_with_parent()
     found = Found(a.found)
     try:
         if a.ahead:
             preload(a.part)
-            if not sys.stdin.readline():
+            go = sys.stdin.readline()
+            if not go:
                 return 1  # the parent is gone, or the part is left out
+            faulthandler.dump_traceback_later(max(1.0, float(go) - 2))  # where it stood, if it is cut off
         the_part(a.part)(a, found)
         return 0
     except BaseException:
@@ -724,7 +764,8 @@ def wanted(a):
 def tail(path, size=5000):
     "The end of what was printed, of a progress bar its last state"
     text = Path(path).read_bytes()[-40 * size :].decode(errors="replace")
-    return "\n".join(line.rsplit("\r", 1)[-1] for line in text.splitlines())[-size:]
+    lines = text.replace("\r\n", "\n").strip("\n").split("\n")
+    return "\n".join(line.rsplit("\r", 1)[-1] for line in lines)[-size:]
 
 
 def environment():
@@ -766,7 +807,7 @@ def do_part(child, seconds):
     "Give a part its turn, and keep what it left"
     start, code = time.monotonic(), None
     try:
-        child.stdin.write(b"go\n")
+        child.stdin.write(f"{seconds}\n".encode())
         child.stdin.close()
     except OSError:  # it has fallen already
         pass
@@ -775,8 +816,6 @@ def do_part(child, seconds):
         state = "failed" if code else "ok"
     except subprocess.TimeoutExpired:
         state = "cut off"
-        child.send_signal(signal.SIGUSR1)  # it says where it stands
-        time.sleep(1)
     end(child)
     facts = json.loads(child.found.read_text()) if child.found.exists() else {}
     if run := facts.get("run"):
