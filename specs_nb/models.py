@@ -6,9 +6,10 @@
 __all__ = ['FAMILIES', 'LORA_TARGETS', 'TYPICAL', 'resolve', 'is_vlm', 'load_config_of', 'is_adapter', 'base_of', 'model_class',
            'check_folder', 'load_processor', 'tokenizer_of', 'set_chat', 'chat_of', 'quiet_libraries', 'pick_attn',
            'apply_liger', 'check_fit', 'load_model', 'random_model', 'lora_config', 'save_model', 'is_4bit',
-           'save_adapter', 'note_base', 'base_digest', 'load_adapter', 'dense_from_4bit', 'nf4_config',
-           'float32_adapter', 'least_step', 'keeps_float32', 'check_moves', 'merge_adapter', 'whole_model',
-           'rounded_base', 'load_to_train', 'rest_eyes', 'check_eyes', 'model_card', 'push', 'export_model']
+           'save_adapter', 'note_base', 'base_digest', 'digest_of_files', 'load_adapter', 'dense_from_4bit',
+           'nf4_config', 'float32_adapter', 'least_step', 'keeps_float32', 'check_moves', 'merge_adapter',
+           'whole_model', 'rounded_base', 'load_to_train', 'rest_eyes', 'check_eyes', 'model_card', 'push',
+           'export_model']
 
 # %% ../nbs/30_models.ipynb #507e1bb6
 import contextlib
@@ -711,6 +712,54 @@ def base_digest(
         if p.ndim == 1 or name.endswith("embed_tokens.weight"):
             h.update(p.detach()[:64].to(torch.bfloat16).float().cpu().numpy().tobytes())
     return h.hexdigest()[:16]
+
+# %% ../nbs/30_models.ipynb #ad300005
+def digest_of_files(
+    path: str,  # of a whole model: `tiny`, a folder or a hub name
+) -> str:  # 16 hex digits; empty where files or names can't be told
+    "`base_digest` of a model that isn't loaded: a few tensors are read from its files."
+    import torch
+    from safetensors import safe_open
+
+    with torch.device("meta"):
+        model = model_class(path).from_config(load_config_of(path))
+    small = {n for n, p in model.named_parameters() if p.ndim == 1 or n.endswith("embed_tokens.weight")}
+    found = {}
+    for file in sorted(_folder_of(path).glob("*.safetensors")):
+        with safe_open(file, "pt") as held:
+            for name in held.keys():
+                if (ours := _renamed(name, model)) in small:
+                    found[ours] = held.get_slice(name)[:64].to(torch.bfloat16).float().numpy().tobytes()
+    if small - set(found):
+        return ""
+    return hashlib.sha256(b"".join(found[n] for n in sorted(found))).hexdigest()[:16]
+
+
+def _folder_of(path):
+    "Where a model's files lie; an empty place for one that isn't on this disk"
+    from huggingface_hub import snapshot_download
+
+    folder = Path(resolve(path))
+    if folder.exists():
+        return folder
+    try:
+        return Path(snapshot_download(str(path), local_files_only=True, allow_patterns="*.safetensors"))
+    except (OSError, ValueError):
+        return folder
+
+
+def _renamed(name, model):
+    "The name that transformers gives a tensor of a file; as it is where it is cut or joined"
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        for step in get_model_conversion_mapping(model):
+            if isinstance(step, WeightRenaming):
+                name = step.rename_source_key(name)[0]
+    except (ImportError, TypeError, AttributeError):
+        pass
+    return name
 
 # %% ../nbs/30_models.ipynb #015b0989
 def load_adapter(

@@ -409,6 +409,8 @@ def test_colocate_trains_with_checked_weights(how, tmp_path):
                 for k, p in named if "base_layer.weight" in k}}
         moved = [k for k, p in base.items() if p.shape == was[k].shape and not (p == was[k]).all()]
         print("MOVED", len(base), len(moved))
+        handed = getattr(t, "handover", None)
+        print("HANDED", json.dumps(handed and [handed.number, handed.merged]))
         print("FOUND", json.dumps(found))""")
     assert out.returncode == 0, out.stderr[-3000:]
     found = json.loads(out.stdout.split("FOUND")[1].strip().splitlines()[0])
@@ -420,6 +422,8 @@ def test_colocate_trains_with_checked_weights(how, tmp_path):
     if how:
         layers, moved = map(int, out.stdout.split("MOVED")[1].split()[:2])
         assert layers == 28 and moved == 0, "the base under an adapter stands still"
+        handed = json.loads(out.stdout.split("HANDED")[1].strip().splitlines()[0])
+        assert handed == [3, False], "the adapter by itself: at the start and after each step"
 
 
 def test_training_with_a_model_fond_of_images(tmp_path):
@@ -513,29 +517,3 @@ def test_server_mode_is_refused_without_its_server():
                 ),
                 "tiny",
             )
-
-
-# ---- the pipeline
-
-
-def test_run_up_to_pairs(tmp_path):
-    "GRPO-zero with vLLM beside it and pairs from vLLM, from the command line"
-    out = subprocess.run(
-        [
-            Path(sys.executable).parent / "specs",
-            "pairs",
-            "-c",
-            "smoke",
-            "--run-dir",
-            tmp_path / "run",
-            "engine=vllm",
-            "zero.trainer.use_vllm=true",
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-3000:]
-    assert (tmp_path / "run/pairs/pairs.parquet").exists() and "vLLM" in (
-        tmp_path / "run/pairs/samples/engine.txt"
-    ).read_text()

@@ -222,3 +222,5 @@ def test_a_run_with_lora_starts_two_engines(tmp_path):
         "final",
     }
     assert not list((tmp_path / "run").glob("*/merged")), "nothing is merged on the way"
+    assert (tmp_path / "run/pairs/pairs.parquet").exists()
+    assert "vLLM" in (tmp_path / "run/pairs/samples/engine.txt").read_text()
