@@ -915,7 +915,7 @@ class VLLM(Engine):
         from specs_nb.models import load_processor
 
         self.load, self.options, self.processor = load, options, load_processor(path, load.get("chat"))
-        self.held, self.request, self.why = None, None, {}
+        self.held, self.path, self.request, self.why = None, None, None, {}
         self.rank = self.number = 0
         self.take(path)
 
@@ -923,17 +923,19 @@ class VLLM(Engine):
         "Answer as the model at `path` from now on; an adapter that vLLM can't take is merged, and this said."
         from specs_nb.models import is_adapter, rounded_base, whole_model
 
-        self.request = None
+        if path == self.path:
+            return
+        self.path = self.request = None
         if not is_adapter(path):
-            return self._hold(path)
-        why = self._unfit(path)
-        if not why:
+            self._hold(path)
+        elif not self._unfit(path):
             base, rounded = root_of(path)
             self._hold(rounded_base(path) if rounded else base, self._largest(path))
-            why = self._hand(path)
-        if why:
+            self.why[path] = self._hand(path)
+        if why := self.why.get(path):
             print(f"{'sample':10} {path} is merged with its base for vLLM: {why}", flush=True)
             self._hold(whole_model(path))
+        self.path = path
 
     def _unfit(self, path):
         dtype = self.options.get("options", {}).get("dtype") or self.load.get("dtype", "float32")

@@ -617,8 +617,8 @@ def beside_vllm(
 
 @contextlib.contextmanager
 def vllm_ends():
-    """However what is within ends, no vLLM is left in this process, nor the ranks that TRL notes for it in the
-    environment, by which the next trainer would take itself for one of several; also a decorator."""
+    """However what is within ends, no vLLM is left in this process, nor the ranks that TRL notes for it in
+    the environment, by which the next trainer would take itself for one of several; also a decorator."""
     names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     before = {name: os.environ[name] for name in names if name in os.environ}
     try:
