@@ -1210,12 +1210,22 @@ def disk(
             each.append(4 * 4 * shape.total if spread else 3 * whole)
     # the next one is written before the last is removed
     out["checkpoints"] = sum(each) + sum(each) // 3
-    adapters = sum(s.lora or s.qlora for s in (config.zero, config.coldstart, config.final))
-    if config.engine in ("vllm", "server") and adapters:
-        out["merged for vLLM"] = adapters * shape.total * 2
+    if copies := _whole_copies(config):
+        out["merged for vLLM"] = copies * shape.total * 2
     if not local:
         out["download"] = shape.total * 2
     return out
+
+
+def _whole_copies(config):
+    "Whole models written so that vLLM can answer as stages with an adapter do"
+    stages = [s for s in (config.zero, config.coldstart, config.final) if s.lora or s.qlora]
+    if config.engine == "server":
+        return len(stages)  # a server is given merged weights
+    if config.engine != "vllm":
+        return 0
+    rounded = any(s.qlora and not s.lora_tower for s in stages)  # the base, once for all
+    return sum(s.lora_tower for s in stages) + rounded
 
 
 def _written(config, shape):

@@ -781,7 +781,7 @@ def unfit_folder(
     "What keeps vLLM from taking an adapter that lies on the disk, see `unfit_adapter`."
     from safetensors import safe_open
 
-    from specs_nb.models import base_of, is_adapter
+    from specs_nb.models import base_of, digest_of_files, is_adapter
 
     file = Path(path) / "adapter_model.safetensors"
     if not file.exists():
@@ -793,6 +793,10 @@ def unfit_folder(
     other = [n for n in names if not re.search(r"\.lora_[AB]\.weight$", n)]
     if other:
         return f"it holds more than LoRA's matrices ({other[0]})"
+    made_for = (read_json(Path(path) / "base.json") or {}).get("digest")
+    there = digest_of_files(base_of(path)) if made_for else ""
+    if there and made_for != there:
+        return "its base isn't the one that it was made for"  # merging looks closer, and refuses
     config = read_json(Path(path) / "adapter_config.json")
     return unfit_adapter(
         config, sorted({n.removeprefix("base_model.model.").rsplit(".", 2)[0] for n in names}), dtype
@@ -911,7 +915,7 @@ class VLLM(Engine):
         from specs_nb.models import load_processor
 
         self.load, self.options, self.processor = load, options, load_processor(path, load.get("chat"))
-        self.held = self.request = None
+        self.held, self.path, self.request, self.why = None, None, None, {}
         self.rank = self.number = 0
         self.take(path)
 
@@ -919,21 +923,25 @@ class VLLM(Engine):
         "Answer as the model at `path` from now on; an adapter that vLLM can't take is merged, and this said."
         from specs_nb.models import is_adapter, rounded_base, whole_model
 
-        self.request = None
+        if path == self.path:
+            return
+        self.path = self.request = None
         if not is_adapter(path):
-            return self._hold(path)
-        why = self._unfit(path)
-        if not why:
+            self._hold(path)
+        elif not self._unfit(path):
             base, rounded = root_of(path)
             self._hold(rounded_base(path) if rounded else base, self._largest(path))
-            why = self._hand(path)
-        if why:
+            self.why[path] = self._hand(path)
+        if why := self.why.get(path):
             print(f"{'sample':10} {path} is merged with its base for vLLM: {why}", flush=True)
             self._hold(whole_model(path))
+        self.path = path
 
     def _unfit(self, path):
         dtype = self.options.get("options", {}).get("dtype") or self.load.get("dtype", "float32")
-        return unfit_folder(path, dtype) or class_takes_none(root_of(path)[0])
+        if path not in self.why:
+            self.why[path] = unfit_folder(path, dtype) or class_takes_none(root_of(path)[0])
+        return self.why[path]
 
     def _largest(self, path=None):
         "The largest rank of the adapters that belong to the same base and fit; 0 if there is none"

@@ -6,11 +6,13 @@
 __all__ = ['FAMILIES', 'LORA_TARGETS', 'TYPICAL', 'resolve', 'is_vlm', 'load_config_of', 'is_adapter', 'base_of', 'model_class',
            'check_folder', 'load_processor', 'tokenizer_of', 'set_chat', 'chat_of', 'quiet_libraries', 'pick_attn',
            'apply_liger', 'check_fit', 'load_model', 'random_model', 'lora_config', 'save_model', 'is_4bit',
-           'save_adapter', 'note_base', 'base_digest', 'load_adapter', 'dense_from_4bit', 'nf4_config',
-           'float32_adapter', 'least_step', 'keeps_float32', 'check_moves', 'merge_adapter', 'whole_model',
-           'load_to_train', 'rest_eyes', 'check_eyes', 'model_card', 'push', 'export_model']
+           'save_adapter', 'note_base', 'base_digest', 'digest_of_files', 'load_adapter', 'dense_from_4bit',
+           'nf4_config', 'float32_adapter', 'least_step', 'keeps_float32', 'check_moves', 'merge_adapter',
+           'whole_model', 'rounded_base', 'load_to_train', 'rest_eyes', 'check_eyes', 'model_card', 'push',
+           'export_model']
 
 # %% ../nbs/30_models.ipynb #507e1bb6
+import contextlib
 import hashlib
 import json
 import math
@@ -713,6 +715,54 @@ def base_digest(
             h.update(p.detach()[:64].to(torch.bfloat16).float().cpu().numpy().tobytes())
     return h.hexdigest()[:16]
 
+# %% ../nbs/30_models.ipynb #ad300005
+def digest_of_files(
+    path: str,  # of a whole model: `tiny`, a folder or a hub name
+) -> str:  # 16 hex digits; empty where files or names can't be told
+    "`base_digest` of a model that isn't loaded: a few tensors are read from its files."
+    import torch
+    from safetensors import safe_open
+
+    with torch.device("meta"):
+        model = model_class(path).from_config(load_config_of(path))
+    small = {n for n, p in model.named_parameters() if p.ndim == 1 or n.endswith("embed_tokens.weight")}
+    found = {}
+    for file in sorted(_folder_of(path).glob("*.safetensors")):
+        with safe_open(file, "pt") as held:
+            for name in held.keys():
+                if (ours := _renamed(name, model)) in small:
+                    found[ours] = held.get_slice(name)[:64].to(torch.bfloat16).float().numpy().tobytes()
+    if small - set(found):
+        return ""
+    return hashlib.sha256(b"".join(found[n] for n in sorted(found))).hexdigest()[:16]
+
+
+def _folder_of(path):
+    "Where a model's files lie; an empty place for one that isn't on this disk"
+    from huggingface_hub import snapshot_download
+
+    folder = Path(resolve(path))
+    if folder.exists():
+        return folder
+    try:
+        return Path(snapshot_download(str(path), local_files_only=True, allow_patterns="*.safetensors"))
+    except (OSError, ValueError):
+        return folder
+
+
+def _renamed(name, model):
+    "The name that transformers gives a tensor of a file; as it is where it is cut or joined"
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        for step in get_model_conversion_mapping(model):
+            if isinstance(step, WeightRenaming):
+                name = step.rename_source_key(name)[0]
+    except (ImportError, TypeError, AttributeError):
+        pass
+    return name
+
 # %% ../nbs/30_models.ipynb #015b0989
 def load_adapter(
     model,  # the base
@@ -947,6 +997,41 @@ def whole_model(
         ):
             merge_adapter(path, out, dtype)
     return str(out)
+
+# %% ../nbs/30_models.ipynb #ad300001
+def rounded_base(
+    path: str,  # folder of an adapter that was trained on 4 bits
+    dtype: str = "auto",  # to write; `auto`: as the base's own files
+) -> str:  # of a whole model
+    """The base of such an adapter with the weights that it was trained on: rounded to 4 bits and written out.
+    One folder serves all adapters of a run; it is made when needed."""
+    import torch
+
+    base, known = base_of(path), read_json(Path(path) / "base.json") or {}
+    own = str(load_config_of(base).dtype or "float32").removeprefix("torch.")
+    dtype = own if dtype == "auto" else dtype
+    key = fingerprint(str(base), known.get("digest") or "", dtype)
+    folder = Path(path).resolve()
+    run = folder.parent.parent if folder.name == "model" else folder
+    out = run / f"base-4bit-{key[:8]}"
+    with _alone(run / ".base-4bit.lock"):
+        if not out.exists():
+            model, processor = load_model(base, dtype=own, quantize=True, liger="none")
+            part = out.with_name(f".{out.name}.{os.getpid()}.part")
+            save_model(dense_from_4bit(model).to(getattr(torch, dtype)), processor, part)
+            part.rename(out)
+            print(f"{out.name}: the base as 4 bits have rounded it, for all adapters of this run", flush=True)
+    return str(out)
+
+
+@contextlib.contextmanager
+def _alone(lock):
+    "One process at a time"
+    import fcntl
+
+    with open(lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 # %% ../nbs/30_models.ipynb #aed7cfbe
 def load_to_train(

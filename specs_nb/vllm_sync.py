@@ -626,11 +626,17 @@ def beside_vllm(
 
 @contextlib.contextmanager
 def vllm_ends():
-    "However what is within ends, no vLLM is left in this process; also a decorator."
+    """However what is within ends, no vLLM is left in this process, nor the ranks that TRL notes for it in
+    the environment, by which the next trainer would take itself for one of several; also a decorator."""
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    before = {name: os.environ[name] for name in names if name in os.environ}
     try:
         yield
     finally:
         end_vllm()
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 # %% ../nbs/39_vllm_sync.ipynb #42be58b0
 def drift(

@@ -429,6 +429,8 @@ def test_colocate_trains_with_checked_weights(how, tmp_path):
                 for k, p in named if "base_layer.weight" in k}}
         moved = [k for k, p in base.items() if p.shape == was[k].shape and not (p == was[k]).all()]
         print("MOVED", len(base), len(moved))
+        handed = getattr(t, "handover", None)
+        print("HANDED", json.dumps(handed and [handed.number, handed.merged]))
         print("FOUND", json.dumps(found))""")
     assert out.returncode == 0, out.stderr[-3000:]
     spent = json.loads(out.stdout.split("SPENT")[1].strip().splitlines()[0])
@@ -442,6 +444,8 @@ def test_colocate_trains_with_checked_weights(how, tmp_path):
     if how:
         layers, moved = map(int, out.stdout.split("MOVED")[1].split()[:2])
         assert layers == 28 and moved == 0, "the base under an adapter stands still"
+        handed = json.loads(out.stdout.split("HANDED")[1].strip().splitlines()[0])
+        assert handed == [3, False], "the adapter by itself: at the start and after each step"
 
 
 def test_training_with_a_model_fond_of_images(tmp_path):
