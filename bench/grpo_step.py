@@ -1,21 +1,29 @@
 """How long a GRPO step takes: TRL's `GRPOTrainer` beside ours, the embedded model with the default
 configuration, in one process on one thread.
 
-Usage: python bench/grpo_step.py [--steps N] [--json OUT.json]
+Usage: python bench/grpo_step.py [--steps N] [--shape embedded|200|800] [--json OUT.json]
 
 The two trainers take turns, a step each, with the same weights to begin with, the same batch and the same
 seed. The first turn warms up and isn't counted. The processor's seconds are what counts, since on a machine
 that others use too the clock on the wall measures them; both are kept. The floor is what the step can't do
 without (each token of a prompt read once for eight answers, each token of an answer written once and scored
 once, no padding, forward and backward), in floating-point operations, over the rate at which this machine
-multiplies matrices of 1024 x 1024."""
+multiplies matrices of 1024 x 1024.
+
+With `--shape 200` or `800` it is the training step of a recipe for a large model, on a small one (20 million
+parameters, Qwen2.5-VL's form, float32, gradient checkpointing): one question with a prompt of 1,400 tokens and a
+picture, eight answers of 200 or 800 tokens that are given and not written. Peak memory is taken in a process for
+each trainer."""
 
 import argparse
 import importlib.metadata
 import json
 import os
 import platform
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -28,9 +36,10 @@ import torch
 from transformers import TrainerCallback
 
 from specs_nb import fast, world
-from specs_nb.core import Config
+from specs_nb.core import Config, GRPOStage
 from specs_nb.formats import FORMATS
 from specs_nb.grpo import grpo_trainer
+from specs_nb.models import random_model
 
 SEED = 0
 
@@ -75,11 +84,58 @@ def trainer(quick, steps):
     )
 
 
-def take_turns(steps):
+LARGE = dict(
+    hidden_size=512,
+    intermediate_size=1408,
+    num_hidden_layers=7,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=4096,
+)
+
+
+def recipe_trainer(quick, steps, length, prompt=1400):
+    "A trainer of a recipe's shape whose eight answers of so many tokens are given"
+    folder = Path(tempfile.mkdtemp())
+    start = random_model("qwen2.5-vl", folder / "model", **LARGE)
+    rows = world.rows("train", steps)
+    rows = [{**r, "question": r["question"] + " 1" * (prompt - 70)} for r in rows]
+    how = dict(
+        per_device_train_batch_size=8,
+        num_generations=8,
+        max_completion_length=length,
+        gradient_checkpointing=True,
+        save_strategy="no",
+    )
+    config = GRPOStage(steps=steps, fast=quick, trainer=how)
+    t = grpo_trainer(start, rows, folder, config, FORMATS["think_answer"], SEED)
+    draw = torch.Generator().manual_seed(SEED)
+    answers = torch.randint(20, 400, (8, length), generator=draw).tolist()
+    t._generate_single_turn = lambda *args, **kw: (answers, None)
+    t.reward_funcs[:] = [lambda completions, **kw: [float(i) for i in range(len(completions))]] * 2
+    return t
+
+
+def peak_gb(name, length):
+    "What a trainer's two steps take at most, in a process of its own, less what it has before them"
+    command = [sys.executable, __file__, "--shape", str(length), "--peak", name]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return float(out.rsplit("PEAK", 1)[1])
+
+
+def print_peak(name, length):
+    t = recipe_trainer(name == "fast", 2, length)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    t.train()
+    print("PEAK", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+
+
+def take_turns(steps, make):
     "Seconds of each step of both, and what each wrote"
     gates, both, threads = [threading.Semaphore(1), threading.Semaphore(0)], {}, []
     for i, name in enumerate(("stock", "fast")):
-        t = trainer(name == "fast", steps)
+        t = make(name == "fast", steps)
         both[name] = t, Turns(gates[i], gates[1 - i])
         t.add_callback(both[name][1])
         threads.append(threading.Thread(target=t.train))
@@ -107,36 +163,28 @@ def needed(t):
     t.model.train()
     inputs = t._buffered_inputs[0]
     ids, mask = (torch.cat([inputs[f"prompt_{k}"], inputs[f"completion_{k}"]], 1) for k in ("ids", "mask"))
-    group, first = fast._first_rows(inputs["group"])
-    n, p = inputs["completion_ids"].shape[1], inputs["prompt_ids"].shape[1]
-    fields = {
-        k: v[:, :p] if k in fast.PER_TOKEN else v
-        for k, v in inputs.items()
-        if k in fast._FIELDS and k != "num_images"
-    }
-    images = fast.pick_images(fields, inputs["num_images"], first.tolist())
-    # each answer by itself: no padding
-    score = lambda: fast.score(t.model, ids, mask, n, group, images, first, parts=len(ids))[0]
-    counts = []
+    fields = {k: v for k, v in inputs.items() if k in fast._FIELDS}
+    n, counts = inputs["completion_ids"].shape[1], []
     for grad in (False, True):
         with FlopCounterMode(display=False) as count, torch.set_grad_enabled(grad):
-            logps = score()
+            logps = t._score(t.model, ids, mask, n, inputs["group"], fields)[0]
             if grad:
                 logps.sum().backward()
         counts.append(count.get_total_flops())
     return sum(counts)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=8, help="steps of each that count")
-    parser.add_argument("--json", default=Path(__file__).parent / "results/grpo_step.json")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    both = take_turns(options.steps + 1)
+def measured(options):
+    "Seconds of both trainers and what follows from them"
+    large = options.shape != "embedded"
+    make = trainer
+    if large:
+        make = lambda quick, steps: recipe_trainer(quick, steps, int(options.shape))
+    both = take_turns(options.steps + 1, make)
     out = dict(
         date=str(date.today()),
         machine=f"{os.cpu_count()} CPU cores, {platform.machine()}, one thread",
+        shape=options.shape,
         seed=SEED,
         steps=options.steps,
         versions={p: importlib.metadata.version(p) for p in ("torch", "transformers", "trl")},
@@ -150,11 +198,37 @@ if __name__ == "__main__":
         out[f"{name}_longest"] = statistics.mean(h["completions/max_length"] for h in history)
     for clock in ("cpu", "wall"):
         out[f"ratio_{clock}"] = out[f"fast_{clock}_s"] / out[f"stock_{clock}_s"]
+    if large:
+        first = both["fast"][0]
+        out["parameters"] = sum(p.numel() for p in first.model.parameters())
+        out["prompt_tokens"] = first._buffered_inputs[0]["prompt_ids"].shape[1]
+        out |= {f"{name}_peak_gb": peak_gb(name, options.shape) for name in both}
+        return out
     out["needed_gflop"], out["gflop_per_s"] = needed(both["fast"][0]) / 1e9, rate() / 1e9
     out["floor_s"] = out["needed_gflop"] / out["gflop_per_s"]
     for name in both:
         out[f"{name}_times_the_floor"] = out[f"{name}_cpu_s"] / out["floor_s"]
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=8, help="steps of each that count")
+    parser.add_argument("--shape", default="embedded", choices=["embedded", "200", "800"])
+    parser.add_argument("--peak", choices=["stock", "fast"], help=argparse.SUPPRESS)
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.peak:
+        return print_peak(options.peak, int(options.shape))
+    out = measured(options)
     for k, v in out.items():
         print(f"{k:24} {v:.3f}" if isinstance(v, float) else f"{k:24} {v}")
-    Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.json).write_text(json.dumps(out, indent=1) + "\n")
+    name = "grpo_step.json" if options.shape == "embedded" else f"grpo_step_{options.shape}.json"
+    path = Path(options.json or Path(__file__).parent / "results" / name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(out, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
