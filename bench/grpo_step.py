@@ -12,8 +12,8 @@ multiplies matrices of 1024 x 1024.
 
 With `--shape 200` or `800` it is the training step of a recipe for a large model, on a small one (20 million
 parameters, Qwen2.5-VL's form, float32, gradient checkpointing): one question with a prompt of 1,400 tokens and a
-picture, eight answers of 200 or 800 tokens that are given and not written. Peak memory is taken in a process for
-each trainer."""
+picture, eight answers of 200 or 800 tokens that are given and not written. Each step is taken in a process of its
+own, so that its peak memory can be told."""
 
 import argparse
 import importlib.metadata
@@ -88,9 +88,9 @@ LARGE = dict(
     hidden_size=512,
     intermediate_size=1408,
     num_hidden_layers=7,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=64,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=32,
     max_position_embeddings=4096,
 )
 
@@ -117,28 +117,72 @@ def recipe_trainer(quick, steps, length, prompt=1400):
     return t
 
 
-def peak_gb(name, length):
-    "What a trainer's two steps take at most, in a process of its own, less what it has before them"
-    command = [sys.executable, __file__, "--shape", str(length), "--peak", name]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return float(out.rsplit("PEAK", 1)[1])
+class Watch(TrainerCallback):
+    "Seconds of the processor that a step takes"
+
+    def on_step_begin(self, args, state, control, **kw):
+        self.start = time.process_time()
+
+    def on_step_end(self, args, state, control, **kw):
+        self.seconds = time.process_time() - self.start
 
 
-def print_peak(name, length):
-    t = recipe_trainer(name == "fast", 2, length)
+def step_alone(name, length):
+    "Print seconds and peak memory of one step, in this process"
+    t, watch = recipe_trainer(name == "fast", 1, length), Watch()
+    t.add_callback(watch)
+    if name == "fast":
+        t._fast("scoring")
+        t._tried.add("scoring")  # what is compared with TRL once in a run is no part of a step
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     t.train()
-    print("PEAK", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    facts = dict(
+        cpu_s=watch.seconds,
+        peak_gb=peak,
+        prompt=t._buffered_inputs[0]["prompt_ids"].shape[1],
+        parameters=sum(p.numel() for p in t.model.parameters()),
+    )
+    print("STEP", json.dumps(facts))
 
 
-def take_turns(steps, make):
+def steps_alone(steps, length):
+    "Both trainers by turns, each step in a process of its own"
+    found = {"stock": [], "fast": []}
+    for _ in range(steps):
+        for name in found:
+            command = [sys.executable, __file__, "--shape", length, "--alone", name]
+            said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            found[name].append(json.loads(said.rsplit("STEP", 1)[1]))
+            print(name, found[name][-1], flush=True)
+    first = found["fast"][0]
+    out = dict(parameters=first["parameters"], prompt_tokens=first["prompt"])
+    for name, steps in found.items():
+        for key in ("cpu_s", "peak_gb"):
+            out[f"{name}_{key}"] = statistics.median(x[key] for x in steps)
+    for key in ("cpu_s", "peak_gb"):
+        out[f"ratio_{key}"] = out[f"fast_{key}"] / out[f"stock_{key}"]
+    return out
+
+
+def train_or_let_go(t, gates):
+    "Train; where that fails the other trainer isn't kept waiting for its turn"
+    try:
+        t.train()
+    except Exception:
+        for gate in gates:
+            gate.release(1000)
+        raise
+
+
+def take_turns(steps):
     "Seconds of each step of both, and what each wrote"
     gates, both, threads = [threading.Semaphore(1), threading.Semaphore(0)], {}, []
     for i, name in enumerate(("stock", "fast")):
-        t = make(name == "fast", steps)
+        t = trainer(name == "fast", steps)
         both[name] = t, Turns(gates[i], gates[1 - i])
         t.add_callback(both[name][1])
-        threads.append(threading.Thread(target=t.train))
+        threads.append(threading.Thread(target=train_or_let_go, args=(t, gates)))
     for t in threads:
         t.start()
     for t in threads:
@@ -174,14 +218,8 @@ def needed(t):
     return sum(counts)
 
 
-def measured(options):
-    "Seconds of both trainers and what follows from them"
-    large = options.shape != "embedded"
-    make = trainer
-    if large:
-        make = lambda quick, steps: recipe_trainer(quick, steps, int(options.shape))
-    both = take_turns(options.steps + 1, make)
-    out = dict(
+def facts_of(options):
+    return dict(
         date=str(date.today()),
         machine=f"{os.cpu_count()} CPU cores, {platform.machine()}, one thread",
         shape=options.shape,
@@ -189,6 +227,11 @@ def measured(options):
         steps=options.steps,
         versions={p: importlib.metadata.version(p) for p in ("torch", "transformers", "trl")},
     )
+
+
+def embedded(steps):
+    "Seconds of both trainers with the embedded model, and the floor"
+    both, out = take_turns(steps + 1), {}
     for name, (t, turns) in both.items():
         history = [h for h in t.state.log_history if "completions/mean_length" in h][1:]
         for clock in ("cpu", "wall"):
@@ -198,12 +241,6 @@ def measured(options):
         out[f"{name}_longest"] = statistics.mean(h["completions/max_length"] for h in history)
     for clock in ("cpu", "wall"):
         out[f"ratio_{clock}"] = out[f"fast_{clock}_s"] / out[f"stock_{clock}_s"]
-    if large:
-        first = both["fast"][0]
-        out["parameters"] = sum(p.numel() for p in first.model.parameters())
-        out["prompt_tokens"] = first._buffered_inputs[0]["prompt_ids"].shape[1]
-        out |= {f"{name}_peak_gb": peak_gb(name, options.shape) for name in both}
-        return out
     out["needed_gflop"], out["gflop_per_s"] = needed(both["fast"][0]) / 1e9, rate() / 1e9
     out["floor_s"] = out["needed_gflop"] / out["gflop_per_s"]
     for name in both:
@@ -215,13 +252,16 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=8, help="steps of each that count")
     parser.add_argument("--shape", default="embedded", choices=["embedded", "200", "800"])
-    parser.add_argument("--peak", choices=["stock", "fast"], help=argparse.SUPPRESS)
+    parser.add_argument("--alone", choices=["stock", "fast"], help=argparse.SUPPRESS)
     parser.add_argument("--json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.peak:
-        return print_peak(options.peak, int(options.shape))
-    out = measured(options)
+    if options.alone:
+        return step_alone(options.alone, int(options.shape))
+    small = options.shape == "embedded"
+    out = facts_of(options) | (
+        embedded(options.steps) if small else steps_alone(options.steps, options.shape)
+    )
     for k, v in out.items():
         print(f"{k:24} {v:.3f}" if isinstance(v, float) else f"{k:24} {v}")
     name = "grpo_step.json" if options.shape == "embedded" else f"grpo_step_{options.shape}.json"
