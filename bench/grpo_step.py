@@ -1,21 +1,29 @@
 """How long a GRPO step takes: TRL's `GRPOTrainer` beside ours, the embedded model with the default
 configuration, in one process on one thread.
 
-Usage: python bench/grpo_step.py [--steps N] [--json OUT.json]
+Usage: python bench/grpo_step.py [--steps N] [--shape embedded|200|800] [--json OUT.json]
 
 The two trainers take turns, a step each, with the same weights to begin with, the same batch and the same
 seed. The first turn warms up and isn't counted. The processor's seconds are what counts, since on a machine
 that others use too the clock on the wall measures them; both are kept. The floor is what the step can't do
 without (each token of a prompt read once for eight answers, each token of an answer written once and scored
 once, no padding, forward and backward), in floating-point operations, over the rate at which this machine
-multiplies matrices of 1024 x 1024."""
+multiplies matrices of 1024 x 1024.
+
+With `--shape 200` or `800` it is the training step of a recipe for a large model, on a small one (20 million
+parameters, Qwen2.5-VL's form, float32, gradient checkpointing): one question with a prompt of 1,400 tokens and a
+picture, eight answers of 200 or 800 tokens that are given and not written. Each step is taken in a process of its
+own, so that its peak memory can be told."""
 
 import argparse
 import importlib.metadata
 import json
 import os
 import platform
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -28,9 +36,10 @@ import torch
 from transformers import TrainerCallback
 
 from specs_nb import fast, world
-from specs_nb.core import Config
+from specs_nb.core import Config, GRPOStage
 from specs_nb.formats import FORMATS
 from specs_nb.grpo import grpo_trainer
+from specs_nb.models import random_model
 
 SEED = 0
 
@@ -75,6 +84,97 @@ def trainer(quick, steps):
     )
 
 
+LARGE = dict(
+    hidden_size=512,
+    intermediate_size=1408,
+    num_hidden_layers=7,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=32,
+    max_position_embeddings=4096,
+)
+
+
+def recipe_trainer(quick, steps, length, prompt=1400):
+    "A trainer of a recipe's shape whose eight answers of so many tokens are given"
+    folder = Path(tempfile.mkdtemp())
+    start = random_model("qwen2.5-vl", folder / "model", **LARGE)
+    rows = world.rows("train", steps)
+    rows = [{**r, "question": r["question"] + " 1" * (prompt - 70)} for r in rows]
+    how = dict(
+        per_device_train_batch_size=8,
+        num_generations=8,
+        max_completion_length=length,
+        gradient_checkpointing=True,
+        save_strategy="no",
+    )
+    config = GRPOStage(steps=steps, fast=quick, trainer=how)
+    t = grpo_trainer(start, rows, folder, config, FORMATS["think_answer"], SEED)
+    draw = torch.Generator().manual_seed(SEED)
+    answers = torch.randint(20, 400, (8, length), generator=draw).tolist()
+    t._generate_single_turn = lambda *args, **kw: (answers, None)
+    t.reward_funcs[:] = [lambda completions, **kw: [float(i) for i in range(len(completions))]] * 2
+    return t
+
+
+class Watch(TrainerCallback):
+    "Seconds of the processor that a step takes"
+
+    def on_step_begin(self, args, state, control, **kw):
+        self.start = time.process_time()
+
+    def on_step_end(self, args, state, control, **kw):
+        self.seconds = time.process_time() - self.start
+
+
+def step_alone(name, length):
+    "Print seconds and peak memory of one step, in this process"
+    t, watch = recipe_trainer(name == "fast", 1, length), Watch()
+    t.add_callback(watch)
+    if name == "fast":
+        t._fast("scoring")
+        t._tried.add("scoring")  # what is compared with TRL once in a run is no part of a step
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    t.train()
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    facts = dict(
+        cpu_s=watch.seconds,
+        peak_gb=peak,
+        prompt=t._buffered_inputs[0]["prompt_ids"].shape[1],
+        parameters=sum(p.numel() for p in t.model.parameters()),
+    )
+    print("STEP", json.dumps(facts))
+
+
+def steps_alone(steps, length):
+    "Both trainers by turns, each step in a process of its own"
+    found = {"stock": [], "fast": []}
+    for _ in range(steps):
+        for name in found:
+            command = [sys.executable, __file__, "--shape", length, "--alone", name]
+            said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            found[name].append(json.loads(said.rsplit("STEP", 1)[1]))
+            print(name, found[name][-1], flush=True)
+    first = found["fast"][0]
+    out = dict(parameters=first["parameters"], prompt_tokens=first["prompt"])
+    for name, steps in found.items():
+        for key in ("cpu_s", "peak_gb"):
+            out[f"{name}_{key}"] = statistics.median(x[key] for x in steps)
+    for key in ("cpu_s", "peak_gb"):
+        out[f"ratio_{key}"] = out[f"fast_{key}"] / out[f"stock_{key}"]
+    return out
+
+
+def train_or_let_go(t, gates):
+    "Train; where that fails the other trainer isn't kept waiting for its turn"
+    try:
+        t.train()
+    except Exception:
+        for gate in gates:
+            gate.release(1000)
+        raise
+
+
 def take_turns(steps):
     "Seconds of each step of both, and what each wrote"
     gates, both, threads = [threading.Semaphore(1), threading.Semaphore(0)], {}, []
@@ -82,7 +182,7 @@ def take_turns(steps):
         t = trainer(name == "fast", steps)
         both[name] = t, Turns(gates[i], gates[1 - i])
         t.add_callback(both[name][1])
-        threads.append(threading.Thread(target=t.train))
+        threads.append(threading.Thread(target=train_or_let_go, args=(t, gates)))
     for t in threads:
         t.start()
     for t in threads:
@@ -107,40 +207,31 @@ def needed(t):
     t.model.train()
     inputs = t._buffered_inputs[0]
     ids, mask = (torch.cat([inputs[f"prompt_{k}"], inputs[f"completion_{k}"]], 1) for k in ("ids", "mask"))
-    group, first = fast._first_rows(inputs["group"])
-    n, p = inputs["completion_ids"].shape[1], inputs["prompt_ids"].shape[1]
-    fields = {
-        k: v[:, :p] if k in fast.PER_TOKEN else v
-        for k, v in inputs.items()
-        if k in fast._FIELDS and k != "num_images"
-    }
-    images = fast.pick_images(fields, inputs["num_images"], first.tolist())
-    # each answer by itself: no padding
-    score = lambda: fast.score(t.model, ids, mask, n, group, images, first, parts=len(ids))[0]
-    counts = []
+    fields = {k: v for k, v in inputs.items() if k in fast._FIELDS}
+    n, counts = inputs["completion_ids"].shape[1], []
     for grad in (False, True):
         with FlopCounterMode(display=False) as count, torch.set_grad_enabled(grad):
-            logps = score()
+            logps = t._score(t.model, ids, mask, n, inputs["group"], fields)[0]
             if grad:
                 logps.sum().backward()
         counts.append(count.get_total_flops())
     return sum(counts)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=8, help="steps of each that count")
-    parser.add_argument("--json", default=Path(__file__).parent / "results/grpo_step.json")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    both = take_turns(options.steps + 1)
-    out = dict(
+def facts_of(options):
+    return dict(
         date=str(date.today()),
         machine=f"{os.cpu_count()} CPU cores, {platform.machine()}, one thread",
+        shape=options.shape,
         seed=SEED,
         steps=options.steps,
         versions={p: importlib.metadata.version(p) for p in ("torch", "transformers", "trl")},
     )
+
+
+def embedded(steps):
+    "Seconds of both trainers with the embedded model, and the floor"
+    both, out = take_turns(steps + 1), {}
     for name, (t, turns) in both.items():
         history = [h for h in t.state.log_history if "completions/mean_length" in h][1:]
         for clock in ("cpu", "wall"):
@@ -154,7 +245,30 @@ if __name__ == "__main__":
     out["floor_s"] = out["needed_gflop"] / out["gflop_per_s"]
     for name in both:
         out[f"{name}_times_the_floor"] = out[f"{name}_cpu_s"] / out["floor_s"]
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=8, help="steps of each that count")
+    parser.add_argument("--shape", default="embedded", choices=["embedded", "200", "800"])
+    parser.add_argument("--alone", choices=["stock", "fast"], help=argparse.SUPPRESS)
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.alone:
+        return step_alone(options.alone, int(options.shape))
+    small = options.shape == "embedded"
+    out = facts_of(options) | (
+        embedded(options.steps) if small else steps_alone(options.steps, options.shape)
+    )
     for k, v in out.items():
         print(f"{k:24} {v:.3f}" if isinstance(v, float) else f"{k:24} {v}")
-    Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.json).write_text(json.dumps(out, indent=1) + "\n")
+    name = "grpo_step.json" if options.shape == "embedded" else f"grpo_step_{options.shape}.json"
+    path = Path(options.json or Path(__file__).parent / "results" / name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(out, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

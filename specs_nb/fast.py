@@ -269,7 +269,9 @@ def why_stock_scoring(
     try:
         teach(config._attn_implementation)
     except KeyError:
-        return f"transformers doesn't look up attention {config._attn_implementation!r}: set model.attn to sdpa"
+        return (
+            f"transformers doesn't look up attention {config._attn_implementation!r}: set model.attn to sdpa"
+        )
 
 # %% ../nbs/29_fast.ipynb #b1af086f
 # of a token's log-probability: the largest difference in float32, the mean in 16 bits
@@ -360,7 +362,9 @@ class _Scoring(_Judge):
 
     tokens_per_microbatch = 0  # of questions and answers in one pass through the model; 0: the whole batch
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kw):
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, *args, **kw
+    ):
         group, stock = self._group, super()._get_per_token_logps_and_entropies
         if group is not None and self._fast("scoring"):
             fields = {k: v for k, v in kw.items() if k in _FIELDS and v is not None}
@@ -399,7 +403,8 @@ class _Scoring(_Judge):
     def _keeps_features(self, plain):
         "Whether the vision tower says the same of a picture for the whole step."
         tower = getattr(plain.base_model, "visual", None)
-        spread = self.is_fsdp_enabled or self.is_deepspeed_enabled  # all processes enter the tower together
+        # all processes enter the tower together
+        spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
         return tower is not None and not spread and not any(p.requires_grad for p in tower.parameters())
 
     def _check_scores(self, stock, model, ids, mask, n, group, fields):
@@ -492,7 +497,8 @@ class _Divided(_Scoring):
             weights.append(tokens[rows].sum().item())
             factor = share(self.loss_type, (len(rows), len(tokens)), (weights[-1], tokens.sum().item()))
             last = i == len(parts) - 1
-            # sharded models would keep whole gradients meanwhile, so they add up what they have after each pass
+            # sharded models would keep whole gradients meanwhile, so they add up what they have after each
+            # pass
             wait = nullcontext() if last or self.is_fsdp_enabled else self.accelerator.no_sync(model)
             with wait:
                 self._group = inputs["group"][rows]

@@ -16,7 +16,8 @@ class Layout:
 
     prompts: list  # tokens of each prompt, without its last, (questions,)
     answers: list  # for each question the tokens of its answers, a list of lists
-    masks: dict = field(default_factory=dict)  # what attention makes from this layout, kept for the next layer
+    # what attention makes from this layout, kept for the next layer
+    masks: dict = field(default_factory=dict)
 
     @property
     def sizes(self) -> list:  # lengths of all pieces, in the row's order

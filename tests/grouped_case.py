@@ -56,7 +56,9 @@ def main(out):
     if is_main():
         weights = dict(t.accelerator.unwrap_model(t.model).state_dict())
         moved = (weights["lm_head.weight"] - start).abs().max().item()
-        logged = [{k: h[k] for k in ("loss", "entropy", "clip_ratio/low_min")} for h in t.state.log_history[:-1]]
+        logged = [
+            {k: h[k] for k in ("loss", "entropy", "clip_ratio/low_min")} for h in t.state.log_history[:-1]
+        ]
         torch.save({"weights": weights, "passes": len(passes), "moved": moved, "logged": logged}, out)
 
 

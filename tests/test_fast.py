@@ -84,7 +84,9 @@ def test_every_family(family, tmp_path):
 
 def test_images_in_tiles_are_written_by_trl(tmp_path, capsys):
     t, inputs = trainer(tmp_path, random_model("internvl", tmp_path / "internvl"))
-    assert capsys.readouterr().out.count("it isn't clear to which prompt the rows belong in pixel_values") == 1
+    assert (
+        capsys.readouterr().out.count("it isn't clear to which prompt the rows belong in pixel_values") == 1
+    )
     assert gradients(t, inputs)[1] and t._tried == {"scoring"}
 
 

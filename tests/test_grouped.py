@@ -174,7 +174,9 @@ def test_two_processes(tmp_path):
         ("one", [sys.executable]),
     ):
         files.append(tmp_path / name)
-        subprocess.run([*command, str(ROOT / "tests/grouped_case.py"), str(files[-1])], check=True, cwd=tmp_path)
+        subprocess.run(
+            [*command, str(ROOT / "tests/grouped_case.py"), str(files[-1])], check=True, cwd=tmp_path
+        )
     two, one = (torch.load(f) for f in files)
     assert two["passes"] > 8 and one["passes"] == 0 and one["moved"] > 1e-4
     for a, b in zip(two["logged"], one["logged"]):

@@ -428,6 +428,7 @@ def test_colocate_trains_with_checked_weights(how, tmp_path):
         base = {{k.replace("base_model.model.", "").replace("base_layer.", ""): p
                 for k, p in named if "base_layer.weight" in k}}
         moved = [k for k, p in base.items() if p.shape == was[k].shape and not (p == was[k]).all()]
+        print("ROWS", "scoring" in t._tried, t._why["scoring"])
         print("MOVED", len(base), len(moved))
         handed = getattr(t, "handover", None)
         print("HANDED", json.dumps(handed and [handed.number, handed.merged]))
@@ -436,6 +437,7 @@ def test_colocate_trains_with_checked_weights(how, tmp_path):
     spent = json.loads(out.stdout.split("SPENT")[1].strip().splitlines()[0])
     assert {"write", "sync", "score", "train"} <= {name for name, seconds in spent.items() if seconds > 0}
     found = json.loads(out.stdout.split("FOUND")[1].strip().splitlines()[0])
+    assert "ROWS True None" in out.stdout, "prompts are computed once beside vLLM, too"
     assert (
         [f["step"] for f in found] == [1, 2]
         and max(f["max"] for f in found) < 1e-3
