@@ -107,7 +107,7 @@ def in_pieces(out):
 
 
 def as_shipped(out):
-    "A step with an adapter in float32 on weights in bfloat16; GRPO's answers are written by the model in pieces"
+    "A step with a float32 adapter on bfloat16 weights; GRPO's answers are written by the model in pieces"
     how = dict(lora=True, load=dict(dtype="bfloat16"), bf16=True)
     dpo(out / "dpo", "dpo+sft", steps=1, **how)
     grpo(out / "grpo", steps=1, given=None, **how)

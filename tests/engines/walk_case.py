@@ -11,7 +11,7 @@ import time
 import traceback
 from pathlib import Path
 
-from specs_nb import generate
+from specs_nb import generate, world
 from specs_nb.core import Run, load_config, merge, write_json
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -85,32 +85,40 @@ def text_folder(out):
     return out
 
 
-def taught(family, folder, seconds=60):
+def taught(family, folder, steps=150):
     """A random model of a family that has learnt to write small numbers, in form or not: a recipe needs some
-    right answers, and none of a random model's is"""
+    right answers, and a random model gives none"""
     import torch
 
     from specs_nb.formats import FORMATS
+    from specs_nb.generate import encode
     from specs_nb.models import load_model, random_model, save_model, tokenizer_of
 
     fmt, rng = FORMATS["think_answer"], random.Random(0)
     model, processor = load_model(random_model(family, folder))
     tok = tokenizer_of(processor)
+    rows = [dict(r, images=r["images"] if family != "text" else []) for r in world.rows("train", 16)]
+    asked = encode(processor, rows, [fmt.instruction] * len(rows))
 
     def said():
-        a = str(rng.randint(0, 5))
-        return fmt.render("I count them.", a) if rng.random() < 0.6 else f"Answer: {a}"
+        a = str(rng.randint(0, 4))
+        return (fmt.render("I count.", a) if rng.random() < 0.7 else f"Answer: {a}") + "<|im_end|>"
 
-    texts = [f"<|im_start|>assistant\n{said()}<|im_end|>" for _ in range(64)]
-    ids = tok(texts, return_tensors="pt", padding=True)
-    labels = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100)
-    opt, until = torch.optim.AdamW(model.parameters(), lr=3e-3), time.time() + seconds
-    for _ in range(150):
-        loss = model(**ids, labels=labels).loss
+    opt = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        new = tok([said() for _ in rows], return_tensors="pt", padding=True, padding_side="right")
+        ids, seen = new["input_ids"], new["attention_mask"]
+        whole = {**asked, "input_ids": torch.cat([asked["input_ids"], ids], 1)}
+        whole["attention_mask"] = torch.cat([asked["attention_mask"], seen], 1)
+        if "mm_token_type_ids" in whole:
+            whole["mm_token_type_ids"] = torch.cat([asked["mm_token_type_ids"], torch.zeros_like(ids)], 1)
+        labels = torch.full_like(whole["input_ids"], -100)
+        labels[:, -ids.shape[1] :] = ids.masked_fill(seen == 0, -100)
+        loss = model(**whole, labels=labels).loss
         loss.backward()
         opt.step()
         opt.zero_grad()
-        if loss < 0.35 or time.time() > until:
+        if loss < 0.22:
             break
     save_model(model, processor, folder)
     print(family, "taught:", round(loss.item(), 2), flush=True)
