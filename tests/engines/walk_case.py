@@ -79,9 +79,9 @@ def text_folder(out):
     for name, n in (("data.jsonl", 48), ("test.jsonl", 8)):
         with open(out / name, "w") as f:
             for i in range(n):
-                a, b = rng.randint(0, 3), rng.randint(0, 2)
-                row = dict(id=f"{name[0]}{i}", question=f"What is {a} + {b}?", answer=str(a + b))
-                f.write(json.dumps(row) + "\n")
+                a, b, where = rng.randint(0, 2), rng.randint(0, 2), f"{name[0]}{i}"
+                asked = f"In house {where} are {a} cats and {b} dogs. How many animals are there?"
+                f.write(json.dumps(dict(id=where, question=asked, answer=str(a + b))) + "\n")
     return out
 
 
