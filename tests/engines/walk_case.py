@@ -4,6 +4,7 @@ model's place. `walk_case.py OUT NAME…` leaves OUT/NAME.json for each recipe t
 All recipes go through one process, so that torch, TRL and vLLM are imported once."""
 
 import contextlib
+import gc
 import json
 import random
 import sys
@@ -27,7 +28,7 @@ STAND_INS = {
     "lengths": "completions of TOKENS and vLLM's length of ROOM; the small models' own context is 2,048",
     "numbers": "two steps of MICRO completions, a few questions, 2 samples; micro-batches as shipped",
     "vllm sleep": "vLLM's CPU build can't sleep: `imitate_sleep` fills its weights with NaN instead",
-    "vllm share": "a CPU has no share of a card; VLLM_CPU_KVCACHE_SPACE is the room for keys and values",
+    "vllm share": "a CPU has no share of a card: 64 MiB for keys and values beside it, quickly set to zero",
     "answers": "in this process instead of one of their own for each model: it would import vLLM anew",
     "ranks": "one instead of paper_7b's eight; FSDP2 has a test of its own (test_launch.py)",
 }
@@ -59,7 +60,10 @@ def small(config, model, text):
         dict(
             model=dict(path=str(model)),
             data=data,
-            vllm=dict(max_model_len=ROOM) if config.vllm.max_model_len else {},
+            vllm=dict(
+                max_model_len=ROOM if config.vllm.max_model_len else 0,
+                options={**config.vllm.options, "kv_cache_memory_bytes": 2**26},
+            ),
             zero=grpo(config.zero),
             distill=dict(n_prompts=32, max_pairs=32, max_new_tokens=TOKENS),
             coldstart=dict(trainer=cold),
@@ -203,6 +207,8 @@ if __name__ == "__main__":
     generate._processes = lambda engine, workers: (1, False)
     sleeps, models = imitate_sleep(), {}
     for name in names:
+        gc.collect()
+        gc.freeze()  # or vLLM's start and end look through all that was imported, seven times an engine
         try:
             facts = walk(name, out, models, sleeps)
         except BaseException as e:
