@@ -7,7 +7,7 @@ works:
     python bench/gpu.py --shape tiny --device cpu           # seconds; figures that mean nothing for a GPU
     python bench/gpu.py gpu.json                            # the 7B shape on the GPU at hand, LoRA and QLoRA
     python bench/gpu.py --shape 3b --compare                # and TRL as it is beside our faster steps
-    specs doctor -c qwen7b_qlora_80gb --rate gpu.json       # its pace as the doctor's
+    specs doctor -c qwen7b_lora_80gb --rate gpu.json        # its pace as the doctor's
 
 Weights are drawn from the configuration, nothing is downloaded; they are written once to a temporary folder
 (16 GiB for 7B) so that the stages' own code loads them. Random weights never end an answer, so every

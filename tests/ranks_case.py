@@ -1,9 +1,9 @@
 """What test_launch.py runs under launchers and without one: three steps of DPO and GRPO with the same batch
 of 8 altogether, from the same data
 
-With `fsdp2` as second word: DPO and GRPO of all weights under FSDP2; with `shipped`: a step of each with an
+With `pieces` as second word: DPO and GRPO of all weights under FSDP2; with `shipped`: a step of each with an
 adapter on bfloat16 weights, as `fsdp2.yaml` has it. accelerate turns FSDP2 on for GPUs alone, so it is told
-that gloo's processes are such."""
+that gloo's processes are such. With `deepspeed` as third word the same under DeepSpeed."""
 
 import random
 import sys
@@ -80,7 +80,9 @@ def save(trainer, folder):
     "`save_trained`, after a look at whether the weights really lie in pieces, where they should"
     from torch.distributed.tensor import DTensor
 
-    if sys.argv[2:]:
+    if sys.argv[3:]:
+        assert trainer.is_deepspeed_enabled, "it was not DeepSpeed"
+    elif sys.argv[2:]:
         assert trainer.is_fsdp_enabled, "it was not FSDP2"
         assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
     save_trained(trainer, folder)
@@ -107,7 +109,7 @@ def in_pieces(out):
 
 
 def as_shipped(out):
-    "A step with an adapter in float32 on weights in bfloat16; GRPO's answers are written by the model in pieces"
+    "A step with a float32 adapter on bfloat16 weights; GRPO's answers are written by the model in pieces"
     how = dict(lora=True, load=dict(dtype="bfloat16"), bf16=True)
     dpo(out / "dpo", "dpo+sft", steps=1, **how)
     grpo(out / "grpo", steps=1, given=None, **how)
@@ -120,9 +122,10 @@ if __name__ == "__main__":
     if sys.argv[2:]:
         from specs_nb import coldstart
 
-        pretend_gpus()
+        if not sys.argv[3:]:
+            pretend_gpus()
         coldstart.save_trained = save
-        sys.exit(dict(fsdp2=in_pieces, shipped=as_shipped)[sys.argv[2]](out))
+        sys.exit(dict(pieces=in_pieces, shipped=as_shipped)[sys.argv[2]](out))
     dpo(out / "dpo", "dpo")
     # the SFT term is a mean over the tokens of a micro-batch: two of 4 on one process are what two processes
     # have

@@ -5,9 +5,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -123,34 +125,56 @@ def test_two_processes_compute_what_one_does(both, case):
     same(both / "one" / case, both / "two" / case, case)
 
 
-def in_pieces(out, case, more=""):
-    "ranks_case.py under the FSDP2 configuration that ships, two processes"
-    command = launcher_words(f"fsdp2 --num_processes 2 --main_process_port 0 {more}")
-    words = [*command, str(ROOT / "tests/ranks_case.py"), str(out), case]
-    r = subprocess.run(words, capture_output=True, text=True, env=ENV)
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def in_pieces(out, *case, name="fsdp2", more=""):
+    "ranks_case.py under an accelerate configuration that ships, two processes"
+    command = launcher_words(f"{name} --num_processes 2 --main_process_port {free_port()} {more}")
+    words = [*command, str(ROOT / "tests/ranks_case.py"), str(out), *case]
+    r = subprocess.run(words, capture_output=True, text=True, env={**ENV, "DS_ACCELERATOR": "cpu"})
     assert r.returncode == 0, r.stderr[-3000:]
 
 
 def test_fsdp2_computes_what_one_process_does(both):
     "DPO and GRPO, the models saved and loaded again; the configuration that ships, but for bfloat16"
-    in_pieces(both / "pieces", "fsdp2", "--mixed_precision no")
+    in_pieces(both / "pieces", "pieces", more="--mixed_precision no")
     for case in ("dpo", "grpo"):
         same(both / "one" / case, both / "pieces" / case, case)
 
 
-def test_fsdp2_trains_an_adapter_that_loads_again(tmp_path):
-    "As it ships: bfloat16 weights in pieces, an adapter in float32, answers written by the spread model"
+def loads_again(out):
+    "One step of DPO and one of GRPO left adapters that load, and changed what they may"
     import torch
 
     from specs_nb.models import is_adapter, load_model
 
-    in_pieces(tmp_path, "shipped")
     for case in ("dpo", "grpo"):
-        folder = tmp_path / case / "model"
-        assert is_adapter(folder) and len(json.loads((tmp_path / case / "history.json").read_text())) == 1
+        folder = out / case / "model"
+        assert is_adapter(folder) and len(json.loads((out / case / "history.json").read_text())) == 1
         whole, bare = load_model(str(folder))[0].state_dict(), load_model("tiny")[0].state_dict()
         moved = {k for k in bare if not torch.equal(whole[k], bare[k])}
         assert moved and all("_proj" in k and "visual" not in k for k in moved), moved
+
+
+def test_fsdp2_trains_an_adapter_that_loads_again(tmp_path):
+    "As it ships: bfloat16 weights in pieces, an adapter in float32, answers written by the spread model"
+    in_pieces(tmp_path, "shipped")
+    loads_again(tmp_path)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed isn't installed")
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_deepspeed_computes_what_one_process_does(name, both, tmp_path):
+    "Where DeepSpeed is; it was run so by hand, see the end of 82_launch"
+    in_pieces(both / name, "pieces", "deepspeed", name=name, more="--mixed_precision no")
+    for case in ("dpo", "grpo"):
+        same(both / "one" / case, both / name / case, case)
+    in_pieces(tmp_path, "shipped", "deepspeed", name=name)
+    loads_again(tmp_path)
 
 
 # ---- a run that is stopped, killed, and goes on

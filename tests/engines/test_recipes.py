@@ -1,5 +1,5 @@
-"""Every recipe that ships is walked: its own YAML, a small model in the model's place, all stages from GRPO-zero
-to the report. What can't be as shipped on a CPU is listed with its reason in walk_case.py, STAND_INS"""
+"""Every recipe that ships is walked: its own YAML, a small model in the model's place, all stages from
+GRPO-zero to the report. What can't be as shipped on a CPU is listed with its reason in walk_case.STAND_INS"""
 
 import json
 import math

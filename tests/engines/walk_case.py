@@ -4,6 +4,7 @@ model's place. `walk_case.py OUT NAME…` leaves OUT/NAME.json for each recipe t
 All recipes go through one process, so that torch, TRL and vLLM are imported once."""
 
 import contextlib
+import gc
 import json
 import random
 import sys
@@ -11,7 +12,7 @@ import time
 import traceback
 from pathlib import Path
 
-from specs_nb import generate
+from specs_nb import generate, world
 from specs_nb.core import Run, load_config, merge, write_json
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -27,7 +28,7 @@ STAND_INS = {
     "lengths": "completions of TOKENS and vLLM's length of ROOM; the small models' own context is 2,048",
     "numbers": "two steps of MICRO completions, a few questions, 2 samples; micro-batches as shipped",
     "vllm sleep": "vLLM's CPU build can't sleep: `imitate_sleep` fills its weights with NaN instead",
-    "vllm share": "a CPU has no share of a card; VLLM_CPU_KVCACHE_SPACE is the room for keys and values",
+    "vllm share": "a CPU has no share of a card: 64 MiB for keys and values beside it, quickly set to zero",
     "answers": "in this process instead of one of their own for each model: it would import vLLM anew",
     "ranks": "one instead of paper_7b's eight; FSDP2 has a test of its own (test_launch.py)",
 }
@@ -59,7 +60,10 @@ def small(config, model, text):
         dict(
             model=dict(path=str(model)),
             data=data,
-            vllm=dict(max_model_len=ROOM) if config.vllm.max_model_len else {},
+            vllm=dict(
+                max_model_len=ROOM if config.vllm.max_model_len else 0,
+                options={**config.vllm.options, "kv_cache_memory_bytes": 2**26},
+            ),
             zero=grpo(config.zero),
             distill=dict(n_prompts=32, max_pairs=32, max_new_tokens=TOKENS),
             coldstart=dict(trainer=cold),
@@ -79,38 +83,46 @@ def text_folder(out):
     for name, n in (("data.jsonl", 48), ("test.jsonl", 8)):
         with open(out / name, "w") as f:
             for i in range(n):
-                a, b = rng.randint(0, 3), rng.randint(0, 2)
-                row = dict(id=f"{name[0]}{i}", question=f"What is {a} + {b}?", answer=str(a + b))
-                f.write(json.dumps(row) + "\n")
+                a, b, where = rng.randint(0, 2), rng.randint(0, 2), f"{name[0]}{i}"
+                asked = f"In house {where} are {a} cats and {b} dogs. How many animals are there?"
+                f.write(json.dumps(dict(id=where, question=asked, answer=str(a + b))) + "\n")
     return out
 
 
-def taught(family, folder, seconds=60):
+def taught(family, folder, steps=150):
     """A random model of a family that has learnt to write small numbers, in form or not: a recipe needs some
-    right answers, and none of a random model's is"""
+    right answers, and a random model gives none"""
     import torch
 
     from specs_nb.formats import FORMATS
+    from specs_nb.generate import encode
     from specs_nb.models import load_model, random_model, save_model, tokenizer_of
 
     fmt, rng = FORMATS["think_answer"], random.Random(0)
     model, processor = load_model(random_model(family, folder))
     tok = tokenizer_of(processor)
+    rows = [dict(r, images=r["images"] if family != "text" else []) for r in world.rows("train", 16)]
+    asked = encode(processor, rows, [fmt.instruction] * len(rows))
 
     def said():
-        a = str(rng.randint(0, 5))
-        return fmt.render("I count them.", a) if rng.random() < 0.6 else f"Answer: {a}"
+        a = str(rng.randint(0, 4))
+        return (fmt.render("I count.", a) if rng.random() < 0.7 else f"Answer: {a}") + "<|im_end|>"
 
-    texts = [f"<|im_start|>assistant\n{said()}<|im_end|>" for _ in range(64)]
-    ids = tok(texts, return_tensors="pt", padding=True)
-    labels = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100)
-    opt, until = torch.optim.AdamW(model.parameters(), lr=3e-3), time.time() + seconds
-    for _ in range(150):
-        loss = model(**ids, labels=labels).loss
+    opt = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        new = tok([said() for _ in rows], return_tensors="pt", padding=True, padding_side="right")
+        ids, seen = new["input_ids"], new["attention_mask"]
+        whole = {**asked, "input_ids": torch.cat([asked["input_ids"], ids], 1)}
+        whole["attention_mask"] = torch.cat([asked["attention_mask"], seen], 1)
+        if "mm_token_type_ids" in whole:
+            whole["mm_token_type_ids"] = torch.cat([asked["mm_token_type_ids"], torch.zeros_like(ids)], 1)
+        labels = torch.full_like(whole["input_ids"], -100)
+        labels[:, -ids.shape[1] :] = ids.masked_fill(seen == 0, -100)
+        loss = model(**whole, labels=labels).loss
         loss.backward()
         opt.step()
         opt.zero_grad()
-        if loss < 0.35 or time.time() > until:
+        if loss < 0.22:
             break
     save_model(model, processor, folder)
     print(family, "taught:", round(loss.item(), 2), flush=True)
@@ -195,6 +207,8 @@ if __name__ == "__main__":
     generate._processes = lambda engine, workers: (1, False)
     sleeps, models = imitate_sleep(), {}
     for name in names:
+        gc.collect()
+        gc.freeze()  # or vLLM's start and end look through all that was imported, seven times an engine
         try:
             facts = walk(name, out, models, sleeps)
         except BaseException as e:
