@@ -456,6 +456,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'specs_nb.generate._line': ('generate.html#_line', 'specs_nb/generate.py'),
                                    'specs_nb.generate._matrices': ('generate.html#_matrices', 'specs_nb/generate.py'),
                                    'specs_nb.generate._no_memory': ('generate.html#_no_memory', 'specs_nb/generate.py'),
+                                   'specs_nb.generate._over_bar': ('generate.html#_over_bar', 'specs_nb/generate.py'),
                                    'specs_nb.generate._processes': ('generate.html#_processes', 'specs_nb/generate.py'),
                                    'specs_nb.generate._rank': ('generate.html#_rank', 'specs_nb/generate.py'),
                                    'specs_nb.generate._read_choice': ('generate.html#_read_choice', 'specs_nb/generate.py'),
