@@ -933,7 +933,7 @@ class VLLM(Engine):
             self._hold(rounded_base(path) if rounded else base, self._largest(path))
             self.why[path] = self._hand(path)
         if why := self.why.get(path):
-            print(f"{'sample':10} {path} is merged with its base for vLLM: {why}", flush=True)
+            _over_bar(f"{path} is merged with its base for vLLM: {why}")
             self._hold(whole_model(path))
         self.path = path
 
@@ -957,7 +957,7 @@ class VLLM(Engine):
         if (self.held, self.rank >= rank) == (root_of(path), True):
             return
         more = f" once, for adapters up to rank {rank}" if rank else ""
-        print(f"{'sample':10} vLLM starts: it holds {path}{more}", flush=True)
+        _over_bar(f"vLLM starts: it holds {path}{more}")
         eyes = tokenizer_of(self.processor) is not self.processor
         self.llm = _start_vllm(resolve(path), path, self.load, self.options, eyes, rank)
         self.held, self.rank = root_of(path), rank
@@ -1064,6 +1064,11 @@ def unfit_for_vllm(
 def _alive(llm):
     if not vars(llm):
         raise SpecsError("this vLLM engine was ended, since another one started in the same process")
+
+
+def _over_bar(text):
+    "Say something in place of the progress bar, which is drawn again below"
+    print(f"\r{'sample':10} {text:<80}", flush=True)
 
 
 def _rank(path):
@@ -1506,10 +1511,6 @@ class Answers:
                 yield {**f, "row": start + f["row"]}
 
 # %% ../nbs/31_generate.ipynb #629af0f4
-from .core import phase
-
-
-@phase("write")
 def answer_all(
     jobs: list,  # of `Job`
     how: Sampling,  # how to draw

@@ -194,8 +194,8 @@ def test_an_adapter_that_vllm_refuses_is_merged(trained, tmp_path, capsys, monke
     g.end_vllm()
 
 
-def test_a_run_with_lora_starts_two_engines(tmp_path):
-    "GRPO-zero with vLLM beside it; pairs and evaluation by one engine each: six models asked, two starts"
+def test_a_run_with_lora_starts_an_engine_a_stage(tmp_path):
+    "GRPO-zero with vLLM beside it; the look, the pairs and the evaluation ask seven models of three engines"
     lora = [f"{stage}.lora=true" for stage in ("zero", "coldstart", "final")]
     out = subprocess.run(
         [
@@ -215,7 +215,7 @@ def test_a_run_with_lora_starts_two_engines(tmp_path):
     )
     assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-3000:]
     starts = [l for l in (out.stdout + out.stderr).splitlines() if "vLLM starts" in l]
-    assert len(starts) == 2 and all("once, for adapters up to rank" in l for l in starts), starts
+    assert ["once, for adapters up to rank 16" in l for l in starts] == [False, True, True], starts
     assert set(json.loads((tmp_path / "run/eval/metrics.json").read_text())) == {
         "base",
         "zero",
