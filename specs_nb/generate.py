@@ -1511,6 +1511,10 @@ class Answers:
                 yield {**f, "row": start + f["row"]}
 
 # %% ../nbs/31_generate.ipynb #629af0f4
+from .core import phase
+
+
+@phase("write")
 def answer_all(
     jobs: list,  # of `Job`
     how: Sampling,  # how to draw
