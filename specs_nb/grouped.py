@@ -33,8 +33,8 @@ def lay_out(
     "The layout of a batch, and where in the batch each token of the row comes from."
     import torch
 
-    mask, p = mask.bool().cpu(), mask.shape[1] - n
-    rows = group.cpu().argsort(stable=True)
+    mask, group, p = mask.bool().cpu(), group.cpu(), mask.shape[1] - n
+    rows = group.argsort(stable=True)
     prompts, answers, places = [], [], []
     for row in rows.tolist():
         length = int(mask[row, p:].sum())
@@ -212,6 +212,16 @@ def _attention_too(stock):
     return attention
 
 
+def _as_autocast(*tensors):
+    "What autocast would make of them; masks that are only described go past it"
+    import torch
+
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return [x.to(torch.get_autocast_dtype(kind)) for x in tensors]
+
+
 def grouped_attention(
     module,  # the model's attention layer
     query,  # (1, heads, places, width)
@@ -231,6 +241,7 @@ def grouped_attention(
     def attend(q, k, v, mask, causal):
         return sdpa_attention_forward(module, q, k, v, mask, dropout, scaling, causal)[0]
 
+    query, key, value = _as_autocast(query, key, value)
     if isinstance(layout, _Seen):
         return _each(layout, attend, query, key, value, layout.whole)
     answers = [n * (p + n) for p, some in zip(layout.prompts, layout.answers) for n in some]
