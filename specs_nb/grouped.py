@@ -98,7 +98,7 @@ def _each(
 
 # %% ../nbs/28_grouped.ipynb #ad28fc28
 def _pieces(layout):
-    "Of each piece of the row: places of its queries, places of the keys, how many keys come before the queries"
+    "Of each piece: places of its queries, places of its keys, how many keys come before the queries"
     import torch
 
     places, pieces = torch.arange(sum(layout.sizes)).split(layout.sizes), []
@@ -252,7 +252,7 @@ def grouped_attention(
 def teach(
     name: str,  # of an attention implementation, such as `sdpa` or `flash_attention_2`
 ):
-    "Let transformers' attention `name` take a `Layout` for a mask; raises `KeyError` for one that it doesn't look up."
+    "Let attention `name` take a `Layout` for a mask; raises `KeyError` if transformers doesn't know it."
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
 
@@ -379,7 +379,7 @@ def _joined(output, images):
 
 # %% ../nbs/28_grouped.ipynb #db7afd19
 class remember:
-    "While it is entered, a model's images are looked up by question in `kept`, and computed where they aren't there"
+    "While it is entered, a model's images are looked up by question in `kept`, or computed and kept"
 
     def __init__(
         self,
