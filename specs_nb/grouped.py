@@ -35,10 +35,10 @@ def lay_out(
 
     mask, group, p = mask.bool().cpu(), group.cpu(), mask.shape[1] - n
     rows = group.argsort(stable=True)
-    prompts, answers, places = [], [], []
+    prompts, answers, places, before = [], [], [], None
     for row in rows.tolist():
         length = int(mask[row, p:].sum())
-        if not prompts or group[row] != group[before]:
+        if before is None or group[row] != group[before]:
             at = mask[row, : p - 1].nonzero()[:, 0]
             prompts.append(len(at))
             answers.append([])
