@@ -11,9 +11,9 @@ once, no padding, forward and backward), in floating-point operations, over the 
 multiplies matrices of 1024 x 1024.
 
 With `--shape 200` or `800` it is the training step of a recipe for a large model, on a small one (20 million
-parameters, Qwen2.5-VL's form, float32, gradient checkpointing): one question with a prompt of 1,400 tokens and a
-picture, eight answers of 200 or 800 tokens that are given and not written. Each step is taken in a process of its
-own, so that its peak memory can be told."""
+parameters, Qwen2.5-VL's form, float32, gradient checkpointing): one question with a prompt of 1,400 tokens
+and a picture, eight answers of 200 or 800 tokens that are given and not written. Each step is taken in a
+process of its own, so that its peak memory can be told."""
 
 import argparse
 import importlib.metadata

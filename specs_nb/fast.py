@@ -378,7 +378,7 @@ class _Scoring(_Judge):
     def _score(self, model, ids, mask, n, group, fields):
         import torch
 
-        parts = _passes(mask, n, group, self.tokens_per_microbatch)
+        parts = self._passes(mask, n, group)
         if len(parts) == 1:
             return self._score_pass(model, ids, mask, n, group, fields)
         scores = []
@@ -387,6 +387,21 @@ class _Scoring(_Judge):
             scores.append(self._score_pass(model, ids[rows], mask[rows], n, group[rows], some))
         back = torch.cat(parts).argsort()
         return tuple(torch.cat(x)[back] for x in zip(*scores))
+
+    def _passes(self, mask, n, group):
+        "Rows of each pass; as many passes in all processes, for sharded weights are gathered by all in each."
+        import torch
+
+        p, most = mask.shape[1] - n, self.tokens_per_microbatch
+        lengths = mask[:, :p].sum(1).tolist(), mask[:, p:].sum(1).tolist()
+        mine = microbatches(group.tolist(), *lengths, most)
+        count = 1
+        if most:
+            count = self.accelerator.gather(torch.tensor([len(mine)], device=mask.device)).max().item()
+        while len(mine) < count:  # a process never has fewer rows than another has passes
+            longest = max(range(len(mine)), key=lambda i: len(mine[i]))
+            mine[longest : longest + 1] = mine[longest].tensor_split(2)
+        return [rows.to(mask.device) for rows in mine]
 
     def _score_pass(self, model, ids, mask, n, group, fields):
         numbers, first = _first_rows(group)
@@ -459,19 +474,13 @@ class _Divided(_Scoring):
             self._group = None
 
     def _parts(self, inputs):
-        "Rows of each pass; as many passes in all processes, for sharded weights are gathered by all in each."
+        "Rows of each pass; none if the batch stays whole."
         import torch
 
         if not self.tokens_per_microbatch or self._group is None or self._undivided():
             return []
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-        n = inputs["completion_ids"].shape[1]
-        mine = _passes(mask, n, self._group, self.tokens_per_microbatch)
-        count = self.accelerator.gather(torch.tensor([len(mine)], device=mask.device)).max().item()
-        while len(mine) < count:  # a process never has fewer rows than another has passes
-            longest = max(range(len(mine)), key=lambda i: len(mine[i]))
-            mine[longest : longest + 1] = mine[longest].tensor_split(2)
-        return mine
+        return self._passes(mask, inputs["completion_ids"].shape[1], self._group)
 
     def _undivided(self):
         "Why the loss needs the whole batch at a time, said once."
@@ -706,13 +715,6 @@ def _some_rows(fields, count, rows):
     if not any(some.get("num_images", [1])):  # a tower takes no batch without a picture
         return {k: v for k, v in some.items() if k in PER_TOKEN}
     return some
-
-
-def _passes(mask, n, group, most):
-    "Rows of each pass through the model, on the device of the batch"
-    p = mask.shape[1] - n
-    lengths = mask[:, :p].sum(1).tolist(), mask[:, p:].sum(1).tolist()
-    return [rows.to(mask.device) for rows in microbatches(group.tolist(), *lengths, most)]
 
 
 def _pad(rows, value, side):

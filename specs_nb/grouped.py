@@ -33,12 +33,12 @@ def lay_out(
     "The layout of a batch, and where in the batch each token of the row comes from."
     import torch
 
-    mask, p = mask.bool().cpu(), mask.shape[1] - n
-    rows = group.cpu().argsort(stable=True)
-    prompts, answers, places = [], [], []
+    mask, group, p = mask.bool().cpu(), group.cpu(), mask.shape[1] - n
+    rows = group.argsort(stable=True)
+    prompts, answers, places, before = [], [], [], None
     for row in rows.tolist():
         length = int(mask[row, p:].sum())
-        if not prompts or group[row] != group[before]:
+        if before is None or group[row] != group[before]:
             at = mask[row, : p - 1].nonzero()[:, 0]
             prompts.append(len(at))
             answers.append([])
@@ -98,7 +98,7 @@ def _each(
 
 # %% ../nbs/28_grouped.ipynb #ad28fc28
 def _pieces(layout):
-    "Of each piece of the row: places of its queries, places of the keys, how many keys come before the queries"
+    "Of each piece: places of its queries, places of its keys, how many keys come before the queries"
     import torch
 
     places, pieces = torch.arange(sum(layout.sizes)).split(layout.sizes), []
@@ -212,6 +212,16 @@ def _attention_too(stock):
     return attention
 
 
+def _as_autocast(*tensors):
+    "What autocast would make of them; masks that are only described go past it"
+    import torch
+
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return [x.to(torch.get_autocast_dtype(kind)) for x in tensors]
+
+
 def grouped_attention(
     module,  # the model's attention layer
     query,  # (1, heads, places, width)
@@ -231,6 +241,7 @@ def grouped_attention(
     def attend(q, k, v, mask, causal):
         return sdpa_attention_forward(module, q, k, v, mask, dropout, scaling, causal)[0]
 
+    query, key, value = _as_autocast(query, key, value)
     if isinstance(layout, _Seen):
         return _each(layout, attend, query, key, value, layout.whole)
     answers = [n * (p + n) for p, some in zip(layout.prompts, layout.answers) for n in some]
@@ -241,7 +252,7 @@ def grouped_attention(
 def teach(
     name: str,  # of an attention implementation, such as `sdpa` or `flash_attention_2`
 ):
-    "Let transformers' attention `name` take a `Layout` for a mask; raises `KeyError` for one that it doesn't look up."
+    "Let attention `name` take a `Layout` for a mask; raises `KeyError` if transformers doesn't know it."
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
 
@@ -368,7 +379,7 @@ def _joined(output, images):
 
 # %% ../nbs/28_grouped.ipynb #db7afd19
 class remember:
-    "While it is entered, a model's images are looked up by question in `kept`, and computed where they aren't there"
+    "While it is entered, a model's images are looked up by question in `kept`, or computed and kept"
 
     def __init__(
         self,

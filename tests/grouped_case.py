@@ -1,5 +1,5 @@
-"""What test_grouped.py runs by two processes and by one: two steps of GRPO with SGD, the same answers to 4 questions.
-By two: in rows with all answers, under checkpointing, in passes; by one: TRL as it is"""
+"""What test_grouped.py runs by two processes and by one: two steps of GRPO with SGD, the same answers to 4
+questions. By two: in rows with all answers, under checkpointing, in passes; by one: TRL as it is"""
 
 import random
 import sys

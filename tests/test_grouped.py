@@ -1,5 +1,5 @@
-"""A question and its answers in one row give TRL's losses and gradients: under gradient checkpointing, with adapters,
-in passes of few tokens, by several processes; and a prompt is computed once"""
+"""A question and its answers in one row give TRL's losses and gradients: under gradient checkpointing, with
+adapters, in passes of few tokens, by several processes"""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ def canned(prompt_ids, *_, **__):
 
 
 def trainer(tmp_path, start="tiny", eyes=1.0, stage=None, **how):
-    "A trainer and its first batch: 3 questions, 4 answers each; `eyes`: share of the questions with a picture"
+    "A trainer and its first batch: 3 questions, 4 answers each; `eyes`: share of questions with pictures"
     rows = world.rows("train", 6)
     rows = [r if i < eyes * 6 else {**r, "images": []} for i, r in enumerate(rows)]
     settings = dict(
