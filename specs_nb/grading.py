@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from .core import SpecsError, nearest
 from .formats import boxed
+from .times import read_clock, read_date, same_clock, same_date
 
 # %% ../nbs/21_grading.ipynb #0d0fbdd0
 _TABLE = {
@@ -71,7 +72,8 @@ _PAIRS = (
     ('"', '"'),
     ("'", "'"),
 )
-_ORNAMENT = re.compile(r"[\u2600-\u27bf\U0001f300-\U0001faff\ufe0f\s]+")  # ✅ and its like
+# ✅ and its like; a cross, a question mark or a thumb down is a verdict and stays
+_ORNAMENT = re.compile(r"(?:(?![✕-✘❌❎❓-❕🚫👎])[\u2600-\u27bf\U0001f300-\U0001faff\ufe0f\s])+")
 _MACRO = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|boldsymbol|fbox)\s*\{([^{}]*)\}"
 )
@@ -178,7 +180,18 @@ mass     克 1 千克 1000 公斤 1000 吨 1000000 毫克 1/1000
 time     秒 1 分 60 分钟 60 小时 3600 时 3600 天 86400 week 604800
 volume   升 1 毫升 1/1000
 angle    度 1
-yuan     元 1 yuan 1"""
+yuan     元 1 yuan 1 块 1 块钱 1 角 1/10 毛 1/10 人民币 1 CNY 1 RMB 1
+dollar   美元 1 美金 1 美分 1/100
+euro     欧元 1
+pound    英镑 1
+yen      日元 1 日圆 1 JPY 1
+peso     peso 1
+rupee    rupee 1 ₹ 1 卢比 1
+won      won 1 ₩ 1 韩元 1
+franc    franc 1
+hkd      港元 1 港币 1
+mass     斤 500
+count    个 1"""
 
 # %% ../nbs/21_grading.ipynb #01c41d5c
 def _units(table):
@@ -266,7 +279,7 @@ _NUMBER = re.compile(
 )
 _TAIL = re.compile(r" ?(?:(?P<large>dozen|hundred|thousand|million|billion|trillion)\b)? ?(?P<unit>.*)", re.S)
 _NO_UNIT = re.compile(
-    r"\b(?:or|and|to|not|than|least|most|pi|sqrt|plus|minus|times|if|but|out of|is|are|was|were|of the way)\b"
+    r"\b(?:or|and|to|past|o'? ?clock|not|than|least|most|pi|sqrt|plus|minus|times|if|but|out of|is|are|was|were|of the way)\b"
     # signs
     r"|\d(?<![\^{]\d)|[=+*×<>^~|_,;:?!()\\\[\]{}√∛π²³-]"
     # words in Chinese
@@ -296,7 +309,11 @@ _CHANGED = re.compile(
       | (?<![A-Za-z]) (?:log|ln|lg) _ | \d [ ]* (?:\.\. | …)
       | [√∛∜^±∓≠≥≤≮≯<>×÷%\\*+|] (?!$) | % [ ] of | \d [ ]* ! | (?<![A-Za-z]) ! [ ]* \d | [⁰¹²³⁴⁵⁶⁷⁸⁹½⅓⅔¼¾⅕⅛π]
       | ∞ | [(\[] [^()\[\]]* [,;] | \d \s* - \s* \d | (?<![A-Za-z]) [a-zA-Z)] \s* - \s* \d | - \s* \(
-      | (?<![A-Za-z']) [a-zA-Z] [ ]? [(]? \d | \d [ ] [b-zB-HJ-Z] (?![\w/^'])""",
+      | \b (?:tall|long|short|high|low|wid|deep|heavi|light|old|young|bigg|larg|small|thick|thinn?|fast|slow
+      | close|far|further|near|hott|cold|warm|cheap|rich|strong) er \b
+      | (?<![A-Za-z']) [a-zA-Z] [ ]? [(]? \d
+      | \d [ ] (?![mghstlLNJWVK] (?:[ ](?:tall|long|high|wide|deep|thick|away|apart|in[ ](?:length|width|height))\b
+      | \.?$)) [b-zB-HJ-Z] (?![\w/^'])""",
     re.I | re.X,
 )
 _TIDY = [
@@ -347,10 +364,32 @@ def _fraction(m):
     return Fraction(dec) * Fraction(10) ** exp, max(0, len(dec.partition(".")[2]) - exp)
 
 # %% ../nbs/21_grading.ipynb #87caa692
+# words that count, and nouns after them; 6的平方, 6以上 or 6个左右 are other numbers than 6
+_COUNTERS = (
+    "个只条张本支名位人块片朵头匹辆架艘座栋层级次种件套双对副把根颗粒瓶杯碗盘袋箱包盒页行列排组班队家所间台部首篇枚株棵滴盏面扇段节题道"
+    "岁步圈桶筐篮份局场届轮格笔户例处项批束串群门幅顶盆罐枝"
+)
+_OTHER_THAN = (
+    "的|以[上下内外]|左右|多$|几|余$|约|不|非|或|次[方幂]|倍|分之|和|与|及|至|到|负|[大小多少]于|最多|半|[二三]次"
+)
+_COUNTED = re.compile(rf"(?!.*(?:{_OTHER_THAN}))[{_COUNTERS}][一-龥]{{0,8}}")
+
+
+def _counted(value, places, tail):
+    "A number before a Chinese unit, or before what it counts; None for any other words"
+    unit = re.sub("(?<=.)[高长宽深厚重远]$", "", tail.removeprefix("个") if len(tail) > 1 else tail)
+    if unit_of(unit):
+        return Number(value, places, unit)
+    return Number(value, places, "个") if _COUNTED.fullmatch(tail) else None
+
+
+# %% ../nbs/21_grading.ipynb #b6c9b837
 def _with_unit(value, places, tail):
     if not tail:
         return Number(value, places)
     m = _TAIL.fullmatch(tail)
+    if re.match(" ?[一-龥]", tail) and (read := _counted(value, places, tail.strip())):
+        return read
     if m["large"]:
         value, places = value * _SCALES[m["large"]], max(0, (places or 0) - 12)
     unit = m["unit"].strip().rstrip(".") if not tail.startswith(".") else tail
@@ -359,10 +398,9 @@ def _with_unit(value, places, tail):
     if han := re.match("[百千万亿]+", tail):
         value, tail = value * prod(_HAN_SCALES[c] for c in han[0]), tail[han.end() :]
         return _with_unit(value, None, tail)
-    chinese = re.match(r"[一-龥]", tail)
-    if unit and (_NO_UNIT.search(unit) or len(unit) == 1 and not chinese):
+    if unit and (_NO_UNIT.search(unit) or len(unit) == 1 or re.match("[一-龥]", unit)):
         return None
-    if unit and (_CHANGED.search(unit) or not (tail.startswith(" ") or chinese)):
+    if unit and (_CHANGED.search(unit) or not tail.startswith(" ")):
         return None
     return Number(value, places)
 
@@ -531,7 +569,8 @@ def find_number(
             return None  # AB = 12, BC = 5: two answers
         return read_number(right.strip()) if _leads_to(left.split("=")[0]) else None
     text = re.sub(r"(?<!\d )\b(?:minus|negative) (?=\d)", "-", text, flags=re.I)
-    if _CHANGED.search(text) or _HEDGE.search(text):
+    plain = re.sub(r"(?<=\d )((?:[mcdk]?m|in|ft|yd|mi))\^\{?[23]\}?", r"\1", text) if "^" in text else text
+    if "?" in text or _CHANGED.search(plain) or _HEDGE.search(plain):
         return None
     found = numbers_in(text)
     return found[0] if found and found[0] and len(set(found)) == 1 else None
@@ -587,11 +626,14 @@ def same_number(
     values, scale = [p.value], Fraction(1)
     if p.unit and g.unit:
         (p_dim, p_factor), (g_dim, g_factor) = unit_of(p.unit), unit_of(g.unit)
-        if p_dim != g_dim:
+        if p_dim != g_dim and not ("¥" in (p.unit, g.unit) and {p_dim, g_dim} == {"yen", "yuan"}):
             return False
         scale = p_factor / g_factor
-    elif (p.unit or g.unit) and unit_of(p.unit or g.unit)[0] == "percent":
-        values.append(p.value / 100 if p.unit else p.value * 100)
+    elif p.unit and unit_of(p.unit)[0] == "percent":
+        likely = abs(g.value) >= 10 or abs(g.value) > 1 and g.places
+        values = [p.value / 100, *values] if likely else [p.value / 100]
+    elif g.unit and unit_of(g.unit)[0] == "percent":
+        values.append(p.value * 100)
     exact = scale == 1
     return any(
         close(v * scale, g.value, p.places if exact and v == p.value else None, g.places, tol, precision)
@@ -675,22 +717,32 @@ def plain_words(
 _CODES = {
     "a date": r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}",
     "a clock time": r"\d{1,2}:\d\d(?::\d\d)?(?: ?[apAP]\.?[mM]\b\.?)?|\d{1,2} ?[apAP]\.?[mM]\b\.?",
+    "a range of times": r"\d{1,2}:\d\d(?: ?[ap]m)? ?(?:-|to) ?\d{1,2}:\d\d(?: ?[ap]m)?",
     "a range": r"\$?\d[\d.,]*%? ?(?:-|to) ?\$?\d[\d.,]*(?: ?[A-Za-z%°]+(?:/[A-Za-z]+)?)?",
     "a number with more than one point": r"(?![1-9]\d{0,2}(?:\.\d{3})+$)\d+(?:\.\d+){2,}",
     "a code": (
-        r"[A-Z]{1,4}-\d+[A-Z]?|[A-Z]{2,4} ?\d{1,6}|[A-Z]\d{1,6}|\d{1,6}[A-DF-Z]|\d+(?:-\d+){2,}"
-        r"|\d{3}-\d{4}"
+        r"[A-Z]{1,4}-\d+[A-Z]?|[A-Z]{2,4} ?\d{1,6}|[A-Z]\d{1,6}|\d{1,6}[A-DF-Z]|\d{1,3}E\d{1,3}"
+        r"|\d+(?:-\d+){2,}|\d{3}-\d{4}"
     ),
     "a formula": r"(?=.*[_^₀-₉⁺⁻])(?:[A-Z][a-z]?(?:_?\{?\d+\}?|[₀-₉]+)?)+(?:\^?\{?\d?[+-]\}?|[⁰-⁹]?[⁺⁻])?",
 }
 _CODE = {name: re.compile(pattern) for name, pattern in _CODES.items()}
+# written in words; `3 to 4` is a ratio, unless it says otherwise
+_MOMENT = re.compile(
+    r"(?i:\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z.]*,? |\d(?:st|nd|rd|th)? (?:of )?[a-z]{3,9}\b)"
+    r"|\d ?[年月]|(?i:o'? ?clock|\b(?:quarter|half|minutes?|\d|[a-z]+) past |\b(?:quarter|minutes?) to )|点.|时.+分"
+)
 
 
 def code_of(
     text: str,  # unwrapped
 ) -> str:  # such as `a date`, or None
     "What kind of string with a structure `text` is, if any."
-    if len(text) > 40 or not any(c.isdigit() or c in "₀₁₂₃₄₅₆₇₈₉⁺⁻" for c in text):
+    if len(text) > 40:
+        return None
+    if _MOMENT.search(text) and (name := "a date" if read_date(text) else read_clock(text) and "a clock time"):
+        return name
+    if not any(c.isdigit() or c in "₀₁₂₃₄₅₆₇₈₉⁺⁻" for c in text):
         return None
     name = next((name for name, pattern in _CODE.items() if pattern.fullmatch(text)), None)
     return None if name == "a formula" and re.fullmatch(r"[A-Z]_\{?\d\}?|[A-Z]\^\d", text) else name
@@ -699,7 +751,8 @@ def code_of(
 def _code_key(text):
     text = re.sub(r"^(?:from|between) ", "", _spelled(text).casefold())
     text = re.sub(r"(?<=\d) ?(?:to|-+|and) ?(?=[$\d])", "-", text)
-    return re.sub(r"(?<=[ap])\.?(?=m)|(?<=m)\.$|[\s{}_^]", "", text)
+    text = re.sub(r"\^(?=\{?\d*[+-])", "", text)  # an ion's charge, but no power
+    return re.sub(r"(?<=[ap])\.?(?=m)|(?<=m)\.$|[\s{}_]", "", text)
 
 # %% ../nbs/21_grading.ipynb #44e4e1b3
 _RELATION = re.compile(r"\\(?:parallel|perp|cong|sim)(?![a-z])|//")
@@ -714,6 +767,46 @@ def statement(
         return None
     sign = _RELATION.search(_spelled(text))[0].replace("//", "\\parallel")
     return sign, frozenset(re.sub(r"[\s{}$]|\\(?:overline|mathrm|text)", "", p) for p in parts)
+
+# %% ../nbs/21_grading.ipynb #4e5716cf
+_CARRIER = re.compile(
+    r"(?:(?:it|this|that|the answer)(?: is|'s) )?(?:(?:in|at|on) )?(?:the )?"
+    r"(room|gate|seat|flight|bus|line|platform|apartment|apt|flat|unit|house|class|row|cell|square|position|locker|box"
+    r"|building|block|zone|section|route|highway|road|exit|terminal|car|model|code|label|sample|step|track|shelf|tank"
+    r"|station|bay|aisle|table|number|no\.|plate)(?: number| no\.?)? (?=\S*\d)(.+)",
+    re.I,
+)
+
+
+def _carried(text):
+    "(noun or None, code) of `Room 12B`"
+    if len(text) > 60 or not (m := _CARRIER.fullmatch(text)) or code_of(m[2]) != "a code":
+        return None, text
+    return m[1].casefold(), m[2]
+
+
+def _grade_code(p, g, name):
+    (noun, said), (gold_noun, gold) = _carried(p), _carried(g)
+    if _code_key(said) == _code_key(gold):
+        same = noun == gold_noun or not noun or not gold_noun
+        return same, f"the same {name.removeprefix('a ')}" if same else f"of a {noun}, not of a {gold_noun}"
+    for kind, read, same in (("a date", read_date, same_date), ("a clock time", read_clock, same_clock)):
+        if name == kind and (a := read(said)) and (b := read(gold)):
+            return same(a, b), f"compared as {kind}"
+    if name == "a date" and re.search(r"[A-Za-z]{3}", p):
+        return None, "a date among words"
+    if name == "a code" and _code_key(said).replace("-", "") == _code_key(gold).replace("-", ""):
+        return None, "the same code but for a hyphen"
+    return False, f"{name}, compared as a string"
+
+# %% ../nbs/21_grading.ipynb #f3371bb9
+_INFINITE = re.compile(r"([-+]?|(?:positive|plus|negative|minus) )\s*(?:\\infty|∞|infinity|inf)", re.I)
+
+
+def _infinity(text):
+    "`+` or `-` of a text that says infinity, or None"
+    m = _INFINITE.fullmatch(text)
+    return m and ("-" if m[1].lower() in ("-", "negative ", "minus ") else "+")
 
 # %% ../nbs/21_grading.ipynb #5ea54d81
 _YES = {"yes": True, "true": True, "no": False, "false": False}
@@ -732,11 +825,10 @@ def _grade_text(p, g, **kw):
     if not re.search(r"\w", words_g):
         return None, "the gold answer has no words"
     p, g = unwrap(p), unwrap(g)
-    if name := code_of(g):
-        if _code_key(p) == _code_key(g):
-            return True, f"the same {name.removeprefix('a ')}"
-        other = re.search(r"[A-Za-z]{3}", p) and name == "a date"
-        return None if other else False, f"{name}, compared as a string"
+    if name := code_of(_carried(g)[1]):
+        return _grade_code(p, g, name)
+    if _infinity(g):
+        return _infinity(p) == _infinity(g), "infinite"
     if (a := statement(g)) or statement(p):
         return statement(p) == a, "compared as statements"
     if words_p == words_g:
