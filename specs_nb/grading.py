@@ -191,6 +191,7 @@ won      won 1 ₩ 1 韩元 1
 franc    franc 1
 hkd      港元 1 港币 1
 mass     斤 500
+year     year 1 年 1 month 1/12 月 1/12
 count    个 1"""
 
 # %% ../nbs/21_grading.ipynb #01c41d5c
@@ -279,7 +280,8 @@ _NUMBER = re.compile(
 )
 _TAIL = re.compile(r" ?(?:(?P<large>dozen|hundred|thousand|million|billion|trillion)\b)? ?(?P<unit>.*)", re.S)
 _NO_UNIT = re.compile(
-    r"\b(?:or|and|to|past|o'? ?clock|not|than|least|most|pi|sqrt|plus|minus|times|if|but|out of|is|are|was|were|of the way)\b"
+    r"\b(?:or|and|to|past|o'? ?clock|not|than|least|most|pi|sqrt|plus|minus|times|if|but|out"
+    r" of|is|are|was|were|of the way)\b"
     # signs
     r"|\d(?<![\^{]\d)|[=+*×<>^~|_,;:?!()\\\[\]{}√∛π²³-]"
     # words in Chinese
@@ -312,7 +314,7 @@ _CHANGED = re.compile(
       | \b (?:tall|long|short|high|low|wid|deep|heavi|light|old|young|bigg|larg|small|thick|thinn?|fast|slow
       | close|far|further|near|hott|cold|warm|cheap|rich|strong) er \b
       | (?<![A-Za-z']) [a-zA-Z] [ ]? [(]? \d
-      | \d [ ] (?![mghstlLNJWVK] (?:[ ](?:tall|long|high|wide|deep|thick|away|apart|in[ ](?:length|width|height))\b
+      | \d [ ] (?!(?-i:[mghstlLNJWVK]) (?:[ ](?:tall|long|high|wide|deep|thick|away|apart|in[ ](?:length|width|height))\b
       | \.?$)) [b-zB-HJ-Z] (?![\w/^'])""",
     re.I | re.X,
 )
@@ -369,9 +371,7 @@ _COUNTERS = (
     "个只条张本支名位人块片朵头匹辆架艘座栋层级次种件套双对副把根颗粒瓶杯碗盘袋箱包盒页行列排组班队家所间台部首篇枚株棵滴盏面扇段节题道"
     "岁步圈桶筐篮份局场届轮格笔户例处项批束串群门幅顶盆罐枝"
 )
-_OTHER_THAN = (
-    "的|以[上下内外]|左右|多$|几|余$|约|不|非|或|次[方幂]|倍|分之|和|与|及|至|到|负|[大小多少]于|最多|半|[二三]次"
-)
+_OTHER_THAN = "的|以[上下内外]|左右|多$|几|余$|约|不|非|或|次[方幂]|倍|分之|和|与|及|至|到|负|[大小多少]于|最多|半|[二三]次"
 _COUNTED = re.compile(rf"(?!.*(?:{_OTHER_THAN}))[{_COUNTERS}][一-龥]{{0,8}}")
 
 
@@ -381,7 +381,6 @@ def _counted(value, places, tail):
     if unit_of(unit):
         return Number(value, places, unit)
     return Number(value, places, "个") if _COUNTED.fullmatch(tail) else None
-
 
 # %% ../nbs/21_grading.ipynb #b6c9b837
 def _with_unit(value, places, tail):
@@ -530,7 +529,7 @@ def read_number(
     return read
 
 # %% ../nbs/21_grading.ipynb #1a9fde67
-_ANY = re.compile(r"(?<![\w.,/+-])[-+$€£¥]?\.?\d\S*(?: [A-Za-z°%][A-Za-z/^0-9°]*)?", re.A)
+_ANY = re.compile(r"(?<![\w.,/+-])[-+$€£¥]?\.?\d\S*(?: [A-Za-z°%][A-Za-z/^0-9°²³]*)?", re.A)
 _HEDGE = re.compile(
     r"\b(?:not|or|either|neither|nor|between|at least|at most|more than|less than|over|under|up"
     r" to|never|unsure|maybe|wrong|incorrect|false|untrue|eliminated?|excluded?|ruled?|except|but|other"
@@ -557,19 +556,28 @@ def numbers_in(
     return [v if v is None else Number(v, 0 if v.denominator == 1 else None) for v in words]
 
 # %% ../nbs/21_grading.ipynb #32cea397
+# 这座塔高30米; 比它高30米 says something else
+_HAN_SAYS = re.compile(
+    r"(?:(?![不非或负约比倍最少多差另每第超])[一-龥，"
+    r"]){1,20}?(?:是|为|等于|[高长宽深重有共得]|：|:)\s*(?=[-\d零一二两三四五六七八九十])"
+)
+
+
 def find_number(
     text: str,  # unwrapped
 ) -> Number:  # or None
     "The number of a sentence that states exactly one; after a last `=` only what follows counts."
     if (number := read_number(text)) or len(text) > 2000:
         return number
+    if m := _HAN_SAYS.match(text):
+        return read_number(text[m.end() :].rstrip("。."))
     if "=" in text:
         left, _, right = text.rpartition("=")
         if re.search(r"=.*(?:[,;，；]|\b(?:and|or|so|but)\b)", left):
             return None  # AB = 12, BC = 5: two answers
         return read_number(right.strip()) if _leads_to(left.split("=")[0]) else None
     text = re.sub(r"(?<!\d )\b(?:minus|negative) (?=\d)", "-", text, flags=re.I)
-    plain = re.sub(r"(?<=\d )((?:[mcdk]?m|in|ft|yd|mi))\^\{?[23]\}?", r"\1", text) if "^" in text else text
+    plain = re.sub(r"(?<=\d )((?:[mcdk]?m|in|ft|yd|mi))(?:\^\{?[23]\}?|[²³])", r"\1", text)
     if "?" in text or _CHANGED.search(plain) or _HEDGE.search(plain):
         return None
     found = numbers_in(text)
@@ -634,11 +642,27 @@ def same_number(
         values = [p.value / 100, *values] if likely else [p.value / 100]
     elif g.unit and unit_of(g.unit)[0] == "percent":
         values.append(p.value * 100)
-    exact = scale == 1
-    return any(
-        close(v * scale, g.value, p.places if exact and v == p.value else None, g.places, tol, precision)
-        for v in values
-    )
+    percent = p.places if p.places is None else p.places + 2
+    for v in values:
+        places = p.places if v == p.value else percent if v * 100 == p.value else None
+        if close(v * scale, g.value, places if scale == 1 else None, g.places, tol, precision):
+            return True
+    return False
+
+# %% ../nbs/21_grading.ipynb #feec597e
+_DENIED = re.compile(
+    r"""\b(?: not | no | nope | nothing | none | never | neither | nor | cannot | without | except\w* | besides? | apart
+      | aside | other | rather | instead | than | but | or | either | if | unless | whether | maybe | perhaps | possibly
+      | might | could | may | between | wrong\w* | incorrect\w* | false\w* | untrue | invalid\w* | impossible | improbable
+      | unlikely | un(?:sure|clear|able|fit|suitable|supported|related|reasonable|acceptable) | inconsistent | incompatible
+      | inaccurate | inappropriate | irrelevant | mistaken?\w* | errors? | least | worst | worse | less | bad | out | off
+      | away | eliminat\w* | exclu\w* | reject\w* | discard\w* | dismiss\w* | rul(?:e|es|ed|ing) | drop\w* | remov\w* | cross\w*
+      | strik\w* | struck | omit\w* | fail\w* | avoid\w* | skip\w* | ignor\w* | den(?:y|ies|ied|ying) | doubt\w* | disagree\w*
+      | disprov\w* | refut\w* | contradict\w* | violat\w* | conflict\w* | mislead\w* | distractors? | traps? | lacks? | (?<!the[ ]) missing | far
+      | opposite | rest | any\w* | both | too | different | excess\w* | hardly | barely | almost | nearly | half )\b
+    | n't | [×✕-✘❌❎🚫👎?？] | [不非或错除没排误否]""",
+    re.I | re.X,
+)
 
 # %% ../nbs/21_grading.ipynb #53327baf
 _DROP = re.compile(r"\b(?:the|an?)\b(?=\s+[^\W\d_]{2})", re.I)
@@ -729,8 +753,10 @@ _CODES = {
 _CODE = {name: re.compile(pattern) for name, pattern in _CODES.items()}
 # written in words; `3 to 4` is a ratio, unless it says otherwise
 _MOMENT = re.compile(
-    r"(?i:\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z.]*,? |\d(?:st|nd|rd|th)? (?:of )?[a-z]{3,9}\b)"
-    r"|\d ?[年月]|(?i:o'? ?clock|\b(?:quarter|half|minutes?|\d|[a-z]+) past |\b(?:quarter|minutes?) to )|点.|时.+分"
+    r"(?i:\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z.]*,? |\d(?:st|nd|rd|th)? (?:of"
+    r" )?[a-z]{3,9}\b)"
+    r"|\d ?[年月]|(?i:o'? ?clock|\b(?:quarter|half|minutes?|\d|[a-z]+) past |\b(?:quarter|minutes?) to"
+    r" )|点.|时.+分"
 )
 
 
@@ -740,7 +766,9 @@ def code_of(
     "What kind of string with a structure `text` is, if any."
     if len(text) > 40:
         return None
-    if _MOMENT.search(text) and (name := "a date" if read_date(text) else read_clock(text) and "a clock time"):
+    if _MOMENT.search(text) and (
+        name := "a date" if read_date(text) else read_clock(text) and "a clock time"
+    ):
         return name
     if not any(c.isdigit() or c in "₀₁₂₃₄₅₆₇₈₉⁺⁻" for c in text):
         return None
@@ -790,6 +818,9 @@ def _grade_code(p, g, name):
     if _code_key(said) == _code_key(gold):
         same = noun == gold_noun or not noun or not gold_noun
         return same, f"the same {name.removeprefix('a ')}" if same else f"of a {noun}, not of a {gold_noun}"
+    layout = r"(\d\d?)[-/.](\d\d?)[-/.](\d{4})"
+    if (a := re.fullmatch(layout, said)) and (b := re.fullmatch(layout, gold)):
+        return [*map(int, a.groups())] == [*map(int, b.groups())], "compared as dates of one layout"
     for kind, read, same in (("a date", read_date, same_date), ("a clock time", read_clock, same_clock)):
         if name == kind and (a := read(said)) and (b := read(gold)):
             return same(a, b), f"compared as {kind}"
@@ -844,11 +875,26 @@ def _grade_text(p, g, **kw):
         return bool(a and same_number(a, b)), "compared as numbers"
     if (lists := _lists(p, g)) is not None:
         return lists
+    if (told := _told(words_p, words_g)) is not None:
+        return told, "said in a sentence" if told else "denied"
     if f" {words_g} " in f" {words_p} " and not _MANY.search(p) and len(words_p) < 10 * len(words_g):
         return None, "the gold answer stands among other words: a rule can't decide"
     if len(words_g.split()) > 3 and words_p:
         return None, "a rule can't compare sentences"
     return False, "different words"
+
+
+def _told(p, g):
+    "Does a sentence say `g` in so many words (True), or deny it (False)? None: neither"
+    words = re.escape(g)
+    if re.fullmatch(rf"(?:not|never|no|non|anything but|all but|except|without|other than) ?{words}", p):
+        return False
+    if re.fullmatch(
+        rf"{words} (?:is|are) (?:wrong|incorrect|false|not \w+|eliminated|excluded|ruled out)", p
+    ):
+        return False
+    says = re.fullmatch(rf"[a-z' ]{{2,60}} (?:is|are|was|were) {words}", p)
+    return True if says and not _DENIED.search(p) and not _CHANGED.search(p) else None
 
 
 def _lists(p, g):
@@ -1011,8 +1057,14 @@ def _labelled(letter, text, choices):
     others = _by_text(text, choices) or _by_value(unwrap(text), choices)
     if letter in others:
         return (letter,)  # its own text, in which capitals may stand: `A. Vitamin C`
+    if _DENIED.search(text) and (
+        choices or re.match(r"(?:is|was|can|should|would|does|has|must|will)\b", text)
+    ):
+        return ()  # (B) is eliminated
     more = re.findall(r"[(\[]([A-Z])\b|\b([A-Z])[.:)\]]", text)
-    return tuple(dict.fromkeys([letter, *others, *(a or b for a, b in more)]))
+    named = _CAPITAL.findall(re.sub(_NO_LETTER, "", text)) if choices else ()  # A... actually B
+    named = [c for c in named if ord(c) - 65 < len(choices)]
+    return tuple(dict.fromkeys([letter, *others, *(a or b for a, b in more), *named]))
 
 
 def _by_value(text, choices):
@@ -1036,6 +1088,51 @@ def _mathematical(text):
         and not is_words(text)
     )
 
+# %% ../nbs/21_grading.ipynb #984d5c3b
+_CHOOSING = set(
+    """so therefore thus hence then the final correct right best true answer answers option choice choices letter solution
+    result is it its it's be would must should i i'd i'll we my our think believe say guess choose chose chosen pick
+    picked select selected go going with to of this that question problem looks like seems clearly definitely and shows
+    here conclude conclusion matches which one a an statement figure image picture diagram graph shape point line angle
+    region area object item panel side box row column bar tank map group person plan design pattern piece""".split()
+)
+_THING = (
+    r"(?:(?:the )?(?:correct |right |final |best"
+    r" )?(?:option|choice|answer|letter|figure|image|picture|diagram|graph|shape|point|line|statement|panel|box) )?"
+)
+
+
+def _chooses(text, letter):
+    "Does the sentence choose the letter that stands in it?"
+    head = re.split(r",?\s+(?:because|since|as|due to)\b", text)[0]
+    words = re.findall(r"[A-Za-z']+", re.sub(rf"\b{letter}\b", " ", head).lower())
+    if all(w in _CHOOSING for w in words) or not words:
+        return True
+    marked = rf"[(\[]?{letter}[)\]]?"
+    ends = rf"(?:\b(?i:is|are|was|be|choose|chose|select|pick|equals)|[:=→])\s*(?i:{_THING}){marked}\s*[.!]?"
+    begins = rf"(?i:{_THING}){marked}\s*(?:[,:;.-]|\b(?:is|has|shows?|matches|fits|represents|gives|satisfies|works)\b)"
+    return bool(re.search(ends + "$", head) or re.match(begins, head))
+
+
+def _last_said(text, choices):
+    "The choice whose text ends a sentence, if no other choice stands in it"
+    first = re.match(r"([^,.;!]{1,80})[,.;!]\s+\S", text)  # Yes, it is
+    if choices and first and (same := _by_text(first[1], choices)):
+        return same if not _others_said(text, same, choices) else ()
+    m = re.fullmatch(
+        r"(?:[^.!]{1,80}\b(?:is|are|was|were|shows?|be)\s+)?((?:the |an? )?[^.!]+?)(?: one)?[.!]?", text, re.S
+    )
+    if not choices or not m or not (same := _by_text(m[1], choices)):
+        return ()
+    return () if _others_said(text, same, choices) else same
+
+
+def _others_said(text, same, choices):
+    "Does the text of a choice other than `same` stand in `text`?"
+    said = f" {plain_words(text)} "
+    others = [c for i, c in enumerate(choices) if chr(65 + i) not in same]
+    return any(f" {plain_words(c)} " in said for c in others)
+
 # %% ../nbs/21_grading.ipynb #91944ac8
 def read_letters(
     text: str,  # unwrapped
@@ -1051,15 +1148,18 @@ def read_letters(
         return _labelled(m[1].upper(), m[2], choices)
     if same := _by_text(text, choices):
         return same
+    if m := re.fullmatch(r"([A-Z]) ?\((.+)\)", text):
+        return _labelled(m[1], m[2], choices)  # B (blue)
     if (m := _TIGHT.fullmatch(text)) and choices and ord(m[1]) - 65 < len(choices):
         return _labelled(m[1], m[2], choices)
-    if _HEDGE.search(text) or re.search("[不非或]", text):
+    if _DENIED.search(text):
         return ()
-    if same := _by_value(text, choices):
+    if same := _by_value(text, choices) or _last_said(text, choices):
         return same
     if _mathematical(re.sub(r"\\[()\[\]]|\$", "", text)) and not re.search(r"[A-Za-z]{4}", text):
         return ()
-    return tuple(dict.fromkeys(_CAPITAL.findall(re.sub(_NO_LETTER, "", text))))
+    found = tuple(dict.fromkeys(_CAPITAL.findall(re.sub(_NO_LETTER, "", text))))
+    return found if len(found) != 1 or _chooses(text, found[0]) else ()
 
 # %% ../nbs/21_grading.ipynb #c81920eb
 def _gold_letters(g, choices):
@@ -1095,6 +1195,9 @@ def _grade_choice(p, g, choices=None, **kw):
         else read_letters(p, choices)
     )
     if not said:
+        named = tuple(dict.fromkeys(_CAPITAL.findall(re.sub(_NO_LETTER, "", p))))
+        if named == gold and not _DENIED.search(p):
+            return None, "the letter stands among words that a rule can't read"
         return False, "no choice can be read"
     if len(said) != len(gold):
         return False, f"names {len(set(said))} choices, not {len(gold)}"
@@ -1386,7 +1489,8 @@ def _compare(g, p):
         return len(g) == len(p) and all(_compare(a, b) for a, b in zip(g, p))
     one, other = (g, p) if isinstance(g, Relational) else (p, g)
     if isinstance(one, Relational) and isinstance(other, Expr):
-        if one.lhs.is_Add or one.lhs.is_Pow or one.lhs.is_number or not isinstance(one, Eq):
+        equation = any(e.is_Add or e.is_Pow for e in (one.lhs, *one.lhs.args))
+        if equation or one.lhs.is_number or not isinstance(one, Eq):
             return False  # x^2 = 4 is no x^2 - 4
     if isinstance(g, Relational) and isinstance(p, Relational):
         found = same_relation(g, p)
@@ -1478,6 +1582,8 @@ def _grade_set(p, g, **kw):
         return None, "the gold answer is no set"
     if said is None:
         return False, "no set can be read"
+    if len(set(re.findall(r"(?<![A-Za-z\\])([A-Za-z])(?:_\{?\w\}?)?\s*=", p))) > 1:
+        return False, "about two names"
     same = [[_part(a, b) for b in gold] for a in said]
     if all(None in row for row in same) and same and gold:
         return None, "the gold's elements can't be compared"
@@ -1568,6 +1674,10 @@ def _both(text):
     return [(*low, high[0], not high[1])]
 
 # %% ../nbs/21_grading.ipynb #eb6dbc7d
+_ABOVE = r"(?:\\[lg](?:eq?|t)(?![a-z])|[<>≤≥])"
+_VARIABLE = re.compile(rf"(?<![A-Za-z\\])([A-Za-z])(?=\s*{_ABOVE})|(?<=[<>≤≥=])\s*([A-Za-z])(?![A-Za-z])")
+
+
 def read_interval(
     text: str,  # unwrapped
 ) -> list:  # of (low, open?, high, open?), joined and in order, or None
@@ -1578,7 +1688,9 @@ def read_interval(
     text = re.sub(r"\b(?:in(?=f|\b))?(?:inf|infinity|oo)\b", r"\\infty", text)
     if _REALS.fullmatch(text):
         return [(float("-inf"), True, float("inf"), True)]
-    text, pieces = re.sub(r"^\s*[A-Za-z]\s*(?:\\in|∈|=)\s*", "", text), []
+    if len({a or b for a, b in _VARIABLE.findall(text)}) > 1:
+        return None  # 2 < y and x ≤ 5
+    text, pieces = re.sub(r"^\s*[A-Za-z]\s*(?:\\in|∈|=|\bin\b)\s*", "", text), []
     for part in re.split(r"\\cup|∪|\s*(?:\\text\s*\{\s*or\s*\}|\bor\b|\bU\b)\s*", text):
         part = re.sub(r"^\s*[A-Za-z]\s*(?:\\in|∈)\s*", "", part).strip()
         if m := _PIECE.fullmatch(part):
@@ -1642,6 +1754,9 @@ _PART = re.compile(
 _NUMBERED = re.compile(r"(?<=[^\s,;])[ \n]+(?=(?:\([b-h2-9]\)|[②-⑨])\s*\S)")
 
 
+_THINGS = re.compile(r"(\d{1,6}) ([A-Za-z]{2,}(?: [A-Za-z]{2,})?)")  # 3 red, 2 blue
+
+
 def _label(m):
     label = next(x for x in m.groups()[:-1] if x).strip().casefold()
     label = re.sub(r"[\\{}_ ]|angle|overline|widehat|triangle|text|mathrm", "", _spelled(label))
@@ -1669,12 +1784,15 @@ def read_multi(
     labelled = [_PART.match(s.rstrip(" ,;")) for s in parts]
     if all(labelled) and len(parts) > 1:
         return [(_label(m), m.groups()[-1].strip()) for m in labelled]
+    counted = [_THINGS.fullmatch(s) for s in (split_parts(text) if len(parts) == 1 or "," in text else parts)]
+    if len(counted) > 1 and all(counted) and not any(unit_of(m[2]) for m in counted):
+        return [(m[2].casefold().removesuffix("s"), m[1]) for m in counted]
     return [(None, s) for s in parts] if 0 < len(parts) <= 50 else None
 
 
 def _labels(text):
     "Labels of all parts, if they have different ones; roots `x_1, x_2` are a set of solutions and no labels"
-    if not re.search(r"[=:：)）①]|[A-Za-z]{2,} ?\d", text) or len(text) > 400:
+    if not re.search(r"[=:：)）①]|[A-Za-z]{2,} ?\d|\d [A-Za-z]{2,}", text) or len(text) > 400:
         return None
     labels = [k for k, _ in read_multi(text) or ()]
     if len(labels) < 2 or None in labels or len(set(labels)) < len(labels):
@@ -1696,7 +1814,52 @@ def _grade_multi(p, g, **kw):
         if len(dict(said)) != len(said) or set(dict(said)) != set(dict(gold)):
             return False, "the labels differ"
         said = [(k, dict(said)[k]) for k, _ in gold]
+    if gold[0][0] and any((m := _THINGS.fullmatch(s)) and not unit_of(m[2]) for k, s in said if not k):
+        return False, "not everything is named"  # 3, 2 green
     return _all(_part(a, b) for (_, a), (_, b) in zip(said, gold)), "compared part by part"
+
+# %% ../nbs/21_grading.ipynb #a3d9b259
+_TO = re.compile(r"\s*(?::|\\colon(?![a-z])|\bto\b|比)\s*")
+
+
+def _ratio(text, most=6):
+    "The parts of a ratio, or None"
+    parts = [p.strip() for p in _TO.split(text.strip("$ "))]
+    if not 2 <= len(parts) <= most or any(len(p) > 40 or not re.search(r"\w", p) for p in parts):
+        return None
+    for part in parts:
+        if not read_number(part) and (
+            re.search(r"(?<![\\A-Za-z])[A-Za-z]{2}|[=?,;<>]", part) or is_words(part)
+        ):
+            return None
+    values = [read_number(p) for p in parts]
+    return None if any(v and not v.value for v in values) else parts
+
+
+def _is_ratio(g):
+    "Does a gold answer say a ratio with colons?"
+    return (":" in g or "\\colon" in g) and _ratio(g) is not None
+
+# %% ../nbs/21_grading.ipynb #cdf0ef74
+def _grade_ratio(p, g):
+    gold, said = _ratio(g), _ratio(p) if re.search(r":|\\colon|\bto\b|比", p) else None
+    if said is None and len(gold) == 2:
+        a, b = (read_number(x) for x in gold)
+        if a and b and not a.unit and not b.unit:
+            read = read_number(p)
+            return bool(read and same_number(read, Number(a.value / b.value))), "a ratio as a fraction"
+        return _by_algebra(p, r"\frac{%s}{%s}" % tuple(gold))
+    if said is None or len(said) != len(gold):
+        return False, f"no ratio of {len(gold)} parts"
+    if all(read_number(x) for x in (*gold, *said)):
+        (a, *gold), (b, *said) = ([read_number(x).value for x in xs] for xs in (gold, said))
+        return all(x * b == y * a for x, y in zip(gold, said)), "compared as ratios"
+    (a, *gold), (b, *said) = gold, said
+    times = r"({})\cdot ({})"
+    return (
+        _all(_by_algebra(times.format(y, a), times.format(x, b))[0] for x, y in zip(gold, said)),
+        "compared as ratios",
+    )
 
 # %% ../nbs/21_grading.ipynb #23bdd219
 def iou(
@@ -1831,20 +1994,23 @@ def scale_boxes(
 def _grade_number(p, g, tol=None, precision=None, **kw):
     g, text = unwrap(g), unwrap(p)
     gold = read_number(g)
+    if _is_ratio(g):
+        return _grade_ratio(text, g)
     if gold is None and (is_words(g) or _structured(g) or code_of(g)):
         return _grade_text(p, g) if code_of(g) else (None, "the gold answer is no number")
     if gold is None:
         return _grade_latex(p, g, tol=tol, precision=precision)
     if "=" in text and (other := _other_name(text, g)):
         return False, other
-    if said := find_number(text):
+    if said := find_number(text) or _concluded(text, find_number):
         return same_number(said, gold, tol, precision), "compared as numbers"
     if m := re.fullmatch(r"(-?\d+),(\d{1,2})", text):
         if gold.places:  # a decimal comma, where a decimal is asked for
             return same_number(read_number(f"{m[1]}.{m[2]}"), gold, tol, precision), "compared as numbers"
         return False, "two numbers"
-    if ":" in g and (said := read_number(re.sub(r"\s*(?::|\\colon|\bto\b)\s*", "/", text))):
-        return same_number(said, gold, tol, precision), "compared as ratios"
+    text = _stated(text)
+    if said := read_number(text):
+        return same_number(said, gold, tol, precision), "compared as numbers"
     if _ALGEBRA.search(text) and not re.search(r"\d\s*(?:[-+*×]|\\times|\\cdot)\s*\d", text):
         text, _, other = _without_units(_named(text)[1], g)
         if other or is_words(text):
@@ -1854,6 +2020,18 @@ def _grade_number(p, g, tol=None, precision=None, **kw):
 
 
 _ALGEBRA = re.compile(r"\\|\^|√|∛|π|sqrt|/|\d!|\b(?:log|ln|sin|cos|tan)|[²³]")
+
+
+_SO = re.compile(
+    r"(?:^|[.,;:]\s+)(?:so|thus|therefore|hence|we (?:get|have|find)|which (?:gives|means)|giving)\b,?\s+"
+)
+
+
+def _concluded(text, read):
+    "What `read` finds in the last clause after `so` or its like, of a text of at most 500 characters; or None"
+    if len(text) > 500 or not (found := [*_SO.finditer(text)]) or not text[: found[-1].start()].strip():
+        return None
+    return read(_LEAD.sub("", text[found[-1].end() :].strip().rstrip("."), count=1))
 
 
 def _other_name(p, g):
@@ -1866,9 +2044,11 @@ def _other_name(p, g):
 
 # %% ../nbs/21_grading.ipynb #4ed4e81e
 def _grade_latex(p, g, tol=None, precision=None, **kw):
-    p, g = unwrap(p), unwrap(g)
-    if code_of(g) or statement(g):
+    p, g = _stated(unwrap(p)), unwrap(g)
+    if code_of(g) or statement(g) or _infinity(g):
         return _grade_text(p, g)
+    if _is_ratio(g):
+        return _grade_ratio(p, g)
     if _labels(g):
         return _grade_multi(p, g)
     (name_p, rest_p), (name_g, rest_g) = _named(p), _named(g)
@@ -1889,7 +2069,14 @@ def _grade_latex(p, g, tol=None, precision=None, **kw):
         return same_number(a, b, tol, precision), "compared as numbers"
     if f := _structured(g):
         return f(p, g)
+    if a and a.unit and unit_of(a.unit)[0] == "angle" and re.search(r"π|\\pi(?![a-z])|\bpi\b", g):
+        p, a = rf"\frac{{{a.value.numerator} \pi}}{{{180 * a.value.denominator}}}", None
+    if (column := _as_point(g)) and not re.search(r"\\begin", p):
+        return _grade_tuple(_as_point(p, True) or p, column)
     return _by_algebra(re.sub(r"^(?:≈|\\approx)\s*", "", p), g, a, b, tol, precision)
+
+
+_GLUED = re.compile(r"(?<![A-Za-z\\_^])[A-Za-z]\d")  # e4 is no 4e
 
 
 def _by_algebra(p, g, a=None, b=None, tol=None, precision=None):
@@ -1899,9 +2086,11 @@ def _by_algebra(p, g, a=None, b=None, tol=None, precision=None):
         return (True, "same text") if p == g else (None, f"the gold answer can't be read: {why}")
     if is_words(p):
         return False, "words, not mathematics"
+    if _GLUED.search(p) and not _GLUED.search(g):
+        return False, "a letter before a digit is a name, no product"
     said, why = _in_time(as_latex(p))
     if said is None:
-        return False, f"the answer can't be read: {why}"
+        return None if why == _SLOW else False, f"the answer can't be read: {why}"
     if _letters(p) != _letters(g) and _letters(p).lower() == _letters(g).lower():
         return False, "capitals are other variables"
     try:
@@ -1910,11 +2099,14 @@ def _by_algebra(p, g, a=None, b=None, tol=None, precision=None):
         return None, f"computer algebra gave up: {type(e).__name__}"
 
 # %% ../nbs/21_grading.ipynb #331fe3e7
+_SLOW = "it takes too long to read"
+
+
 def _in_time(text):
     try:
         return read_latex(text)
     except TimeoutError:
-        return None, "it takes too long to read"
+        return None, _SLOW
 
 
 _NAME = re.compile(r"([A-Za-z](?:_\{?\w+\}?)?(?:\([a-z]\))?)\s*(?:=|\\in(?![a-z])|∈)\s*([^=]+)", re.S)
@@ -1973,7 +2165,8 @@ def _as_symbols(p, g):
 
 _END_UNIT = re.compile(
     r"(?:\\(?:text|mathrm|mbox|rm|operatorname)\s*\{\s*([^{}]+?)\s*\}((?:\s*\^\s*\{?[23]\}?)?)"
-    r"|(?<=[\d})\sπi])\s*((?:square |cubic )?[A-Za-zΩ°µ]{2,}(?:/[A-Za-z]+)?(?:\^\{?[23]\}?)?))\.?$"
+    r"|(?<=[\d})\sπi])\s*((?:square |sq\.? ?|cubic )?[A-Za-zΩ°µ]{2,}(?:/[A-Za-z]+)?(?:\^\{?[23]\}?)?"
+    r"|[一-龥]{1,4}))\.?$"
 )
 
 
@@ -1986,7 +2179,7 @@ def _end_unit(text):
     if not m or not text[: m.start()].strip() or not re.search(r"\d|π|pi|sqrt", text[: m.start()]):
         return text, ""
     name = (m[1] or m[3]).strip() + re.sub(r"[\s{}]", "", m[2] or "")
-    if m[3] and len(name) < 2 or name in ("in", "pi", "rad") and m[3]:
+    if m[3] and name.isascii() and len(name) < 2 or name in ("in", "pi", "rad") and m[3]:
         return text, ""
     if unit_of(name) is None and not re.fullmatch(r"(?:sq(?:uare|\.)? |cubic )?units?(?:\^[23])?", name):
         return text, ""
@@ -1995,9 +2188,7 @@ def _end_unit(text):
 
 def _without_units(p, g):
     "(p, g) without units, scaled to the gold's, and why they differ, or None"
-    if not re.search(r"[A-Za-zΩ°µ²³]\}?(?:\^\{?\d\}?)?\.?$", p + " ") and not re.search(
-        r"[A-Za-zΩ°µ²³]\}?(?:\^\{?\d\}?)?\.?$", g
-    ):
+    if not any(re.search(r"[A-Za-zΩ°µ²³一-龥]\}?(?:\s*\^\s*\{?\d\}?)?\.?\s*$", t) for t in (p, g)):
         return p, g, None
     (bare_p, u), (bare_g, v) = _end_unit(p), _end_unit(g)
     if not u and (m := re.search(r"(?<=\S) ([mshgLlNJWVAK])$", p)) and not _letters(bare_g):
@@ -2014,6 +2205,29 @@ def _without_units(p, g):
         bare_g,
         None,
     )
+
+# %% ../nbs/21_grading.ipynb #c5f6c73e
+_STATES = re.compile(
+    r"(?P<what>(?:[A-Za-z'-]+,? ){1,10}?)(?:is|are|equals|was|will be|must be)(?: equal to| exactly|"
+    r" just|:)? "
+    r"(?P<value>\S.*)",
+    re.S,
+)
+
+
+def _stated(text):
+    "What a sentence says that something is; another text as it is, without dollars inside"
+    m = _STATES.fullmatch(text)
+    if (
+        m
+        and not _CHANGED.search(m["what"])
+        and not _HEDGE.search(text)
+        and not is_words(_end_unit(m["value"])[0])
+    ):
+        text = m["value"]
+    if text.count("$") == 2:
+        text = re.sub(r"\$([^$]+)\$", r"\1", text).strip()
+    return text
 
 # %% ../nbs/21_grading.ipynb #6a7efdf0
 def _leaf(gold, said, a, b, tol=None, precision=None):
@@ -2039,6 +2253,29 @@ def _number(expr):
     if v is None or not v.is_real or abs(sum(v._mpf_[2:])) > 1500:
         return None
     return Number(Fraction(str(v)), None)
+
+# %% ../nbs/21_grading.ipynb #536cc520
+_COLUMN = re.compile(
+    r"\\begin\s*\{[pbv]?matrix\}(?P<cells>.+?)\\end\s*\{[pbv]?matrix\}|\\binom\s*\{(?P<up>[^{}]+)\}\s*\{(?P<down>[^{}]+)\}"
+    r"|(?:\\langle(?![a-z])|[⟨〈])(?P<inner>.+?)(?:\\rangle(?![a-z])|[⟩〉])|(?P<row>\([^()]*,[^()]*\))\s*\^\s*\{?T\}?",
+    re.S,
+)
+
+
+def _as_point(text, predicted=False):
+    "`(1, 2)` of a column, a row or `\\langle 1, 2 \\rangle`; None for anything else; `\\binom` only if predicted"
+    m = _COLUMN.fullmatch(re.sub(r"\\(?:left|right)(?![a-z])", "", text).strip())
+    if not m or m["up"] and not predicted:
+        return None
+    if m["row"]:
+        return m["row"]
+    if m["up"]:
+        return f"({m['up']}, {m['down']})"
+    if m["inner"]:
+        return f"({m['inner'].strip()})"
+    rows = [r.strip() for r in re.split(r"\\\\", m["cells"]) if r.strip()]
+    cells = rows[0].split("&") if len(rows) == 1 else rows
+    return None if len(cells) < 2 or any("&" in c for c in cells) else f"({', '.join(map(str.strip, cells))})"
 
 # %% ../nbs/21_grading.ipynb #15d0ded2
 # a point may carry its name: A(3, -2)
@@ -2079,6 +2316,13 @@ def _structured(g):
         return _grade_tuple
     if re.fullmatch(r"\[.*\]", g, re.S) and _PIECE.fullmatch(g):
         return _grade_tuple
+    if (
+        ";" in g
+        and "=" not in g
+        and not re.search(r"[\[\](){}\\]", g)
+        and len(split_parts(g, ";", words=False)) > 1
+    ):
+        return _grade_multi  # 12; 15 answers two questions
     if "\\begin" not in g and (len(split_parts(g)) > 1 or re.search(r"\\pm|±", g)):
         return _grade_set
 
@@ -2091,6 +2335,7 @@ def _grade_tuple(p, g, **kw):
     if not re.search(r"[(\[]", p) or re.search(r"\\mid|\|", p):
         if read_interval(p) and read_interval(g) and _REL.search(p):
             return _grade_interval(p, g)  # -1 ≤ x ≤ 3
+    p = _as_point(p, True) or p
     p, g = strip(re.sub(r"^\s*\(?[A-Za-z](?:\s*,\s*[A-Za-z])*\)?\s*(?:=|\\in)\s*", "", p)), strip(g)
     if p[:1] != g[:1] or p[-1:] != g[-1:]:
         return False, "other brackets"

@@ -206,7 +206,7 @@ def infer(
         listed = None
     choices = choices or listed
     if not choices:
-        return answer, _kind(answer), None
+        return *_as_asked(question, answer), None
     exact = [chr(65 + i) for i, c in enumerate(choices) if c.strip() == answer.strip()]
     several = re.fullmatch(r"\(?[A-J]\)?(?:(?:[,;& ]|and)*\(?[A-J]\)?)+", answer) and not exact
     if several:
@@ -237,6 +237,42 @@ def _is_listing(question, choices, answer):
     return not asked and not inside
 
 
+# what a question asks for, where its answer alone could be two things
+_ASKS_PERCENT = re.compile(
+    r"\b(?:what|which|how many)\s+(?:(?:is|was|are|were)\s+)?(?:the\s+)?(?:[a-z]+\s+){0,2}percent(?:age)?s?\b"
+    r"|\b(?:in|as a|by what|find the|calculate the) percent(?:age)?\b|百分之(?:几|多少)|百分[比率]是|百分数",
+    re.I,
+)
+_ASKS_RATIO = re.compile(
+    r"\bratios?\b|\bodds\b|\bscale of\b|之比|比例|比值|比是|\b[A-Z]{1,3} ?[:∶] ?[A-Z]{1,3}\b", re.I
+)
+_ASKS_CODE = re.compile(
+    r"\b(?:plate|label(?:l?ed)?|seat|room|code|gate|flight|bus|serial|licen[cs]e|zip|model|locker|platform|square|cell|text"
+    r"|written|printed|id|identifier|password|coordinates?)\b|号码|编号|车牌|座位|房间",
+    re.I,
+)
+_ASKS_AMOUNT = re.compile(
+    r"\b(?:current|amp\w*|volt\w*|force|newtons?|power|watts?|energy|work|joules?|temperature|kelvin|lit(?:er|re)s?|volume"
+    r"|capacity|charge|mass|weight|how"
+    r" (?:much|many|long|far|large|big|strong|hot|fast|high))\b|电|力|功|温|体积|容积|质量",
+    re.I,
+)
+
+
+def _as_asked(question, answer):
+    "(answer, kind), by the question where the answer could be two things: 35 or 35 %, 4:15 as a ratio, 7A as a room"
+    bare = answer.strip("$ ")
+    if re.fullmatch(r"[1-9]\d*(?:\.\d+)?", bare) and _ASKS_PERCENT.search(question):
+        return f"{bare}%", "number"
+    if re.fullmatch(r"\d{1,2}:\d\d(?::\d\d)?", bare) and _ASKS_RATIO.search(question):
+        return answer, "number"
+    if re.fullmatch(r"\d{1,3}E\d{1,3}", bare) and _ASKS_CODE.search(question):
+        return answer, "text"
+    if re.fullmatch(r"\d{1,6}[A-DF-Z]", bare) and not _ASKS_AMOUNT.search(question):
+        return answer, "text"
+    return answer, _kind(answer)
+
+# %% ../nbs/24_sources.ipynb #c81c07d1
 def _kind(answer):
     if answer.lower().rstrip(".") in ("yes", "no", "true", "false"):
         return "text"  # no is not n·o

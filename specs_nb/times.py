@@ -16,6 +16,7 @@ class Clock(NamedTuple):
 
     seconds: int  # since midnight, as written
     half: bool = False  # is it known to be before or after noon?
+    of_24: bool = False  # written with an hour above twelve?
 
 # %% ../nbs/18_times.ipynb #b667ed7e
 _TO_TWELVE = "one two three four five six seven eight nine ten eleven twelve".split()
@@ -44,20 +45,21 @@ _WORD = (
     rf" -](?:{'|'.join(_TO_TWELVE[:9])}))?|{'|'.join(_TEENS + _TO_TWELVE)})"
 )
 _HAN_WORD = r"(?:\d{1,2}|[零一二两三四五六七八九十]{1,3})"
+_HAN_HALF = "上午|早上|凌晨|下午|晚上|中午"
 _DAY_HALF = r"(?:[ ,]*(?P<half>[ap]\.?m\b\.?|in the (?:morning|afternoon|evening)|at night))?"
 _CLOCKS = [
     re.compile(p)
     for p in (
-        rf"(?P<h>\d{{1,2}}) ?[:h] ?(?P<m>\d\d)(?: ?: ?(?P<s>\d\d))?{_DAY_HALF}",
+        rf"(?:(?P<han>{_HAN_HALF}) ?)?(?P<h>\d{{1,2}}) ?[:h] ?(?P<m>\d\d)(?: ?: ?(?P<s>\d\d))?{_DAY_HALF}",
         rf"(?P<h>{_WORD}) o'? ?clock{_DAY_HALF}",
         rf"(?P<h>\d{{1,2}}) ?(?P<half>[ap]\.?m\b\.?)",
         rf"(?:an? )?(?P<off>quarter|half|{_WORD})(?: minutes?)? (?P<way>past|after|to|before|till)"
         rf" (?P<h>{_WORD})"
         rf"(?: o'? ?clock)?{_DAY_HALF}",
         rf"(?P<h>{'|'.join(_TO_TWELVE)})[ -](?:oh[ -])?(?P<m>{_WORD}){_DAY_HALF}",
-        rf"(?P<han>上午|早上|凌晨|下午|晚上|中午)? ?(?P<h>{_HAN_WORD}) ?[点时](?:钟|整|(?P<part>半|[一三]刻)"
+        rf"(?P<han>{_HAN_HALF})? ?(?P<h>{_HAN_WORD}) ?[点时](?:钟|整|(?P<part>半|[一三]刻)"
         rf"|差(?P<short>一刻|{_HAN_WORD}分)|(?P<m>{_HAN_WORD})分?)?(?:(?P<s>{_HAN_WORD})秒)?",
-        rf"(?P<han>上午|早上|凌晨|下午|晚上|中午)?差(?P<short>一刻|{_HAN_WORD}分钟?)(?:到)?(?P<h>{_HAN_WORD})点",
+        rf"(?P<han>{_HAN_HALF})?差(?P<short>一刻|{_HAN_WORD}分钟?)(?:到)?(?P<h>{_HAN_WORD})点",
     )
 ]
 _CLOCK_LEAD = re.compile(
@@ -108,10 +110,12 @@ def read_clock(
     if hour is None or minutes is None or hour > 24 or abs(minutes) > 59 or seconds is None or seconds > 59:
         return None
     if half and (hour > 12 or hour == 0):
-        return None if half == "am" and hour > 12 else Clock((hour * 60 + minutes) * 60 + seconds, True)
+        return None if half == "am" and hour > 12 else Clock((hour * 60 + minutes) * 60 + seconds, True, True)
     if half:
         hour = hour % 12 + 12 * (half == "pm")
-    return Clock((hour * 60 + minutes) * 60 % 86400 + seconds, bool(half) or hour > 12)
+    return Clock(
+        (hour * 60 + minutes) * 60 % 86400 + seconds, bool(half) or hour > 12, not half and hour > 12
+    )
 
 # %% ../nbs/18_times.ipynb #d4922511
 def same_clock(
@@ -123,7 +127,7 @@ def same_clock(
         return p.seconds == g.seconds
     if (p.seconds - g.seconds) % 43200:
         return False
-    return True if p.half and p.seconds // 3600 <= 12 else None
+    return True if p.half and not p.of_24 else None
 
 # %% ../nbs/18_times.ipynb #55de289b
 _MONTHS = "january february march april may june july august september october november december".split()
