@@ -8,7 +8,7 @@ __all__ = ['UNITS', 'OVERLAPS', 'KINDS', 'LIMIT', 'clean', 'unwrap', 'Number', '
            'read_letters', 'too_hard', 'limited', 'read_latex', 'same_value', 'same_relation', 'split_parts',
            'read_set', 'read_interval', 'read_multi', 'iou', 'read_boxes', 'box_score', 'scale_boxes', 'explain_grade',
            'grade', 'kind_of', 'load_grader', 'grade_row', 'is_right', 'second_look', 'audit', 'spans', 'conclusion',
-           'consistent']
+           'consistent', 'consistent_row']
 
 # %% ../nbs/21_grading.ipynb #cab554a2
 import json
@@ -2671,3 +2671,19 @@ def _says_text(text, said, answer):
     if told and len(plain_words(told[1]).split()) <= 3 and len(words.split()) <= 3:
         return grade(told[1], answer, "text")
     return None
+
+# %% ../nbs/21_grading.ipynb #4ca54f38
+def consistent_row(
+    reasoning: str,  # of a completion
+    answer: str,  # the answer of the same completion
+    # kind, choices and, if it has some, grading; a grader of one's own gets its other columns too
+    row: dict,
+):  # True, False, or None where nothing can be compared
+    "Does the reasoning conclude what is answered, by the row's own grader if it names one?"
+    by_rules = consistent(reasoning, answer, row["kind"], row.get("choices"))
+    if not (name := _how(row.get("grading")).get("grader")):
+        return by_rules
+    if not (said := conclusion(reasoning, row["kind"], row.get("choices"))):
+        return by_rules
+    own = is_right(_own(name, unwrap(said), {**row, "answer": answer}))
+    return None if own is False and by_rules is None else own

@@ -848,6 +848,12 @@ def _add_others(sub):
         "--out", default="runs/bench", metavar="DIR", help="a new folder for the results (runs/bench)"
     )
     s.add_argument("--own", metavar="DIR", help="folder of tasks written by benchmarks.write_task")
+    s.add_argument(
+        "--grader",
+        default="",
+        metavar="MODULE:FUNCTION",
+        help="a grader of your own beside theirs; tasks written by write_task carry theirs",
+    )
     s.add_argument("--python", metavar="FILE", help="the Python of lmms-eval's environment")
     s.add_argument("--limit", type=int, metavar="N", help="questions of each task")
     d = sub.add_parser(
@@ -935,6 +941,7 @@ def _bench(args):
         Path(args.out),
         args.own,
         args.python,
+        grader=args.grader,
         **({"limit": args.limit} if args.limit else {}),
     )
     for task, of in metrics.items():

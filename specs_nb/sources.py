@@ -1690,8 +1690,11 @@ def _mix(data, out, sources, guard):
                 raise SpecsError(f"data.sources, {name}: {none_left(source, t)}")
 
     write_rows(rows(), out / "all.arrow")
+    names = list(tallies)
     found = _read_tests(data, out, sources, tests, n_test, tallies)
-    train, test = _divide(data, Rows(out / "all.arrow"), counts, n_train, held, found, tallies, list(tallies))
+    visual = _read_visual(data, out, sources, n_test, tallies)
+    apart = [*found, *visual]  # no picture of these is trained on
+    train, test = _divide(data, Rows(out / "all.arrow"), counts, n_train, held, apart, tallies, names)
     sizes = dict(train=_copy(out / "all.arrow", train, out / "train.arrow"))
     if test:
         _copy(out / "all.arrow", test, out / "held.arrow")
@@ -1699,6 +1702,8 @@ def _mix(data, out, sources, guard):
     held_rows = [out / "held.arrow"] if test else []
     if files := [*found, *held_rows]:
         sizes["test"] = _join(files, out / "test.arrow")
+    if visual:
+        sizes["ood_visual"] = _join(visual, out / "ood_visual.arrow")
     _say(sources, tallies, guard, Rows(out / "train.arrow"), n_train)
     return dict(
         files=[f"{s}.arrow" for s in sizes],
@@ -1735,16 +1740,31 @@ def _read_tests(data, out, sources, tests, n_test, tallies):
             for (name, _, source, one), own, n in zip(sources, tests, n_test)
             if own and n
         ]
+    return _written(data, out, jobs, "test", tallies)
+
+
+def _read_visual(data, out, sources, n_test, tallies):
+    "Arrow files of the parts' other pictures; none if data.test names a test, as with one source"
+    jobs = []
+    for (name, _, source, one), n in zip(sources, n_test):
+        path = source.folder / FILES["ood_visual"]
+        if not data.test and source.ordered and n and path.exists():
+            jobs.append((name, replace(source, files=[path], total=count_rows(path)), one, n))
+    return _written(data, out, jobs, "ood_visual", tallies)
+
+
+def _written(data, out, jobs, split, tallies):
+    "An Arrow file for each job, with the source in front of each row's own"
     found = []
     for name, source, one, n in jobs:
-        tallies[f"test of {name}" if name != "test" else name] = t = Tally()
+        tallies[f"{split} of {name}" if name != split else name] = t = Tally()
         some = (row if data.test else _from(name, row) for row in _some(source, one, n, t, None, None, False))
         k = write_rows(some, out / "some.arrow")
         if not k:
             raise SpecsError(none_left(source, t))
-        lots = random.Random(derive_seed(data.seed, "test"))
+        lots = random.Random(derive_seed(data.seed, split))
         order = range(k) if source.ordered else lots.sample(range(k), min(k, n))
-        found.append(out / f"test-{len(found)}.arrow")
+        found.append(out / f"{split}-{len(found)}.arrow")
         _copy(out / "some.arrow", order, found[-1])
         (out / "some.arrow").unlink()
     return found
