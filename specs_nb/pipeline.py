@@ -412,6 +412,8 @@ def do_eval(
             f"all {len(tests[0])} rows of the ID test are among the {len(train)} training rows: take other"
             " questions for the test"
         )
+    if c.coldstart.start and not (run.dir / "zero/model").exists():
+        names = [m for m in names if m != "zero"]  # nobody needed it
     models = {m: c.model.path if m == "base" else _model_of(run, m) for m in names}
     for f in c.data.ood_formats:
         _format(c, f)
@@ -593,13 +595,18 @@ def run_stages(
         for name, table in inputs(run.config).items()
         if STAGES.index(name) <= STAGES.index(last)
     }
-    _one_gpu(run.config, [name for name, stage in stages.items() if not stage.done], launcher)
+    left = [name for name, stage in stages.items() if not stage.done and not _idle(run.config, name, last)]
+    _one_gpu(run.config, left, launcher)
     for name, stage in stages.items():
         if stop_asked():
             raise Interrupted(f"{name} has not begun")
         what[name] = stage.why()
         if what[name] == "done":
             print(f"{name:10} done before ({stage.info.get('seconds', 0):.0f} s)")
+            continue
+        if _idle(run.config, name, last):
+            what[name] = "not needed"
+            print(f"{name:10} not needed: coldstart.from gives the model that the final stage starts from")
             continue
         print(f"{name:10} {what[name]}", flush=True)
         if not ready:
@@ -627,6 +634,13 @@ def run_stages(
         if not run.config.keep_checkpoints:
             stage.drop_checkpoints()
     return what
+
+
+def _idle(config, name, last):
+    "Is a stage there for the cold start alone, and the cold start is given? One that is asked for runs"
+    if not config.coldstart.start or name == last:
+        return False
+    return name == "pairs" or name == "zero" and not config.zero.start
 
 
 def _one_gpu(config, todo, launcher):
