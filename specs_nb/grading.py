@@ -306,11 +306,12 @@ _CHANGED = re.compile(
       | times (?=[ ](?:\d|[a-z]\b|as\b|more\b|the\b)) | choose | mod(?:ulo)? | gcd | lcm
       | percent [ ] of | out [ ] of | per [ ] cent [ ] of | dozens? | hundreds? | thousands? | [mb]illions?
       | trillions? | less | more | greater | fewer | larger | smaller | above | below | short [ ] of
+      | close | B\.?C\.?(?:E\.?)? | (?:north|south)(?:east|west)? | east | west | (?:counter|anti)?-?clockwise
       | exceed\w* | almost | nearly
       )\b
       | (?<![A-Za-z]) (?:log|ln|lg) _ | \d [ ]* (?:\.\. | …)
       | [√∛∜^±∓≠≥≤≮≯<>×÷%\\*+|] (?!$) | % [ ] of | \d [ ]* ! | (?<![A-Za-z]) ! [ ]* \d | [⁰¹²³⁴⁵⁶⁷⁸⁹½⅓⅔¼¾⅕⅛π]
-      | ∞ | [(\[] [^()\[\]]* [,;] | \d \s* - \s* \d | (?<![A-Za-z]) [a-zA-Z)] \s* - \s* \d | - \s* \(
+      | ∞ | [(\[] [^()\[\]]* [,;] | \d \s* - \s* \d | \d \s+ - \s* [a-zA-Z] (?![A-Za-z]) | (?<![A-Za-z]) [a-zA-Z)] \s* - \s* \d | - \s* \(
       | \b (?:tall|long|short|high|low|wid|deep|heavi|light|old|young|bigg|larg|small|thick|thinn?|fast|slow
       | close|far|further|near|hott|cold|warm|cheap|rich|strong) er \b
       | (?<![A-Za-z']) [a-zA-Z] [ ]? [(]? \d
@@ -479,6 +480,8 @@ def _han(text):
 _SMALL_ANGLES = {"'": ("angle", Fraction(1, 60)), '"': ("angle", Fraction(1, 3600))}
 _QUANTITY = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?([^\W\d]+|[°'\"])(?:,? and |, | |(?=\d)|$)")
 
+_FEET = {"'": "ft", '"': "inch"}  # where no degrees go before
+
 
 def _compound(text):
     "A quantity in two or three units as a number in the first of them, or None"
@@ -486,7 +489,8 @@ def _compound(text):
     while at < len(text) and (m := _QUANTITY.match(text, at)):
         at = m.end()
         angle = parts and parts[0][2] == "°"
-        parts.append((Fraction(m[1]), _SMALL_ANGLES.get(m[2]) if angle else unit_of(m[2]), m[2]))
+        name = m[2] if angle else _FEET.get(m[2], m[2])
+        parts.append((Fraction(m[1]), _SMALL_ANGLES.get(name) if angle else unit_of(name), name))
     if at < len(text) or not 2 <= len(parts) <= 3 or not all(u for _, u, _ in parts):
         return None
     sizes = [u[1] for _, u, _ in parts]
@@ -659,13 +663,13 @@ _DENIED = re.compile(
       | away | eliminat\w* | exclu\w* | reject\w* | discard\w* | dismiss\w* | rul(?:e|es|ed|ing) | drop\w* | remov\w* | cross\w*
       | strik\w* | struck | omit\w* | fail\w* | avoid\w* | skip\w* | ignor\w* | den(?:y|ies|ied|ying) | doubt\w* | disagree\w*
       | disprov\w* | refut\w* | contradict\w* | violat\w* | conflict\w* | mislead\w* | distractors? | traps? | lacks? | (?<!the[ ]) missing | far
-      | opposite | rest | any\w* | both | too | different | excess\w* | hardly | barely | almost | nearly | half )\b
+      | opposite | rest | any\w* | both | too | different | excess\w* | half [ ] of | hardly | barely | almost | nearly )\b
     | n't | [×✕-✘❌❎🚫👎?？] | [不非或错除没排误否]""",
     re.I | re.X,
 )
 
 # %% ../nbs/21_grading.ipynb #53327baf
-_DROP = re.compile(r"\b(?:the|an?)\b(?=\s+[^\W\d_]{2})", re.I)
+_DROP = re.compile(r"\b(?:the|an?)\b(?=\s+[A-Za-zÀ-ɏ]{2})", re.I)
 _GREEK = dict(
     zip(
         "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
@@ -738,6 +742,10 @@ def plain_words(
     return " ".join(_DROP.sub(" ", words).split()) or " ".join(text.split())
 
 # %% ../nbs/21_grading.ipynb #8b87077d
+_ELEMENT = (
+    "(?:A[cglrstu]|B[aeikr]?|C[aelorsu]?|F[er]?|G[ade]|H[efgo]?|I[nr]?|K|L[aiu]|M[gno]|N[abdei]?|O[s]?|P[bdtu]?|R[abhnu]"
+    "|S[bceimnr]?|T[ahil]|U|V|W|X[e]|Y|Z[nr])"
+)
 _CODES = {
     "a date": r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}",
     "a clock time": r"\d{1,2}:\d\d(?::\d\d)?(?: ?[apAP]\.?[mM]\b\.?)?|\d{1,2} ?[apAP]\.?[mM]\b\.?",
@@ -747,6 +755,10 @@ _CODES = {
     "a code": (
         r"[A-Z]{1,4}-\d+[A-Z]?|[A-Z]{2,4} ?\d{1,6}|[A-Z]\d{1,6}|\d{1,6}[A-DF-Z]|\d{1,3}E\d{1,3}"
         r"|\d+(?:-\d+){2,}|\d{3}-\d{4}"
+    ),
+    "a chemical formula": (
+        rf"(?:{_ELEMENT}\d*){{2,}}(?<=[\d])(?:{_ELEMENT}\d*)*|(?=.*\d){_ELEMENT}\d*(?:{_ELEMENT}\d*)+"
+        rf"|(?:{_ELEMENT}\d*)+[+-]"
     ),
     "a formula": r"(?=.*[_^₀-₉⁺⁻])(?:[A-Z][a-z]?(?:_?\{?\d+\}?|[₀-₉]+)?)+(?:\^?\{?\d?[+-]\}?|[⁰-⁹]?[⁺⁻])?",
 }
@@ -770,13 +782,14 @@ def code_of(
         name := "a date" if read_date(text) else read_clock(text) and "a clock time"
     ):
         return name
-    if not any(c.isdigit() or c in "₀₁₂₃₄₅₆₇₈₉⁺⁻" for c in text):
+    if not any(c.isdigit() or c in "₀₁₂₃₄₅₆₇₈₉⁺⁻" for c in text) and text[-1:] not in ("+", "-"):
         return None
     name = next((name for name, pattern in _CODE.items() if pattern.fullmatch(text)), None)
     return None if name == "a formula" and re.fullmatch(r"[A-Z]_\{?\d\}?|[A-Z]\^\d", text) else name
 
 
 def _code_key(text):
+    text = re.sub(r"\\(?:text|mathrm)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"^(?:from|between) ", "", _spelled(text).casefold())
     text = re.sub(r"(?<=\d) ?(?:to|-+|and) ?(?=[$\d])", "-", text)
     text = re.sub(r"\^(?=\{?\d*[+-])", "", text)  # an ion's charge, but no power
@@ -851,11 +864,31 @@ _NOTHING = re.compile(
 _MANY = re.compile(r"\b(?:or|and|not|neither|nor|either)\b|n't|[,;/]", re.I)
 
 
+_SIGN = re.compile(r"[<>=≤≥≠+×÷±-]|\\(?:leq?|geq?|neq?|lt|gt|times|div|pm)")
+_SIGN_NAMES = {
+    "less than": "<",
+    "greater than": ">",
+    "equal to": "=",
+    "equals": "=",
+    "equal": "=",
+    "plus": "+",
+}
+_SIGN_NAMES |= {"minus": "-", "is less than": "<", "is greater than": ">", "<=": "\\le", ">=": "\\ge"}
+
+
+def _sign(text):
+    "A sign of comparison or arithmetic in one spelling"
+    text = _SIGN_NAMES.get(text.strip().casefold(), text)
+    return _spelled(text).strip()
+
+
 def _grade_text(p, g, **kw):
     words_p, words_g = plain_words(p), plain_words(g)
+    p, g = unwrap(p), unwrap(g)
+    if _SIGN.fullmatch(g):
+        return _sign(p) == _sign(g), "compared as signs"
     if not re.search(r"\w", words_g):
         return None, "the gold answer has no words"
-    p, g = unwrap(p), unwrap(g)
     if name := code_of(_carried(g)[1]):
         return _grade_code(p, g, name)
     if _infinity(g):
@@ -974,6 +1007,9 @@ _ASCII = [
 ]
 
 
+_MIXED = re.compile(r"(?<![\d.^_{\\}])(\d{1,6})\s*(\\frac\s*\{(\d{1,6})\}\s*\{(\d{1,6})\})")
+
+
 def as_latex(
     text: str,  # unwrapped
 ) -> str:  # LaTeX without dollars
@@ -986,7 +1022,12 @@ def as_latex(
             text = text.replace(sign, r"\frac{%s}{%s}" % tuple(latex.split("/")))
     for pattern, new in _ASCII:
         text = pattern.sub(new, text)
-    return text.strip()
+    return _MIXED.sub(_mixed, text).strip()
+
+
+def _mixed(m):
+    "`5\\frac{1}{3}` is five and a third where the fraction is a proper one"
+    return f"({m[1]}+{m[2]})" if int(m[3]) < int(m[4]) else m[0]
 
 # %% ../nbs/21_grading.ipynb #9f9c597e
 def is_words(
@@ -1014,7 +1055,7 @@ _LETTER = re.compile(r"(?:option |choice |answer )?[\(\[]?([A-Za-z])[\)\]]?[.:)]
 _LABEL = re.compile(r"[\(\[]?([A-Za-z])(?:[\)\]][.:]?|[.:]| -)\s+(\S.*)", re.S)
 _TIGHT = re.compile(r"[\(\[]?([A-Z])[\)\].:、]{1,2}(\S.*)", re.S)  # B.4
 _HAN_CHOICE = re.compile(
-    r"^(?:故|所以|因此|应)?(?:正确)?(?:答案|选项|选择|选)?(?:是|为|：|:)?\s*(?:选项|选)?\s*([A-Z])\s*(?:选项|项)?(?:正确)?[。.]?$"
+    r"^(?:故|所以|因此|应)?(?:正确的?)?(?:答案|选项|选择|选)?(?:是|为|：|:)?\s*(?:选项|选)?\s*([A-Z])\s*(?:选项|项)?(?:正确)?[。.]?$"
 )
 _CAPITAL = re.compile(r"(?<![\w'-])([A-Z])(?![\w'-])")
 # a pronoun, an article
@@ -1069,15 +1110,20 @@ def _labelled(letter, text, choices):
 
 def _by_value(text, choices):
     "Letters of the choices with the same value, if `text` is a number or mathematics"
-    if not (read_number(text) or _mathematical(text)):
-        return ()
-    same = []
+    same = [chr(65 + i) for i, c in enumerate(choices or ()) if _same_string(text, unwrap(c))]
+    if same or not (read_number(text) or _mathematical(text)):
+        return tuple(same)
     for i, c in enumerate(choices or ()):
         c = unwrap(c)
         kind = kind_of(c)
         if kind not in ("text", "choice") and KINDS[kind](text, c)[0] is True:
             same.append(chr(65 + i))
     return tuple(same)
+
+
+def _same_string(text, choice):
+    "Is a choice that is a time, a date, a code or a statement meant?"
+    return bool(code_of(choice) or statement(choice)) and _grade_text(text, choice)[0] is True
 
 
 def _mathematical(text):
@@ -1090,7 +1136,7 @@ def _mathematical(text):
 
 # %% ../nbs/21_grading.ipynb #984d5c3b
 _CHOOSING = set(
-    """so therefore thus hence then the final correct right best true answer answers option choice choices letter solution
+    """i'm ans so therefore thus hence then the final correct right best true answer answers option choice choices letter solution
     result is it its it's be would must should i i'd i'll we my our think believe say guess choose chose chosen pick
     picked select selected go going with to of this that question problem looks like seems clearly definitely and shows
     here conclude conclusion matches which one a an statement figure image picture diagram graph shape point line angle
@@ -1825,6 +1871,8 @@ _TO = re.compile(r"\s*(?::|\\colon(?![a-z])|\bto\b|比)\s*")
 def _ratio(text, most=6):
     "The parts of a ratio, or None"
     parts = [p.strip() for p in _TO.split(text.strip("$ "))]
+    if re.search(r"\b[ap]\.?m\b", text, re.I):
+        return None  # a time
     if not 2 <= len(parts) <= most or any(len(p) > 40 or not re.search(r"\w", p) for p in parts):
         return None
     for part in parts:
@@ -1991,6 +2039,12 @@ def scale_boxes(
     return json.dumps(out, ensure_ascii=False)
 
 # %% ../nbs/21_grading.ipynb #09d40534
+def _unlike(a, b):
+    "Two nouns, neither of which is a unit or holds the other?"
+    a, b = (x.casefold().removesuffix("s") for x in (a, b))
+    return a not in b and b not in a and not unit_of(a) and not unit_of(b)
+
+
 def _grade_number(p, g, tol=None, precision=None, **kw):
     g, text = unwrap(g), unwrap(p)
     gold = read_number(g)
@@ -2002,6 +2056,8 @@ def _grade_number(p, g, tol=None, precision=None, **kw):
         return _grade_latex(p, g, tol=tol, precision=precision)
     if "=" in text and (other := _other_name(text, g)):
         return False, other
+    if (a := _THINGS.fullmatch(text)) and (b := _THINGS.fullmatch(g)) and _unlike(a[2], b[2]):
+        return None if a[1] == b[1] else False, f"{a[2]}, not {b[2]}"
     if said := find_number(text) or _concluded(text, find_number):
         return same_number(said, gold, tol, precision), "compared as numbers"
     if m := re.fullmatch(r"(-?\d+),(\d{1,2})", text):
@@ -2023,7 +2079,9 @@ _ALGEBRA = re.compile(r"\\|\^|√|∛|π|sqrt|/|\d!|\b(?:log|ln|sin|cos|tan)|[²
 
 
 _SO = re.compile(
-    r"(?:^|[.,;:]\s+)(?:so|thus|therefore|hence|we (?:get|have|find)|which (?:gives|means)|giving)\b,?\s+"
+    r"(?:^|[.,;:]\s+)(?:so|thus|therefore|hence|we (?:get|have|find|obtain)|which"
+    r" (?:gives|means)|giving)\b,?\s+"
+    r"|\b(?:we (?:get|obtain|find)|leaves us with)\s+(?=-?[\d$\\]\S*\.?$)"
 )
 
 

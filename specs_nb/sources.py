@@ -270,6 +270,8 @@ def _as_asked(question, answer):
         return answer, "text"
     if re.fullmatch(r"\d{1,6}[A-DF-Z]", bare) and not _ASKS_AMOUNT.search(question):
         return answer, "text"
+    if re.fullmatch(r"[<>=≤≥≠+×÷±-]|\\(?:leq?|geq?|neq?|lt|gt|times|div|pm)", bare):
+        return answer, "text"  # a sign
     return answer, _kind(answer)
 
 # %% ../nbs/24_sources.ipynb #c81c07d1

@@ -394,7 +394,9 @@ def test_pictures_made_smaller_are_counted_over_all_sources(tmp_path):
         for i in range(n):
             size = (120, 90) if i % 3 == 0 else (40, 30)
             Image.new("RGB", size, (i % 256, 7 * i % 256, len(name))).save(tmp_path / name / f"{i}.png")
-            lines.append(json.dumps(dict(question=f"How many dots has {i}?", answer="3", images=[f"{i}.png"])))
+            lines.append(
+                json.dumps(dict(question=f"How many dots has {i}?", answer="3", images=[f"{i}.png"]))
+            )
         (tmp_path / name / "data.jsonl").write_text("\n".join(lines))
     mine, other = tmp_path / "mine", tmp_path / "other"
     one = prompt_of(load_config(None, [f"data.source={mine}", "data.shrink_to=4000"]))
