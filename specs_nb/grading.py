@@ -311,11 +311,13 @@ _CHANGED = re.compile(
       )\b
       | (?<![A-Za-z]) (?:log|ln|lg) _ | \d [ ]* (?:\.\. | …)
       | [√∛∜^±∓≠≥≤≮≯<>×÷%\\*+|] (?!$) | % [ ] of | \d [ ]* ! | (?<![A-Za-z]) ! [ ]* \d | [⁰¹²³⁴⁵⁶⁷⁸⁹½⅓⅔¼¾⅕⅛π]
-      | ∞ | [(\[] [^()\[\]]* [,;] | \d \s* - \s* \d | \d \s+ - \s* [a-zA-Z] (?![A-Za-z]) | (?<![A-Za-z]) [a-zA-Z)] \s* - \s* \d | - \s* \(
+      | ∞ | [(\[] [^()\[\]]* [,;] | \d \s* - \s* \d | \d \s+ - \s* [a-zA-Z] (?![A-Za-z])
+      | (?<![A-Za-z]) [a-zA-Z)] \s* - \s* \d | - \s* \(
       | \b (?:tall|long|short|high|low|wid|deep|heavi|light|old|young|bigg|larg|small|thick|thinn?|fast|slow
       | close|far|further|near|hott|cold|warm|cheap|rich|strong) er \b
       | (?<![A-Za-z']) [a-zA-Z] [ ]? [(]? \d
-      | \d [ ] (?!(?-i:[mghstlLNJWVK]) (?:[ ](?:tall|long|high|wide|deep|thick|away|apart|in[ ](?:length|width|height))\b
+      | \d [ ] (?!(?-i:[mghstlLNJWVK]) (?:[ ](?:tall|long|high|wide|deep|thick|away
+      |apart|in[ ](?:length|width|height))\b
       | \.?$)) [b-zB-HJ-Z] (?![\w/^'])""",
     re.I | re.X,
 )
@@ -372,7 +374,10 @@ _COUNTERS = (
     "个只条张本支名位人块片朵头匹辆架艘座栋层级次种件套双对副把根颗粒瓶杯碗盘袋箱包盒页行列排组班队家所间台部首篇枚株棵滴盏面扇段节题道"
     "岁步圈桶筐篮份局场届轮格笔户例处项批束串群门幅顶盆罐枝"
 )
-_OTHER_THAN = "的|以[上下内外]|左右|多$|几|余$|约|不|非|或|次[方幂]|倍|分之|和|与|及|至|到|负|[大小多少]于|最多|半|[二三]次"
+_OTHER_THAN = (
+    "的|以[上下内外]|左右|多$|几|余$|约|不|非|或|次[方幂]|倍|分之|和|与|及|至|到|负|[大小多少]于"
+    "|最多|半|[二三]次"
+)
 _COUNTED = re.compile(rf"(?!.*(?:{_OTHER_THAN}))[{_COUNTERS}][一-龥]{{0,8}}")
 
 
@@ -655,15 +660,18 @@ def same_number(
 
 # %% ../nbs/21_grading.ipynb #feec597e
 _DENIED = re.compile(
-    r"""\b(?: not | no | nope | nothing | none | never | neither | nor | cannot | without | except\w* | besides? | apart
-      | aside | other | rather | instead | than | but | or | either | if | unless | whether | maybe | perhaps | possibly
-      | might | could | may | between | wrong\w* | incorrect\w* | false\w* | untrue | invalid\w* | impossible | improbable
-      | unlikely | un(?:sure|clear|able|fit|suitable|supported|related|reasonable|acceptable) | inconsistent | incompatible
-      | inaccurate | inappropriate | irrelevant | mistaken?\w* | errors? | least | worst | worse | less | bad | out | off
-      | away | eliminat\w* | exclu\w* | reject\w* | discard\w* | dismiss\w* | rul(?:e|es|ed|ing) | drop\w* | remov\w* | cross\w*
-      | strik\w* | struck | omit\w* | fail\w* | avoid\w* | skip\w* | ignor\w* | den(?:y|ies|ied|ying) | doubt\w* | disagree\w*
-      | disprov\w* | refut\w* | contradict\w* | violat\w* | conflict\w* | mislead\w* | distractors? | traps? | lacks? | (?<!the[ ]) missing | far
-      | opposite | rest | any\w* | both | too | different | excess\w* | half [ ] of | hardly | barely | almost | nearly )\b
+    r"""\b(?: not | no | nope | nothing | none | never | neither | nor | cannot | without | except\w* |
+      besides? | apart | aside | other | rather | instead | than | but | or | either | if | unless |
+      whether | maybe | perhaps | possibly | might | could | may | between | wrong\w* | incorrect\w* |
+      false\w* | untrue | invalid\w* | impossible | improbable | unlikely |
+      un(?:sure|clear|able|fit|suitable|supported|related|reasonable|acceptable) | inconsistent |
+      incompatible | inaccurate | inappropriate | irrelevant | mistaken?\w* | errors? | least | worst |
+      worse | less | bad | out | off | away | eliminat\w* | exclu\w* | reject\w* | discard\w* |
+      dismiss\w* | rul(?:e|es|ed|ing) | drop\w* | remov\w* | cross\w* | strik\w* | struck | omit\w* |
+      fail\w* | avoid\w* | skip\w* | ignor\w* | den(?:y|ies|ied|ying) | doubt\w* | disagree\w* |
+      disprov\w* | refut\w* | contradict\w* | violat\w* | conflict\w* | mislead\w* | distractors? |
+      traps? | lacks? | (?<!the[ ]) missing | far | opposite | rest | any\w* | both | too | different |
+      excess\w* | half [ ] of | hardly | barely | almost | nearly )\b
     | n't | [×✕-✘❌❎🚫👎?？] | [不非或错除没排误否]""",
     re.I | re.X,
 )
@@ -1136,15 +1144,17 @@ def _mathematical(text):
 
 # %% ../nbs/21_grading.ipynb #984d5c3b
 _CHOOSING = set(
-    """i'm ans so therefore thus hence then the final correct right best true answer answers option choice choices letter solution
-    result is it its it's be would must should i i'd i'll we my our think believe say guess choose chose chosen pick
-    picked select selected go going with to of this that question problem looks like seems clearly definitely and shows
-    here conclude conclusion matches which one a an statement figure image picture diagram graph shape point line angle
-    region area object item panel side box row column bar tank map group person plan design pattern piece""".split()
+    """i'm ans so therefore thus hence then the final correct right best true answer answers option
+    choice choices letter solution result is it its it's be would must should i i'd i'll we my our
+    think believe say guess choose chose chosen pick picked select selected go going with to of this
+    that question problem looks like seems clearly definitely and shows here conclude conclusion
+    matches which one a an statement figure image picture diagram graph shape point line angle region
+    area object item panel side box row column bar tank map group person plan design pattern piece""".split()
 )
 _THING = (
     r"(?:(?:the )?(?:correct |right |final |best"
-    r" )?(?:option|choice|answer|letter|figure|image|picture|diagram|graph|shape|point|line|statement|panel|box) )?"
+    r" )?(?:option|choice|answer|letter|figure|image|picture|diagram|graph|shape|point|line"
+    r"|statement|panel|box) )?"
 )
 
 
@@ -1156,7 +1166,8 @@ def _chooses(text, letter):
         return True
     marked = rf"[(\[]?{letter}[)\]]?"
     ends = rf"(?:\b(?i:is|are|was|be|choose|chose|select|pick|equals)|[:=→])\s*(?i:{_THING}){marked}\s*[.!]?"
-    begins = rf"(?i:{_THING}){marked}\s*(?:[,:;.-]|\b(?:is|has|shows?|matches|fits|represents|gives|satisfies|works)\b)"
+    does = "is|has|shows?|matches|fits|represents|gives|satisfies|works"
+    begins = rf"(?i:{_THING}){marked}\s*(?:[,:;.-]|\b(?:{does})\b)"
     return bool(re.search(ends + "$", head) or re.match(begins, head))
 
 
@@ -2086,7 +2097,7 @@ _SO = re.compile(
 
 
 def _concluded(text, read):
-    "What `read` finds in the last clause after `so` or its like, of a text of at most 500 characters; or None"
+    "What `read` finds in the last clause after `so` or its like, in at most 500 characters; or None"
     if len(text) > 500 or not (found := [*_SO.finditer(text)]) or not text[: found[-1].start()].strip():
         return None
     return read(_LEAD.sub("", text[found[-1].end() :].strip().rstrip("."), count=1))
@@ -2321,7 +2332,7 @@ _COLUMN = re.compile(
 
 
 def _as_point(text, predicted=False):
-    "`(1, 2)` of a column, a row or `\\langle 1, 2 \\rangle`; None for anything else; `\\binom` only if predicted"
+    "`(1, 2)` of a column, a row or angle brackets; None for anything else; `\\binom` only if predicted"
     m = _COLUMN.fullmatch(re.sub(r"\\(?:left|right)(?![a-z])", "", text).strip())
     if not m or m["up"] and not predicted:
         return None

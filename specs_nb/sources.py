@@ -260,7 +260,7 @@ _ASKS_AMOUNT = re.compile(
 
 
 def _as_asked(question, answer):
-    "(answer, kind), by the question where the answer could be two things: 35 or 35 %, 4:15 as a ratio, 7A as a room"
+    "(answer, kind), by the question where the answer could be two things: 35 %, a ratio, a room"
     bare = answer.strip("$ ")
     if re.fullmatch(r"[1-9]\d*(?:\.\d+)?", bare) and _ASKS_PERCENT.search(question):
         return f"{bare}%", "number"

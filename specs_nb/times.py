@@ -52,10 +52,9 @@ _CLOCKS = [
     for p in (
         rf"(?:(?P<han>{_HAN_HALF}) ?)?(?P<h>\d{{1,2}}) ?[:h] ?(?P<m>\d\d)(?: ?: ?(?P<s>\d\d))?{_DAY_HALF}",
         rf"(?P<h>{_WORD}) o'? ?clock{_DAY_HALF}",
-        rf"(?P<h>\d{{1,2}}) ?(?P<half>[ap]\.?m\b\.?)",
+        r"(?P<h>\d{1,2}) ?(?P<half>[ap]\.?m\b\.?)",
         rf"(?:an? )?(?P<off>quarter|half|{_WORD})(?: minutes?)? (?P<way>past|after|to|before|till)"
-        rf" (?P<h>{_WORD})"
-        rf"(?: o'? ?clock)?{_DAY_HALF}",
+        rf" (?P<h>{_WORD})(?: o'? ?clock)?{_DAY_HALF}",
         rf"(?P<h>{'|'.join(_TO_TWELVE)})[ -](?:oh[ -])?(?P<m>{_WORD}){_DAY_HALF}",
         rf"(?P<han>{_HAN_HALF})? ?(?P<h>{_HAN_WORD}) ?[点时](?:钟|整|(?P<part>半|[一三]刻)"
         rf"|差(?P<short>一刻|{_HAN_WORD}分)|(?P<m>{_HAN_WORD})分?)?(?:(?P<s>{_HAN_WORD})秒)?",
@@ -63,7 +62,8 @@ _CLOCKS = [
     )
 ]
 _CLOCK_LEAD = re.compile(
-    r"(?:so )?(?:it is|it's|at|the (?:time|clock)(?: shown| displayed)? (?:is|shows?|reads?|says?)|time:|时间是"
+    r"(?:so )?(?:it is|it's|at|the (?:time|clock)(?: shown| displayed)? (?:is|shows?|reads?|says?)"
+    r"|time:|时间是"
     r"|现在是|钟面上?(?:显示)?的?(?:时间)?是)\s*(?:now )?"
 )
 _NAMED_CLOCKS = {"noon": 12, "midday": 12, "12 noon": 12, "twelve noon": 12, "midnight": 0, "12 midnight": 0}
