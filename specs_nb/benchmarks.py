@@ -24,6 +24,7 @@ from .data import prompt_text
 from .evaluate import answer_in, bootstrap, score
 from .formats import FORMATS
 from .generate import Failed, Sampling, Server, Transformers
+from .grading import is_right
 from .sources import Drop, infer
 
 # %% ../nbs/73_benchmarks.ipynb #624de4f7
@@ -167,7 +168,10 @@ def write_task(
         to / f"{task}.gold.json",
         dict(
             format=format,
-            rows=[{k: r[k] for k in ("id", "question", "answer", "kind", "choices")} for r in rows],
+            rows=[
+                {k: r.get(k) for k in ("id", "question", "answer", "kind", "choices", "grading")}
+                for r in rows
+            ],
         ),
     )
     return task
@@ -284,13 +288,14 @@ def read_sample(
     )
 
 
-def _gold(sample, as_text):
+def _gold(sample, as_text, grader=""):
     "The row of a stock benchmark's question, as far as its log shows it; None if it can't be told."
     try:
         answer, kind, choices = infer(str(sample["input"]), sample["target"], as_text=as_text)
     except Drop:
         return None
-    return dict(question=sample["input"], answer=answer, kind=kind, choices=choices)
+    row = dict(question=sample["input"], answer=answer, kind=kind, choices=choices)
+    return dict(row, grading=json.dumps(dict(grader=grader))) if grader else row
 
 # %% ../nbs/73_benchmarks.ipynb #b4e65075
 def tabulate(
@@ -303,7 +308,7 @@ def tabulate(
         accuracy=[s["accuracy"] for s in samples],
         lmms_format=[s["lmms_format"] for s in samples],
         format=[s["format"] for s in samples],
-        differ=[(s["lmms"] >= 0.5) != s["accuracy"] for s in both],
+        differ=[(s["lmms"] >= 0.5) != is_right(s["accuracy"]) for s in both],
         no_answer=[s["answer"] is None for s in samples],
         no_opinion=[not s["failed"] and s["accuracy"] is None for s in samples],
         failed=[s["failed"] for s in samples],
@@ -317,6 +322,8 @@ def read_back(
     tasks: dict,  # task → (folder of our task files, name in `BENCHMARKS` or None)
     max_new_tokens: int,  # longest answer
     format: str = "think_answer",  # asked for by the stock tasks
+    # a grader of your own for the stock tasks, `module:function`; rows of `write_task` carry theirs
+    grader: str = "",
 ) -> tuple:  # (task → table, task → list of samples)
     "Tables and answers of a run; raises `SpecsError` if there are none, or if a mean isn't that of its log."
     found = sorted(Path(raw).rglob("*_results.json"))
@@ -333,7 +340,7 @@ def read_back(
             (
                 own["rows"][l["doc_id"]]
                 if own
-                else None if b.get("submission") else _gold(l, b.get("as_text", False))
+                else None if b.get("submission") else _gold(l, b.get("as_text", False), grader)
             )
             for l in lines
         ]
@@ -459,6 +466,8 @@ def run_lmms(
     max_new_tokens: int = 16384,  # longest answer
     system: str = None,  # system prompt in place of the tasks' own
     judge: dict = None,  # keywords of `judge_env`
+    # a grader of your own beside theirs for the stock tasks, `module:function`
+    grader: str = "",
     **how,  # temperature, limit, concurrency: see `command`
 ) -> dict:  # task → metric → mean, lo, hi, n
     """Benchmark a served model; raises `SpecsError` if lmms-eval, the server, a task or the results are
@@ -500,7 +509,7 @@ def run_lmms(
             cwd=out,
         )
     try:
-        tables, answers = read_back(out / "raw", todo, max_new_tokens)
+        tables, answers = read_back(out / "raw", todo, max_new_tokens, grader=grader)
     except SpecsError as e:
         raise SpecsError(f"{e}; its last error: {last_error((out / 'log.txt').read_text())}") from None
     write_json(out / "answers.json", answers)

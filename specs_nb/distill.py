@@ -17,7 +17,7 @@ from .core import SpecsError, atomic, derive_seed
 from .data import conversation
 from .formats import CORRUPTIONS, FORMATS, announced, find_answer, strip_tags
 from .generate import Job, Sampling, answer_all
-from .grading import consistent, grade, grade_row, is_right
+from .grading import consistent_row, grade, grade_row, is_right
 from .judge import JUDGED_KINDS, calibrate, calibration_table, in_bulk
 
 # %% ../nbs/50_distill.ipynb #1a4cad7a
@@ -69,7 +69,7 @@ def judge(
         return "unmendable", None
     if not check_consistency:
         return verdict, parts
-    same = consistent(*parts, row["kind"], row["choices"])
+    same = consistent_row(*parts, row)
     if same is None and ask:
         same = ask("consistency", question=row["question"], reasoning=parts[0], answer=parts[1])
     return ("inconsistent", None) if same is False else (verdict, parts)
@@ -296,7 +296,7 @@ def judged_cases(
         cases.append((
             "consistency",
             dict(question=r["question"], reasoning=reasoning, answer=answer),
-            consistent(reasoning, answer, r["kind"], r["choices"]),
+            consistent_row(reasoning, answer, r),
         ))
     return cases
 

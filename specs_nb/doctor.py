@@ -671,14 +671,15 @@ def prompt_of(
     tokens: int = None,  # given
     image: int = None,  # given
 ) -> Prompt:  # given, or counted in some rows where data and processor are at hand, or assumed
-    "The longest of a run's prompts: of 64 rows where they are at hand."
+    "The longest of a run's prompts: of 64 rows of each source where they are at hand."
     if tokens:
         return Prompt(tokens, image or 0, "given")
     rows, smaller = _rows_at_hand(config)
     if rows:
         found = _counted(config, rows)
         if smaller:
-            found.how += f", {smaller} pictures made smaller (data.shrink_to)"
+            shown = sum(len(r["images"]) for r in rows)
+            found.how += f", {smaller} of {shown} pictures made smaller (data.shrink_to)"
         return found
     if not _sees(config):
         return Prompt(256, 0, "assumed for text alone; --prompt-tokens says otherwise")
@@ -699,16 +700,22 @@ def _sees(config):
 
 
 def _rows_at_hand(config, n=64):
+    "The rows of `_rows_of` for each of several sources, and how many of their pictures were made smaller"
+    from specs_nb.sources import parts
+
+    sets = [one for *_, one in parts(config.data)] if config.data.sources else [config.data]
+    found = [_rows_of(config, data, n) for data in sets]
+    return [r for rows, _ in found for r in rows], sum(smaller for _, smaller in found)
+
+
+def _rows_of(config, data, n):
     """Rows of a source on this disk with the longest questions, and how many of their pictures were made
     smaller; no row if it can't be read"""
     from itertools import islice
 
     from specs_nb import world
-    from specs_nb.sources import Tally, open_source, parts, stream
+    from specs_nb.sources import Tally, open_source, stream
 
-    data = config.data
-    if data.sources:
-        data = parts(data)[0][-1]  # the first of several speaks for all
     if data.drawn:
         return (world.rows("train", n, data.seed) if Path(resolve(config.model.path)).is_dir() else []), 0
     if not Path(data.path or data.source).exists():

@@ -8,7 +8,7 @@ __all__ = ['UNITS', 'OVERLAPS', 'KINDS', 'LIMIT', 'clean', 'unwrap', 'Number', '
            'read_letters', 'too_hard', 'limited', 'read_latex', 'same_value', 'same_relation', 'split_parts',
            'read_set', 'read_interval', 'read_multi', 'iou', 'read_boxes', 'box_score', 'scale_boxes', 'explain_grade',
            'grade', 'kind_of', 'load_grader', 'grade_row', 'is_right', 'second_look', 'audit', 'spans', 'conclusion',
-           'consistent']
+           'consistent', 'consistent_row']
 
 # %% ../nbs/21_grading.ipynb #cab554a2
 import json
@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from .core import SpecsError, nearest
 from .formats import boxed
+from .times import read_clock, read_date, same_clock, same_date
 
 # %% ../nbs/21_grading.ipynb #0d0fbdd0
 _TABLE = {
@@ -71,7 +72,8 @@ _PAIRS = (
     ('"', '"'),
     ("'", "'"),
 )
-_ORNAMENT = re.compile(r"[\u2600-\u27bf\U0001f300-\U0001faff\ufe0f\s]+")  # ✅ and its like
+# ✅ and its like; a cross, a question mark or a thumb down is a verdict and stays
+_ORNAMENT = re.compile(r"(?:(?![✕-✘❌❎❓-❕🚫👎])[\u2600-\u27bf\U0001f300-\U0001faff\ufe0f\s])+")
 _MACRO = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|boldsymbol|fbox)\s*\{([^{}]*)\}"
 )
@@ -178,7 +180,19 @@ mass     克 1 千克 1000 公斤 1000 吨 1000000 毫克 1/1000
 time     秒 1 分 60 分钟 60 小时 3600 时 3600 天 86400 week 604800
 volume   升 1 毫升 1/1000
 angle    度 1
-yuan     元 1 yuan 1"""
+yuan     元 1 yuan 1 块 1 块钱 1 角 1/10 毛 1/10 人民币 1 CNY 1 RMB 1
+dollar   美元 1 美金 1 美分 1/100
+euro     欧元 1
+pound    英镑 1
+yen      日元 1 日圆 1 JPY 1
+peso     peso 1
+rupee    rupee 1 ₹ 1 卢比 1
+won      won 1 ₩ 1 韩元 1
+franc    franc 1
+hkd      港元 1 港币 1
+mass     斤 500
+year     year 1 年 1 month 1/12 月 1/12
+count    个 1"""
 
 # %% ../nbs/21_grading.ipynb #01c41d5c
 def _units(table):
@@ -266,7 +280,8 @@ _NUMBER = re.compile(
 )
 _TAIL = re.compile(r" ?(?:(?P<large>dozen|hundred|thousand|million|billion|trillion)\b)? ?(?P<unit>.*)", re.S)
 _NO_UNIT = re.compile(
-    r"\b(?:or|and|to|not|than|least|most|pi|sqrt|plus|minus|times|if|but|out of|is|are|was|were|of the way)\b"
+    r"\b(?:or|and|to|past|o'? ?clock|not|than|least|most|pi|sqrt|plus|minus|times|if|but|out"
+    r" of|is|are|was|were|of the way)\b"
     # signs
     r"|\d(?<![\^{]\d)|[=+*×<>^~|_,;:?!()\\\[\]{}√∛π²³-]"
     # words in Chinese
@@ -291,12 +306,19 @@ _CHANGED = re.compile(
       | times (?=[ ](?:\d|[a-z]\b|as\b|more\b|the\b)) | choose | mod(?:ulo)? | gcd | lcm
       | percent [ ] of | out [ ] of | per [ ] cent [ ] of | dozens? | hundreds? | thousands? | [mb]illions?
       | trillions? | less | more | greater | fewer | larger | smaller | above | below | short [ ] of
+      | close | B\.?C\.?(?:E\.?)? | (?:north|south)(?:east|west)? | east | west | (?:counter|anti)?-?clockwise
       | exceed\w* | almost | nearly
       )\b
       | (?<![A-Za-z]) (?:log|ln|lg) _ | \d [ ]* (?:\.\. | …)
       | [√∛∜^±∓≠≥≤≮≯<>×÷%\\*+|] (?!$) | % [ ] of | \d [ ]* ! | (?<![A-Za-z]) ! [ ]* \d | [⁰¹²³⁴⁵⁶⁷⁸⁹½⅓⅔¼¾⅕⅛π]
-      | ∞ | [(\[] [^()\[\]]* [,;] | \d \s* - \s* \d | (?<![A-Za-z]) [a-zA-Z)] \s* - \s* \d | - \s* \(
-      | (?<![A-Za-z']) [a-zA-Z] [ ]? [(]? \d | \d [ ] [b-zB-HJ-Z] (?![\w/^'])""",
+      | ∞ | [(\[] [^()\[\]]* [,;] | \d \s* - \s* \d | \d \s+ - \s* [a-zA-Z] (?![A-Za-z])
+      | (?<![A-Za-z]) [a-zA-Z)] \s* - \s* \d | - \s* \(
+      | \b (?:tall|long|short|high|low|wid|deep|heavi|light|old|young|bigg|larg|small|thick|thinn?|fast|slow
+      | close|far|further|near|hott|cold|warm|cheap|rich|strong) er \b
+      | (?<![A-Za-z']) [a-zA-Z] [ ]? [(]? \d
+      | \d [ ] (?!(?-i:[mghstlLNJWVK]) (?:[ ](?:tall|long|high|wide|deep|thick|away
+      |apart|in[ ](?:length|width|height))\b
+      | \.?$)) [b-zB-HJ-Z] (?![\w/^'])""",
     re.I | re.X,
 )
 _TIDY = [
@@ -347,10 +369,32 @@ def _fraction(m):
     return Fraction(dec) * Fraction(10) ** exp, max(0, len(dec.partition(".")[2]) - exp)
 
 # %% ../nbs/21_grading.ipynb #87caa692
+# words that count, and nouns after them; 6的平方, 6以上 or 6个左右 are other numbers than 6
+_COUNTERS = (
+    "个只条张本支名位人块片朵头匹辆架艘座栋层级次种件套双对副把根颗粒瓶杯碗盘袋箱包盒页行列排组班队家所间台部首篇枚株棵滴盏面扇段节题道"
+    "岁步圈桶筐篮份局场届轮格笔户例处项批束串群门幅顶盆罐枝"
+)
+_OTHER_THAN = (
+    "的|以[上下内外]|左右|多$|几|余$|约|不|非|或|次[方幂]|倍|分之|和|与|及|至|到|负|[大小多少]于"
+    "|最多|半|[二三]次"
+)
+_COUNTED = re.compile(rf"(?!.*(?:{_OTHER_THAN}))[{_COUNTERS}][一-龥]{{0,8}}")
+
+
+def _counted(value, places, tail):
+    "A number before a Chinese unit, or before what it counts; None for any other words"
+    unit = re.sub("(?<=.)[高长宽深厚重远]$", "", tail.removeprefix("个") if len(tail) > 1 else tail)
+    if unit_of(unit):
+        return Number(value, places, unit)
+    return Number(value, places, "个") if _COUNTED.fullmatch(tail) else None
+
+# %% ../nbs/21_grading.ipynb #b6c9b837
 def _with_unit(value, places, tail):
     if not tail:
         return Number(value, places)
     m = _TAIL.fullmatch(tail)
+    if re.match(" ?[一-龥]", tail) and (read := _counted(value, places, tail.strip())):
+        return read
     if m["large"]:
         value, places = value * _SCALES[m["large"]], max(0, (places or 0) - 12)
     unit = m["unit"].strip().rstrip(".") if not tail.startswith(".") else tail
@@ -359,10 +403,9 @@ def _with_unit(value, places, tail):
     if han := re.match("[百千万亿]+", tail):
         value, tail = value * prod(_HAN_SCALES[c] for c in han[0]), tail[han.end() :]
         return _with_unit(value, None, tail)
-    chinese = re.match(r"[一-龥]", tail)
-    if unit and (_NO_UNIT.search(unit) or len(unit) == 1 and not chinese):
+    if unit and (_NO_UNIT.search(unit) or len(unit) == 1 or re.match("[一-龥]", unit)):
         return None
-    if unit and (_CHANGED.search(unit) or not (tail.startswith(" ") or chinese)):
+    if unit and (_CHANGED.search(unit) or not tail.startswith(" ")):
         return None
     return Number(value, places)
 
@@ -442,6 +485,8 @@ def _han(text):
 _SMALL_ANGLES = {"'": ("angle", Fraction(1, 60)), '"': ("angle", Fraction(1, 3600))}
 _QUANTITY = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?([^\W\d]+|[°'\"])(?:,? and |, | |(?=\d)|$)")
 
+_FEET = {"'": "ft", '"': "inch"}  # where no degrees go before
+
 
 def _compound(text):
     "A quantity in two or three units as a number in the first of them, or None"
@@ -449,7 +494,8 @@ def _compound(text):
     while at < len(text) and (m := _QUANTITY.match(text, at)):
         at = m.end()
         angle = parts and parts[0][2] == "°"
-        parts.append((Fraction(m[1]), _SMALL_ANGLES.get(m[2]) if angle else unit_of(m[2]), m[2]))
+        name = m[2] if angle else _FEET.get(m[2], m[2])
+        parts.append((Fraction(m[1]), _SMALL_ANGLES.get(name) if angle else unit_of(name), name))
     if at < len(text) or not 2 <= len(parts) <= 3 or not all(u for _, u, _ in parts):
         return None
     sizes = [u[1] for _, u, _ in parts]
@@ -492,7 +538,7 @@ def read_number(
     return read
 
 # %% ../nbs/21_grading.ipynb #1a9fde67
-_ANY = re.compile(r"(?<![\w.,/+-])[-+$€£¥]?\.?\d\S*(?: [A-Za-z°%][A-Za-z/^0-9°]*)?", re.A)
+_ANY = re.compile(r"(?<![\w.,/+-])[-+$€£¥]?\.?\d\S*(?: [A-Za-z°%][A-Za-z/^0-9°²³]*)?", re.A)
 _HEDGE = re.compile(
     r"\b(?:not|or|either|neither|nor|between|at least|at most|more than|less than|over|under|up"
     r" to|never|unsure|maybe|wrong|incorrect|false|untrue|eliminated?|excluded?|ruled?|except|but|other"
@@ -519,19 +565,29 @@ def numbers_in(
     return [v if v is None else Number(v, 0 if v.denominator == 1 else None) for v in words]
 
 # %% ../nbs/21_grading.ipynb #32cea397
+# 这座塔高30米; 比它高30米 says something else
+_HAN_SAYS = re.compile(
+    r"(?:(?![不非或负约比倍最少多差另每第超])[一-龥，"
+    r"]){1,20}?(?:是|为|等于|[高长宽深重有共得]|：|:)\s*(?=[-\d零一二两三四五六七八九十])"
+)
+
+
 def find_number(
     text: str,  # unwrapped
 ) -> Number:  # or None
     "The number of a sentence that states exactly one; after a last `=` only what follows counts."
     if (number := read_number(text)) or len(text) > 2000:
         return number
+    if m := _HAN_SAYS.match(text):
+        return read_number(text[m.end() :].rstrip("。."))
     if "=" in text:
         left, _, right = text.rpartition("=")
         if re.search(r"=.*(?:[,;，；]|\b(?:and|or|so|but)\b)", left):
             return None  # AB = 12, BC = 5: two answers
         return read_number(right.strip()) if _leads_to(left.split("=")[0]) else None
     text = re.sub(r"(?<!\d )\b(?:minus|negative) (?=\d)", "-", text, flags=re.I)
-    if _CHANGED.search(text) or _HEDGE.search(text):
+    plain = re.sub(r"(?<=\d )((?:[mcdk]?m|in|ft|yd|mi))(?:\^\{?[23]\}?|[²³])", r"\1", text)
+    if "?" in text or _CHANGED.search(plain) or _HEDGE.search(plain):
         return None
     found = numbers_in(text)
     return found[0] if found and found[0] and len(set(found)) == 1 else None
@@ -587,19 +643,41 @@ def same_number(
     values, scale = [p.value], Fraction(1)
     if p.unit and g.unit:
         (p_dim, p_factor), (g_dim, g_factor) = unit_of(p.unit), unit_of(g.unit)
-        if p_dim != g_dim:
+        if p_dim != g_dim and not ("¥" in (p.unit, g.unit) and {p_dim, g_dim} == {"yen", "yuan"}):
             return False
         scale = p_factor / g_factor
-    elif (p.unit or g.unit) and unit_of(p.unit or g.unit)[0] == "percent":
-        values.append(p.value / 100 if p.unit else p.value * 100)
-    exact = scale == 1
-    return any(
-        close(v * scale, g.value, p.places if exact and v == p.value else None, g.places, tol, precision)
-        for v in values
-    )
+    elif p.unit and unit_of(p.unit)[0] == "percent":
+        likely = abs(g.value) >= 10 or abs(g.value) > 1 and g.places
+        values = [p.value / 100, *values] if likely else [p.value / 100]
+    elif g.unit and unit_of(g.unit)[0] == "percent":
+        values.append(p.value * 100)
+    percent = p.places if p.places is None else p.places + 2
+    for v in values:
+        places = p.places if v == p.value else percent if v * 100 == p.value else None
+        if close(v * scale, g.value, places if scale == 1 else None, g.places, tol, precision):
+            return True
+    return False
+
+# %% ../nbs/21_grading.ipynb #feec597e
+_DENIED = re.compile(
+    r"""\b(?: not | no | nope | nothing | none | never | neither | nor | cannot | without | except\w* |
+      besides? | apart | aside | other | rather | instead | than | but | or | either | if | unless |
+      whether | maybe | perhaps | possibly | might | could | may | between | wrong\w* | incorrect\w* |
+      false\w* | untrue | invalid\w* | impossible | improbable | unlikely |
+      un(?:sure|clear|able|fit|suitable|supported|related|reasonable|acceptable) | inconsistent |
+      incompatible | inaccurate | inappropriate | irrelevant | mistaken?\w* | errors? | least | worst |
+      worse | less | bad | out | off | away | eliminat\w* | exclu\w* | reject\w* | discard\w* |
+      dismiss\w* | rul(?:e|es|ed|ing) | drop\w* | remov\w* | cross\w* | strik\w* | struck | omit\w* |
+      fail\w* | avoid\w* | skip\w* | ignor\w* | den(?:y|ies|ied|ying) | doubt\w* | disagree\w* |
+      disprov\w* | refut\w* | contradict\w* | violat\w* | conflict\w* | mislead\w* | distractors? |
+      traps? | lacks? | (?<!the[ ]) missing | far | opposite | rest | any\w* | both | too | different |
+      excess\w* | half [ ] of | hardly | barely | almost | nearly )\b
+    | n't | [×✕-✘❌❎🚫👎?？] | [不非或错除没排误否]""",
+    re.I | re.X,
+)
 
 # %% ../nbs/21_grading.ipynb #53327baf
-_DROP = re.compile(r"\b(?:the|an?)\b(?=\s+[^\W\d_]{2})", re.I)
+_DROP = re.compile(r"\b(?:the|an?)\b(?=\s+[A-Za-zÀ-ɏ]{2})", re.I)
 _GREEK = dict(
     zip(
         "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
@@ -672,34 +750,58 @@ def plain_words(
     return " ".join(_DROP.sub(" ", words).split()) or " ".join(text.split())
 
 # %% ../nbs/21_grading.ipynb #8b87077d
+_ELEMENT = (
+    "(?:A[cglrstu]|B[aeikr]?|C[aelorsu]?|F[er]?|G[ade]|H[efgo]?|I[nr]?|K|L[aiu]|M[gno]|N[abdei]?|O[s]?|P[bdtu]?|R[abhnu]"
+    "|S[bceimnr]?|T[ahil]|U|V|W|X[e]|Y|Z[nr])"
+)
 _CODES = {
     "a date": r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}",
     "a clock time": r"\d{1,2}:\d\d(?::\d\d)?(?: ?[apAP]\.?[mM]\b\.?)?|\d{1,2} ?[apAP]\.?[mM]\b\.?",
+    "a range of times": r"\d{1,2}:\d\d(?: ?[ap]m)? ?(?:-|to) ?\d{1,2}:\d\d(?: ?[ap]m)?",
     "a range": r"\$?\d[\d.,]*%? ?(?:-|to) ?\$?\d[\d.,]*(?: ?[A-Za-z%°]+(?:/[A-Za-z]+)?)?",
     "a number with more than one point": r"(?![1-9]\d{0,2}(?:\.\d{3})+$)\d+(?:\.\d+){2,}",
     "a code": (
-        r"[A-Z]{1,4}-\d+[A-Z]?|[A-Z]{2,4} ?\d{1,6}|[A-Z]\d{1,6}|\d{1,6}[A-DF-Z]|\d+(?:-\d+){2,}"
-        r"|\d{3}-\d{4}"
+        r"[A-Z]{1,4}-\d+[A-Z]?|[A-Z]{2,4} ?\d{1,6}|[A-Z]\d{1,6}|\d{1,6}[A-DF-Z]|\d{1,3}E\d{1,3}"
+        r"|\d+(?:-\d+){2,}|\d{3}-\d{4}"
+    ),
+    "a chemical formula": (
+        rf"(?:{_ELEMENT}\d*){{2,}}(?<=[\d])(?:{_ELEMENT}\d*)*|(?=.*\d){_ELEMENT}\d*(?:{_ELEMENT}\d*)+"
+        rf"|(?:{_ELEMENT}\d*)+[+-]"
     ),
     "a formula": r"(?=.*[_^₀-₉⁺⁻])(?:[A-Z][a-z]?(?:_?\{?\d+\}?|[₀-₉]+)?)+(?:\^?\{?\d?[+-]\}?|[⁰-⁹]?[⁺⁻])?",
 }
 _CODE = {name: re.compile(pattern) for name, pattern in _CODES.items()}
+# written in words; `3 to 4` is a ratio, unless it says otherwise
+_MOMENT = re.compile(
+    r"(?i:\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z.]*,? |\d(?:st|nd|rd|th)? (?:of"
+    r" )?[a-z]{3,9}\b)"
+    r"|\d ?[年月]|(?i:o'? ?clock|\b(?:quarter|half|minutes?|\d|[a-z]+) past |\b(?:quarter|minutes?) to"
+    r" )|点.|时.+分"
+)
 
 
 def code_of(
     text: str,  # unwrapped
 ) -> str:  # such as `a date`, or None
     "What kind of string with a structure `text` is, if any."
-    if len(text) > 40 or not any(c.isdigit() or c in "₀₁₂₃₄₅₆₇₈₉⁺⁻" for c in text):
+    if len(text) > 40:
+        return None
+    if _MOMENT.search(text) and (
+        name := "a date" if read_date(text) else read_clock(text) and "a clock time"
+    ):
+        return name
+    if not any(c.isdigit() or c in "₀₁₂₃₄₅₆₇₈₉⁺⁻" for c in text) and text[-1:] not in ("+", "-"):
         return None
     name = next((name for name, pattern in _CODE.items() if pattern.fullmatch(text)), None)
     return None if name == "a formula" and re.fullmatch(r"[A-Z]_\{?\d\}?|[A-Z]\^\d", text) else name
 
 
 def _code_key(text):
+    text = re.sub(r"\\(?:text|mathrm)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"^(?:from|between) ", "", _spelled(text).casefold())
     text = re.sub(r"(?<=\d) ?(?:to|-+|and) ?(?=[$\d])", "-", text)
-    return re.sub(r"(?<=[ap])\.?(?=m)|(?<=m)\.$|[\s{}_^]", "", text)
+    text = re.sub(r"\^(?=\{?\d*[+-])", "", text)  # an ion's charge, but no power
+    return re.sub(r"(?<=[ap])\.?(?=m)|(?<=m)\.$|[\s{}_]", "", text)
 
 # %% ../nbs/21_grading.ipynb #44e4e1b3
 _RELATION = re.compile(r"\\(?:parallel|perp|cong|sim)(?![a-z])|//")
@@ -715,6 +817,49 @@ def statement(
     sign = _RELATION.search(_spelled(text))[0].replace("//", "\\parallel")
     return sign, frozenset(re.sub(r"[\s{}$]|\\(?:overline|mathrm|text)", "", p) for p in parts)
 
+# %% ../nbs/21_grading.ipynb #4e5716cf
+_CARRIER = re.compile(
+    r"(?:(?:it|this|that|the answer)(?: is|'s) )?(?:(?:in|at|on) )?(?:the )?"
+    r"(room|gate|seat|flight|bus|line|platform|apartment|apt|flat|unit|house|class|row|cell|square|position|locker|box"
+    r"|building|block|zone|section|route|highway|road|exit|terminal|car|model|code|label|sample|step|track|shelf|tank"
+    r"|station|bay|aisle|table|number|no\.|plate)(?: number| no\.?)? (?=\S*\d)(.+)",
+    re.I,
+)
+
+
+def _carried(text):
+    "(noun or None, code) of `Room 12B`"
+    if len(text) > 60 or not (m := _CARRIER.fullmatch(text)) or code_of(m[2]) != "a code":
+        return None, text
+    return m[1].casefold(), m[2]
+
+
+def _grade_code(p, g, name):
+    (noun, said), (gold_noun, gold) = _carried(p), _carried(g)
+    if _code_key(said) == _code_key(gold):
+        same = noun == gold_noun or not noun or not gold_noun
+        return same, f"the same {name.removeprefix('a ')}" if same else f"of a {noun}, not of a {gold_noun}"
+    layout = r"(\d\d?)[-/.](\d\d?)[-/.](\d{4})"
+    if (a := re.fullmatch(layout, said)) and (b := re.fullmatch(layout, gold)):
+        return [*map(int, a.groups())] == [*map(int, b.groups())], "compared as dates of one layout"
+    for kind, read, same in (("a date", read_date, same_date), ("a clock time", read_clock, same_clock)):
+        if name == kind and (a := read(said)) and (b := read(gold)):
+            return same(a, b), f"compared as {kind}"
+    if name == "a date" and re.search(r"[A-Za-z]{3}", p):
+        return None, "a date among words"
+    if name == "a code" and _code_key(said).replace("-", "") == _code_key(gold).replace("-", ""):
+        return None, "the same code but for a hyphen"
+    return False, f"{name}, compared as a string"
+
+# %% ../nbs/21_grading.ipynb #f3371bb9
+_INFINITE = re.compile(r"([-+]?|(?:positive|plus|negative|minus) )\s*(?:\\infty|∞|infinity|inf)", re.I)
+
+
+def _infinity(text):
+    "`+` or `-` of a text that says infinity, or None"
+    m = _INFINITE.fullmatch(text)
+    return m and ("-" if m[1].lower() in ("-", "negative ", "minus ") else "+")
+
 # %% ../nbs/21_grading.ipynb #5ea54d81
 _YES = {"yes": True, "true": True, "no": False, "false": False}
 _YES_HAN = dict.fromkeys(("是", "是的", "对", "对的", "正确"), True)
@@ -727,16 +872,35 @@ _NOTHING = re.compile(
 _MANY = re.compile(r"\b(?:or|and|not|neither|nor|either)\b|n't|[,;/]", re.I)
 
 
+_SIGN = re.compile(r"[<>=≤≥≠+×÷±-]|\\(?:leq?|geq?|neq?|lt|gt|times|div|pm)")
+_SIGN_NAMES = {
+    "less than": "<",
+    "greater than": ">",
+    "equal to": "=",
+    "equals": "=",
+    "equal": "=",
+    "plus": "+",
+}
+_SIGN_NAMES |= {"minus": "-", "is less than": "<", "is greater than": ">", "<=": "\\le", ">=": "\\ge"}
+
+
+def _sign(text):
+    "A sign of comparison or arithmetic in one spelling"
+    text = _SIGN_NAMES.get(text.strip().casefold(), text)
+    return _spelled(text).strip()
+
+
 def _grade_text(p, g, **kw):
     words_p, words_g = plain_words(p), plain_words(g)
+    p, g = unwrap(p), unwrap(g)
+    if _SIGN.fullmatch(g):
+        return _sign(p) == _sign(g), "compared as signs"
     if not re.search(r"\w", words_g):
         return None, "the gold answer has no words"
-    p, g = unwrap(p), unwrap(g)
-    if name := code_of(g):
-        if _code_key(p) == _code_key(g):
-            return True, f"the same {name.removeprefix('a ')}"
-        other = re.search(r"[A-Za-z]{3}", p) and name == "a date"
-        return None if other else False, f"{name}, compared as a string"
+    if name := code_of(_carried(g)[1]):
+        return _grade_code(p, g, name)
+    if _infinity(g):
+        return _infinity(p) == _infinity(g), "infinite"
     if (a := statement(g)) or statement(p):
         return statement(p) == a, "compared as statements"
     if words_p == words_g:
@@ -752,11 +916,26 @@ def _grade_text(p, g, **kw):
         return bool(a and same_number(a, b)), "compared as numbers"
     if (lists := _lists(p, g)) is not None:
         return lists
+    if (told := _told(words_p, words_g)) is not None:
+        return told, "said in a sentence" if told else "denied"
     if f" {words_g} " in f" {words_p} " and not _MANY.search(p) and len(words_p) < 10 * len(words_g):
         return None, "the gold answer stands among other words: a rule can't decide"
     if len(words_g.split()) > 3 and words_p:
         return None, "a rule can't compare sentences"
     return False, "different words"
+
+
+def _told(p, g):
+    "Does a sentence say `g` in so many words (True), or deny it (False)? None: neither"
+    words = re.escape(g)
+    if re.fullmatch(rf"(?:not|never|no|non|anything but|all but|except|without|other than) ?{words}", p):
+        return False
+    if re.fullmatch(
+        rf"{words} (?:is|are) (?:wrong|incorrect|false|not \w+|eliminated|excluded|ruled out)", p
+    ):
+        return False
+    says = re.fullmatch(rf"[a-z' ]{{2,60}} (?:is|are|was|were) {words}", p)
+    return True if says and not _DENIED.search(p) and not _CHANGED.search(p) else None
 
 
 def _lists(p, g):
@@ -836,6 +1015,9 @@ _ASCII = [
 ]
 
 
+_MIXED = re.compile(r"(?<![\d.^_{\\}])(\d{1,6})\s*(\\frac\s*\{(\d{1,6})\}\s*\{(\d{1,6})\})")
+
+
 def as_latex(
     text: str,  # unwrapped
 ) -> str:  # LaTeX without dollars
@@ -848,7 +1030,12 @@ def as_latex(
             text = text.replace(sign, r"\frac{%s}{%s}" % tuple(latex.split("/")))
     for pattern, new in _ASCII:
         text = pattern.sub(new, text)
-    return text.strip()
+    return _MIXED.sub(_mixed, text).strip()
+
+
+def _mixed(m):
+    "`5\\frac{1}{3}` is five and a third where the fraction is a proper one"
+    return f"({m[1]}+{m[2]})" if int(m[3]) < int(m[4]) else m[0]
 
 # %% ../nbs/21_grading.ipynb #9f9c597e
 def is_words(
@@ -876,7 +1063,7 @@ _LETTER = re.compile(r"(?:option |choice |answer )?[\(\[]?([A-Za-z])[\)\]]?[.:)]
 _LABEL = re.compile(r"[\(\[]?([A-Za-z])(?:[\)\]][.:]?|[.:]| -)\s+(\S.*)", re.S)
 _TIGHT = re.compile(r"[\(\[]?([A-Z])[\)\].:、]{1,2}(\S.*)", re.S)  # B.4
 _HAN_CHOICE = re.compile(
-    r"^(?:故|所以|因此|应)?(?:正确)?(?:答案|选项|选择|选)?(?:是|为|：|:)?\s*(?:选项|选)?\s*([A-Z])\s*(?:选项|项)?(?:正确)?[。.]?$"
+    r"^(?:故|所以|因此|应)?(?:正确的?)?(?:答案|选项|选择|选)?(?:是|为|：|:)?\s*(?:选项|选)?\s*([A-Z])\s*(?:选项|项)?(?:正确)?[。.]?$"
 )
 _CAPITAL = re.compile(r"(?<![\w'-])([A-Z])(?![\w'-])")
 # a pronoun, an article
@@ -919,21 +1106,32 @@ def _labelled(letter, text, choices):
     others = _by_text(text, choices) or _by_value(unwrap(text), choices)
     if letter in others:
         return (letter,)  # its own text, in which capitals may stand: `A. Vitamin C`
+    if _DENIED.search(text) and (
+        choices or re.match(r"(?:is|was|can|should|would|does|has|must|will)\b", text)
+    ):
+        return ()  # (B) is eliminated
     more = re.findall(r"[(\[]([A-Z])\b|\b([A-Z])[.:)\]]", text)
-    return tuple(dict.fromkeys([letter, *others, *(a or b for a, b in more)]))
+    named = _CAPITAL.findall(re.sub(_NO_LETTER, "", text)) if choices else ()  # A... actually B
+    named = [c for c in named if ord(c) - 65 < len(choices)]
+    return tuple(dict.fromkeys([letter, *others, *(a or b for a, b in more), *named]))
 
 
 def _by_value(text, choices):
     "Letters of the choices with the same value, if `text` is a number or mathematics"
-    if not (read_number(text) or _mathematical(text)):
-        return ()
-    same = []
+    same = [chr(65 + i) for i, c in enumerate(choices or ()) if _same_string(text, unwrap(c))]
+    if same or not (read_number(text) or _mathematical(text)):
+        return tuple(same)
     for i, c in enumerate(choices or ()):
         c = unwrap(c)
         kind = kind_of(c)
         if kind not in ("text", "choice") and KINDS[kind](text, c)[0] is True:
             same.append(chr(65 + i))
     return tuple(same)
+
+
+def _same_string(text, choice):
+    "Is a choice that is a time, a date, a code or a statement meant?"
+    return bool(code_of(choice) or statement(choice)) and _grade_text(text, choice)[0] is True
 
 
 def _mathematical(text):
@@ -943,6 +1141,54 @@ def _mathematical(text):
         and not re.search(r"\\text", text)
         and not is_words(text)
     )
+
+# %% ../nbs/21_grading.ipynb #984d5c3b
+_CHOOSING = set(
+    """i'm ans so therefore thus hence then the final correct right best true answer answers option
+    choice choices letter solution result is it its it's be would must should i i'd i'll we my our
+    think believe say guess choose chose chosen pick picked select selected go going with to of this
+    that question problem looks like seems clearly definitely and shows here conclude conclusion
+    matches which one a an statement figure image picture diagram graph shape point line angle region
+    area object item panel side box row column bar tank map group person plan design pattern piece""".split()
+)
+_THING = (
+    r"(?:(?:the )?(?:correct |right |final |best"
+    r" )?(?:option|choice|answer|letter|figure|image|picture|diagram|graph|shape|point|line"
+    r"|statement|panel|box) )?"
+)
+
+
+def _chooses(text, letter):
+    "Does the sentence choose the letter that stands in it?"
+    head = re.split(r",?\s+(?:because|since|as|due to)\b", text)[0]
+    words = re.findall(r"[A-Za-z']+", re.sub(rf"\b{letter}\b", " ", head).lower())
+    if all(w in _CHOOSING for w in words) or not words:
+        return True
+    marked = rf"[(\[]?{letter}[)\]]?"
+    ends = rf"(?:\b(?i:is|are|was|be|choose|chose|select|pick|equals)|[:=→])\s*(?i:{_THING}){marked}\s*[.!]?"
+    does = "is|has|shows?|matches|fits|represents|gives|satisfies|works"
+    begins = rf"(?i:{_THING}){marked}\s*(?:[,:;.-]|\b(?:{does})\b)"
+    return bool(re.search(ends + "$", head) or re.match(begins, head))
+
+
+def _last_said(text, choices):
+    "The choice whose text ends a sentence, if no other choice stands in it"
+    first = re.match(r"([^,.;!]{1,80})[,.;!]\s+\S", text)  # Yes, it is
+    if choices and first and (same := _by_text(first[1], choices)):
+        return same if not _others_said(text, same, choices) else ()
+    m = re.fullmatch(
+        r"(?:[^.!]{1,80}\b(?:is|are|was|were|shows?|be)\s+)?((?:the |an? )?[^.!]+?)(?: one)?[.!]?", text, re.S
+    )
+    if not choices or not m or not (same := _by_text(m[1], choices)):
+        return ()
+    return () if _others_said(text, same, choices) else same
+
+
+def _others_said(text, same, choices):
+    "Does the text of a choice other than `same` stand in `text`?"
+    said = f" {plain_words(text)} "
+    others = [c for i, c in enumerate(choices) if chr(65 + i) not in same]
+    return any(f" {plain_words(c)} " in said for c in others)
 
 # %% ../nbs/21_grading.ipynb #91944ac8
 def read_letters(
@@ -959,15 +1205,18 @@ def read_letters(
         return _labelled(m[1].upper(), m[2], choices)
     if same := _by_text(text, choices):
         return same
+    if m := re.fullmatch(r"([A-Z]) ?\((.+)\)", text):
+        return _labelled(m[1], m[2], choices)  # B (blue)
     if (m := _TIGHT.fullmatch(text)) and choices and ord(m[1]) - 65 < len(choices):
         return _labelled(m[1], m[2], choices)
-    if _HEDGE.search(text) or re.search("[不非或]", text):
+    if _DENIED.search(text):
         return ()
-    if same := _by_value(text, choices):
+    if same := _by_value(text, choices) or _last_said(text, choices):
         return same
     if _mathematical(re.sub(r"\\[()\[\]]|\$", "", text)) and not re.search(r"[A-Za-z]{4}", text):
         return ()
-    return tuple(dict.fromkeys(_CAPITAL.findall(re.sub(_NO_LETTER, "", text))))
+    found = tuple(dict.fromkeys(_CAPITAL.findall(re.sub(_NO_LETTER, "", text))))
+    return found if len(found) != 1 or _chooses(text, found[0]) else ()
 
 # %% ../nbs/21_grading.ipynb #c81920eb
 def _gold_letters(g, choices):
@@ -1003,6 +1252,9 @@ def _grade_choice(p, g, choices=None, **kw):
         else read_letters(p, choices)
     )
     if not said:
+        named = tuple(dict.fromkeys(_CAPITAL.findall(re.sub(_NO_LETTER, "", p))))
+        if named == gold and not _DENIED.search(p):
+            return None, "the letter stands among words that a rule can't read"
         return False, "no choice can be read"
     if len(said) != len(gold):
         return False, f"names {len(set(said))} choices, not {len(gold)}"
@@ -1294,7 +1546,8 @@ def _compare(g, p):
         return len(g) == len(p) and all(_compare(a, b) for a, b in zip(g, p))
     one, other = (g, p) if isinstance(g, Relational) else (p, g)
     if isinstance(one, Relational) and isinstance(other, Expr):
-        if one.lhs.is_Add or one.lhs.is_Pow or one.lhs.is_number or not isinstance(one, Eq):
+        equation = any(e.is_Add or e.is_Pow for e in (one.lhs, *one.lhs.args))
+        if equation or one.lhs.is_number or not isinstance(one, Eq):
             return False  # x^2 = 4 is no x^2 - 4
     if isinstance(g, Relational) and isinstance(p, Relational):
         found = same_relation(g, p)
@@ -1386,6 +1639,8 @@ def _grade_set(p, g, **kw):
         return None, "the gold answer is no set"
     if said is None:
         return False, "no set can be read"
+    if len(set(re.findall(r"(?<![A-Za-z\\])([A-Za-z])(?:_\{?\w\}?)?\s*=", p))) > 1:
+        return False, "about two names"
     same = [[_part(a, b) for b in gold] for a in said]
     if all(None in row for row in same) and same and gold:
         return None, "the gold's elements can't be compared"
@@ -1476,6 +1731,10 @@ def _both(text):
     return [(*low, high[0], not high[1])]
 
 # %% ../nbs/21_grading.ipynb #eb6dbc7d
+_ABOVE = r"(?:\\[lg](?:eq?|t)(?![a-z])|[<>≤≥])"
+_VARIABLE = re.compile(rf"(?<![A-Za-z\\])([A-Za-z])(?=\s*{_ABOVE})|(?<=[<>≤≥=])\s*([A-Za-z])(?![A-Za-z])")
+
+
 def read_interval(
     text: str,  # unwrapped
 ) -> list:  # of (low, open?, high, open?), joined and in order, or None
@@ -1486,7 +1745,9 @@ def read_interval(
     text = re.sub(r"\b(?:in(?=f|\b))?(?:inf|infinity|oo)\b", r"\\infty", text)
     if _REALS.fullmatch(text):
         return [(float("-inf"), True, float("inf"), True)]
-    text, pieces = re.sub(r"^\s*[A-Za-z]\s*(?:\\in|∈|=)\s*", "", text), []
+    if len({a or b for a, b in _VARIABLE.findall(text)}) > 1:
+        return None  # 2 < y and x ≤ 5
+    text, pieces = re.sub(r"^\s*[A-Za-z]\s*(?:\\in|∈|=|\bin\b)\s*", "", text), []
     for part in re.split(r"\\cup|∪|\s*(?:\\text\s*\{\s*or\s*\}|\bor\b|\bU\b)\s*", text):
         part = re.sub(r"^\s*[A-Za-z]\s*(?:\\in|∈)\s*", "", part).strip()
         if m := _PIECE.fullmatch(part):
@@ -1550,6 +1811,9 @@ _PART = re.compile(
 _NUMBERED = re.compile(r"(?<=[^\s,;])[ \n]+(?=(?:\([b-h2-9]\)|[②-⑨])\s*\S)")
 
 
+_THINGS = re.compile(r"(\d{1,6}) ([A-Za-z]{2,}(?: [A-Za-z]{2,})?)")  # 3 red, 2 blue
+
+
 def _label(m):
     label = next(x for x in m.groups()[:-1] if x).strip().casefold()
     label = re.sub(r"[\\{}_ ]|angle|overline|widehat|triangle|text|mathrm", "", _spelled(label))
@@ -1577,12 +1841,15 @@ def read_multi(
     labelled = [_PART.match(s.rstrip(" ,;")) for s in parts]
     if all(labelled) and len(parts) > 1:
         return [(_label(m), m.groups()[-1].strip()) for m in labelled]
+    counted = [_THINGS.fullmatch(s) for s in (split_parts(text) if len(parts) == 1 or "," in text else parts)]
+    if len(counted) > 1 and all(counted) and not any(unit_of(m[2]) for m in counted):
+        return [(m[2].casefold().removesuffix("s"), m[1]) for m in counted]
     return [(None, s) for s in parts] if 0 < len(parts) <= 50 else None
 
 
 def _labels(text):
     "Labels of all parts, if they have different ones; roots `x_1, x_2` are a set of solutions and no labels"
-    if not re.search(r"[=:：)）①]|[A-Za-z]{2,} ?\d", text) or len(text) > 400:
+    if not re.search(r"[=:：)）①]|[A-Za-z]{2,} ?\d|\d [A-Za-z]{2,}", text) or len(text) > 400:
         return None
     labels = [k for k, _ in read_multi(text) or ()]
     if len(labels) < 2 or None in labels or len(set(labels)) < len(labels):
@@ -1604,7 +1871,54 @@ def _grade_multi(p, g, **kw):
         if len(dict(said)) != len(said) or set(dict(said)) != set(dict(gold)):
             return False, "the labels differ"
         said = [(k, dict(said)[k]) for k, _ in gold]
+    if gold[0][0] and any((m := _THINGS.fullmatch(s)) and not unit_of(m[2]) for k, s in said if not k):
+        return False, "not everything is named"  # 3, 2 green
     return _all(_part(a, b) for (_, a), (_, b) in zip(said, gold)), "compared part by part"
+
+# %% ../nbs/21_grading.ipynb #a3d9b259
+_TO = re.compile(r"\s*(?::|\\colon(?![a-z])|\bto\b|比)\s*")
+
+
+def _ratio(text, most=6):
+    "The parts of a ratio, or None"
+    parts = [p.strip() for p in _TO.split(text.strip("$ "))]
+    if re.search(r"\b[ap]\.?m\b", text, re.I):
+        return None  # a time
+    if not 2 <= len(parts) <= most or any(len(p) > 40 or not re.search(r"\w", p) for p in parts):
+        return None
+    for part in parts:
+        if not read_number(part) and (
+            re.search(r"(?<![\\A-Za-z])[A-Za-z]{2}|[=?,;<>]", part) or is_words(part)
+        ):
+            return None
+    values = [read_number(p) for p in parts]
+    return None if any(v and not v.value for v in values) else parts
+
+
+def _is_ratio(g):
+    "Does a gold answer say a ratio with colons?"
+    return (":" in g or "\\colon" in g) and _ratio(g) is not None
+
+# %% ../nbs/21_grading.ipynb #cdf0ef74
+def _grade_ratio(p, g):
+    gold, said = _ratio(g), _ratio(p) if re.search(r":|\\colon|\bto\b|比", p) else None
+    if said is None and len(gold) == 2:
+        a, b = (read_number(x) for x in gold)
+        if a and b and not a.unit and not b.unit:
+            read = read_number(p)
+            return bool(read and same_number(read, Number(a.value / b.value))), "a ratio as a fraction"
+        return _by_algebra(p, r"\frac{%s}{%s}" % tuple(gold))
+    if said is None or len(said) != len(gold):
+        return False, f"no ratio of {len(gold)} parts"
+    if all(read_number(x) for x in (*gold, *said)):
+        (a, *gold), (b, *said) = ([read_number(x).value for x in xs] for xs in (gold, said))
+        return all(x * b == y * a for x, y in zip(gold, said)), "compared as ratios"
+    (a, *gold), (b, *said) = gold, said
+    times = r"({})\cdot ({})"
+    return (
+        _all(_by_algebra(times.format(y, a), times.format(x, b))[0] for x, y in zip(gold, said)),
+        "compared as ratios",
+    )
 
 # %% ../nbs/21_grading.ipynb #23bdd219
 def iou(
@@ -1736,23 +2050,34 @@ def scale_boxes(
     return json.dumps(out, ensure_ascii=False)
 
 # %% ../nbs/21_grading.ipynb #09d40534
+def _unlike(a, b):
+    "Two nouns, neither of which is a unit or holds the other?"
+    a, b = (x.casefold().removesuffix("s") for x in (a, b))
+    return a not in b and b not in a and not unit_of(a) and not unit_of(b)
+
+
 def _grade_number(p, g, tol=None, precision=None, **kw):
     g, text = unwrap(g), unwrap(p)
     gold = read_number(g)
+    if _is_ratio(g):
+        return _grade_ratio(text, g)
     if gold is None and (is_words(g) or _structured(g) or code_of(g)):
         return _grade_text(p, g) if code_of(g) else (None, "the gold answer is no number")
     if gold is None:
         return _grade_latex(p, g, tol=tol, precision=precision)
     if "=" in text and (other := _other_name(text, g)):
         return False, other
-    if said := find_number(text):
+    if (a := _THINGS.fullmatch(text)) and (b := _THINGS.fullmatch(g)) and _unlike(a[2], b[2]):
+        return None if a[1] == b[1] else False, f"{a[2]}, not {b[2]}"
+    if said := find_number(text) or _concluded(text, find_number):
         return same_number(said, gold, tol, precision), "compared as numbers"
     if m := re.fullmatch(r"(-?\d+),(\d{1,2})", text):
         if gold.places:  # a decimal comma, where a decimal is asked for
             return same_number(read_number(f"{m[1]}.{m[2]}"), gold, tol, precision), "compared as numbers"
         return False, "two numbers"
-    if ":" in g and (said := read_number(re.sub(r"\s*(?::|\\colon|\bto\b)\s*", "/", text))):
-        return same_number(said, gold, tol, precision), "compared as ratios"
+    text = _stated(text)
+    if said := read_number(text):
+        return same_number(said, gold, tol, precision), "compared as numbers"
     if _ALGEBRA.search(text) and not re.search(r"\d\s*(?:[-+*×]|\\times|\\cdot)\s*\d", text):
         text, _, other = _without_units(_named(text)[1], g)
         if other or is_words(text):
@@ -1762,6 +2087,20 @@ def _grade_number(p, g, tol=None, precision=None, **kw):
 
 
 _ALGEBRA = re.compile(r"\\|\^|√|∛|π|sqrt|/|\d!|\b(?:log|ln|sin|cos|tan)|[²³]")
+
+
+_SO = re.compile(
+    r"(?:^|[.,;:]\s+)(?:so|thus|therefore|hence|we (?:get|have|find|obtain)|which"
+    r" (?:gives|means)|giving)\b,?\s+"
+    r"|\b(?:we (?:get|obtain|find)|leaves us with)\s+(?=-?[\d$\\]\S*\.?$)"
+)
+
+
+def _concluded(text, read):
+    "What `read` finds in the last clause after `so` or its like, in at most 500 characters; or None"
+    if len(text) > 500 or not (found := [*_SO.finditer(text)]) or not text[: found[-1].start()].strip():
+        return None
+    return read(_LEAD.sub("", text[found[-1].end() :].strip().rstrip("."), count=1))
 
 
 def _other_name(p, g):
@@ -1774,9 +2113,11 @@ def _other_name(p, g):
 
 # %% ../nbs/21_grading.ipynb #4ed4e81e
 def _grade_latex(p, g, tol=None, precision=None, **kw):
-    p, g = unwrap(p), unwrap(g)
-    if code_of(g) or statement(g):
+    p, g = _stated(unwrap(p)), unwrap(g)
+    if code_of(g) or statement(g) or _infinity(g):
         return _grade_text(p, g)
+    if _is_ratio(g):
+        return _grade_ratio(p, g)
     if _labels(g):
         return _grade_multi(p, g)
     (name_p, rest_p), (name_g, rest_g) = _named(p), _named(g)
@@ -1797,7 +2138,14 @@ def _grade_latex(p, g, tol=None, precision=None, **kw):
         return same_number(a, b, tol, precision), "compared as numbers"
     if f := _structured(g):
         return f(p, g)
+    if a and a.unit and unit_of(a.unit)[0] == "angle" and re.search(r"π|\\pi(?![a-z])|\bpi\b", g):
+        p, a = rf"\frac{{{a.value.numerator} \pi}}{{{180 * a.value.denominator}}}", None
+    if (column := _as_point(g)) and not re.search(r"\\begin", p):
+        return _grade_tuple(_as_point(p, True) or p, column)
     return _by_algebra(re.sub(r"^(?:≈|\\approx)\s*", "", p), g, a, b, tol, precision)
+
+
+_GLUED = re.compile(r"(?<![A-Za-z\\_^])[A-Za-z]\d")  # e4 is no 4e
 
 
 def _by_algebra(p, g, a=None, b=None, tol=None, precision=None):
@@ -1807,9 +2155,11 @@ def _by_algebra(p, g, a=None, b=None, tol=None, precision=None):
         return (True, "same text") if p == g else (None, f"the gold answer can't be read: {why}")
     if is_words(p):
         return False, "words, not mathematics"
+    if _GLUED.search(p) and not _GLUED.search(g):
+        return False, "a letter before a digit is a name, no product"
     said, why = _in_time(as_latex(p))
     if said is None:
-        return False, f"the answer can't be read: {why}"
+        return None if why == _SLOW else False, f"the answer can't be read: {why}"
     if _letters(p) != _letters(g) and _letters(p).lower() == _letters(g).lower():
         return False, "capitals are other variables"
     try:
@@ -1818,11 +2168,14 @@ def _by_algebra(p, g, a=None, b=None, tol=None, precision=None):
         return None, f"computer algebra gave up: {type(e).__name__}"
 
 # %% ../nbs/21_grading.ipynb #331fe3e7
+_SLOW = "it takes too long to read"
+
+
 def _in_time(text):
     try:
         return read_latex(text)
     except TimeoutError:
-        return None, "it takes too long to read"
+        return None, _SLOW
 
 
 _NAME = re.compile(r"([A-Za-z](?:_\{?\w+\}?)?(?:\([a-z]\))?)\s*(?:=|\\in(?![a-z])|∈)\s*([^=]+)", re.S)
@@ -1881,7 +2234,8 @@ def _as_symbols(p, g):
 
 _END_UNIT = re.compile(
     r"(?:\\(?:text|mathrm|mbox|rm|operatorname)\s*\{\s*([^{}]+?)\s*\}((?:\s*\^\s*\{?[23]\}?)?)"
-    r"|(?<=[\d})\sπi])\s*((?:square |cubic )?[A-Za-zΩ°µ]{2,}(?:/[A-Za-z]+)?(?:\^\{?[23]\}?)?))\.?$"
+    r"|(?<=[\d})\sπi])\s*((?:square |sq\.? ?|cubic )?[A-Za-zΩ°µ]{2,}(?:/[A-Za-z]+)?(?:\^\{?[23]\}?)?"
+    r"|[一-龥]{1,4}))\.?$"
 )
 
 
@@ -1894,7 +2248,7 @@ def _end_unit(text):
     if not m or not text[: m.start()].strip() or not re.search(r"\d|π|pi|sqrt", text[: m.start()]):
         return text, ""
     name = (m[1] or m[3]).strip() + re.sub(r"[\s{}]", "", m[2] or "")
-    if m[3] and len(name) < 2 or name in ("in", "pi", "rad") and m[3]:
+    if m[3] and name.isascii() and len(name) < 2 or name in ("in", "pi", "rad") and m[3]:
         return text, ""
     if unit_of(name) is None and not re.fullmatch(r"(?:sq(?:uare|\.)? |cubic )?units?(?:\^[23])?", name):
         return text, ""
@@ -1903,9 +2257,7 @@ def _end_unit(text):
 
 def _without_units(p, g):
     "(p, g) without units, scaled to the gold's, and why they differ, or None"
-    if not re.search(r"[A-Za-zΩ°µ²³]\}?(?:\^\{?\d\}?)?\.?$", p + " ") and not re.search(
-        r"[A-Za-zΩ°µ²³]\}?(?:\^\{?\d\}?)?\.?$", g
-    ):
+    if not any(re.search(r"[A-Za-zΩ°µ²³一-龥]\}?(?:\s*\^\s*\{?\d\}?)?\.?\s*$", t) for t in (p, g)):
         return p, g, None
     (bare_p, u), (bare_g, v) = _end_unit(p), _end_unit(g)
     if not u and (m := re.search(r"(?<=\S) ([mshgLlNJWVAK])$", p)) and not _letters(bare_g):
@@ -1922,6 +2274,29 @@ def _without_units(p, g):
         bare_g,
         None,
     )
+
+# %% ../nbs/21_grading.ipynb #c5f6c73e
+_STATES = re.compile(
+    r"(?P<what>(?:[A-Za-z'-]+,? ){1,10}?)(?:is|are|equals|was|will be|must be)(?: equal to| exactly|"
+    r" just|:)? "
+    r"(?P<value>\S.*)",
+    re.S,
+)
+
+
+def _stated(text):
+    "What a sentence says that something is; another text as it is, without dollars inside"
+    m = _STATES.fullmatch(text)
+    if (
+        m
+        and not _CHANGED.search(m["what"])
+        and not _HEDGE.search(text)
+        and not is_words(_end_unit(m["value"])[0])
+    ):
+        text = m["value"]
+    if text.count("$") == 2:
+        text = re.sub(r"\$([^$]+)\$", r"\1", text).strip()
+    return text
 
 # %% ../nbs/21_grading.ipynb #6a7efdf0
 def _leaf(gold, said, a, b, tol=None, precision=None):
@@ -1947,6 +2322,29 @@ def _number(expr):
     if v is None or not v.is_real or abs(sum(v._mpf_[2:])) > 1500:
         return None
     return Number(Fraction(str(v)), None)
+
+# %% ../nbs/21_grading.ipynb #536cc520
+_COLUMN = re.compile(
+    r"\\begin\s*\{[pbv]?matrix\}(?P<cells>.+?)\\end\s*\{[pbv]?matrix\}|\\binom\s*\{(?P<up>[^{}]+)\}\s*\{(?P<down>[^{}]+)\}"
+    r"|(?:\\langle(?![a-z])|[⟨〈])(?P<inner>.+?)(?:\\rangle(?![a-z])|[⟩〉])|(?P<row>\([^()]*,[^()]*\))\s*\^\s*\{?T\}?",
+    re.S,
+)
+
+
+def _as_point(text, predicted=False):
+    "`(1, 2)` of a column, a row or angle brackets; None for anything else; `\\binom` only if predicted"
+    m = _COLUMN.fullmatch(re.sub(r"\\(?:left|right)(?![a-z])", "", text).strip())
+    if not m or m["up"] and not predicted:
+        return None
+    if m["row"]:
+        return m["row"]
+    if m["up"]:
+        return f"({m['up']}, {m['down']})"
+    if m["inner"]:
+        return f"({m['inner'].strip()})"
+    rows = [r.strip() for r in re.split(r"\\\\", m["cells"]) if r.strip()]
+    cells = rows[0].split("&") if len(rows) == 1 else rows
+    return None if len(cells) < 2 or any("&" in c for c in cells) else f"({', '.join(map(str.strip, cells))})"
 
 # %% ../nbs/21_grading.ipynb #15d0ded2
 # a point may carry its name: A(3, -2)
@@ -1987,6 +2385,13 @@ def _structured(g):
         return _grade_tuple
     if re.fullmatch(r"\[.*\]", g, re.S) and _PIECE.fullmatch(g):
         return _grade_tuple
+    if (
+        ";" in g
+        and "=" not in g
+        and not re.search(r"[\[\](){}\\]", g)
+        and len(split_parts(g, ";", words=False)) > 1
+    ):
+        return _grade_multi  # 12; 15 answers two questions
     if "\\begin" not in g and (len(split_parts(g)) > 1 or re.search(r"\\pm|±", g)):
         return _grade_set
 
@@ -1999,6 +2404,7 @@ def _grade_tuple(p, g, **kw):
     if not re.search(r"[(\[]", p) or re.search(r"\\mid|\|", p):
         if read_interval(p) and read_interval(g) and _REL.search(p):
             return _grade_interval(p, g)  # -1 ≤ x ≤ 3
+    p = _as_point(p, True) or p
     p, g = strip(re.sub(r"^\s*\(?[A-Za-z](?:\s*,\s*[A-Za-z])*\)?\s*(?:=|\\in)\s*", "", p)), strip(g)
     if p[:1] != g[:1] or p[-1:] != g[-1:]:
         return False, "other brackets"
@@ -2334,3 +2740,19 @@ def _says_text(text, said, answer):
     if told and len(plain_words(told[1]).split()) <= 3 and len(words.split()) <= 3:
         return grade(told[1], answer, "text")
     return None
+
+# %% ../nbs/21_grading.ipynb #4ca54f38
+def consistent_row(
+    reasoning: str,  # of a completion
+    answer: str,  # the answer of the same completion
+    # kind, choices and, if it has some, grading; a grader of one's own gets its other columns too
+    row: dict,
+):  # True, False, or None where nothing can be compared
+    "Does the reasoning conclude what is answered, by the row's own grader if it names one?"
+    by_rules = consistent(reasoning, answer, row["kind"], row.get("choices"))
+    if not (name := _how(row.get("grading")).get("grader")):
+        return by_rules
+    if not (said := conclusion(reasoning, row["kind"], row.get("choices"))):
+        return by_rules
+    own = is_right(_own(name, unwrap(said), {**row, "answer": answer}))
+    return None if own is False and by_rules is None else own

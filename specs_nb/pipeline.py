@@ -416,6 +416,8 @@ def do_eval(
             f"all {len(tests[0])} rows of the ID test are among the {len(train)} training rows: take other"
             " questions for the test"
         )
+    if c.coldstart.start and not (run.dir / "zero/model").exists():
+        names = [m for m in names if m != "zero"]  # nobody needed it
     models = {m: c.model.path if m == "base" else _model_of(run, m) for m in names}
     for f in c.data.ood_formats:
         _format(c, f)
@@ -597,13 +599,18 @@ def run_stages(
         for name, table in inputs(run.config).items()
         if STAGES.index(name) <= STAGES.index(last)
     }
-    _one_gpu(run.config, [name for name, stage in stages.items() if not stage.done], launcher)
+    left = [name for name, stage in stages.items() if not stage.done and not _idle(run.config, name, last)]
+    _one_gpu(run.config, left, launcher)
     for name, stage in stages.items():
         if stop_asked():
             raise Interrupted(f"{name} has not begun")
         what[name] = stage.why()
         if what[name] == "done":
             print(f"{name:10} done before ({stage.info.get('seconds', 0):.0f} s)")
+            continue
+        if _idle(run.config, name, last):
+            what[name] = "not needed"
+            print(f"{name:10} not needed: coldstart.from gives the model that the final stage starts from")
             continue
         print(f"{name:10} {what[name]}", flush=True)
         if not ready:
@@ -637,6 +644,13 @@ def _say_spent(stage):
     "Where a stage's time went, in a line"
     info = stage.info
     print(f"{stage.dir.name:10} {info['seconds']:.0f} s: {spent_on(info['seconds_by'])}", flush=True)
+
+
+def _idle(config, name, last):
+    "Is a stage there for the cold start alone, and the cold start is given? One that is asked for runs"
+    if not config.coldstart.start or name == last:
+        return False
+    return name == "pairs" or name == "zero" and not config.zero.start
 
 
 def _one_gpu(config, todo, launcher):
@@ -862,6 +876,12 @@ def _add_others(sub):
         "--out", default="runs/bench", metavar="DIR", help="a new folder for the results (runs/bench)"
     )
     s.add_argument("--own", metavar="DIR", help="folder of tasks written by benchmarks.write_task")
+    s.add_argument(
+        "--grader",
+        default="",
+        metavar="MODULE:FUNCTION",
+        help="a grader of your own beside theirs; tasks written by write_task carry theirs",
+    )
     s.add_argument("--python", metavar="FILE", help="the Python of lmms-eval's environment")
     s.add_argument("--limit", type=int, metavar="N", help="questions of each task")
     d = sub.add_parser(
@@ -949,6 +969,7 @@ def _bench(args):
         Path(args.out),
         args.own,
         args.python,
+        grader=args.grader,
         **({"limit": args.limit} if args.limit else {}),
     )
     for task, of in metrics.items():

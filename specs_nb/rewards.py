@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from .core import SpecsError, nearest
 from .formats import FORMATS, boxed
-from .grading import consistent, grade_row
+from .grading import consistent_row, grade_row
 
 # %% ../nbs/22_rewards.ipynb #010faa7d
 def text_of(
@@ -143,19 +143,19 @@ def consistency_reward(
 ) -> list:  # 1.0, 0.0 or None for each completion
     "One point where the reasoning concludes what is answered."
     n = len(completions)
-    choices = [None] * n if choices is None else column(choices, n, "choices")
-    rows = zip(completions, column(kind, n, "kind"), column(format, n, "format"), choices)
-    return logged(
-        [_consistency(text_of(c), k, _format(f), ch) for c, k, f, ch in rows],
-        "consistency_reward",
-        log_metric,
-    )
+    own = {k: v for k, v in kw.items() if isinstance(v, list) and len(v) == n}
+    own["kind"] = column(kind, n, "kind")
+    own["choices"] = [None] * n if choices is None else column(choices, n, "choices")
+    paid = []
+    for i, (c, f) in enumerate(zip(completions, column(format, n, "format"))):
+        paid.append(_consistency(text_of(c), _format(f), {k: v[i] for k, v in own.items()}))
+    return logged(paid, "consistency_reward", log_metric)
 
 
-def _consistency(text, kind, fmt, choices):
+def _consistency(text, fmt, row):
     if not (parts := fmt.parse(text)):
         return 0.0
-    same = consistent(*parts, kind, choices)
+    same = consistent_row(*parts, row)
     return None if same is None else float(same)
 
 # %% ../nbs/22_rewards.ipynb #6e4c1a25

@@ -206,7 +206,7 @@ def infer(
         listed = None
     choices = choices or listed
     if not choices:
-        return answer, _kind(answer), None
+        return *_as_asked(question, answer), None
     exact = [chr(65 + i) for i, c in enumerate(choices) if c.strip() == answer.strip()]
     several = re.fullmatch(r"\(?[A-J]\)?(?:(?:[,;& ]|and)*\(?[A-J]\)?)+", answer) and not exact
     if several:
@@ -237,6 +237,44 @@ def _is_listing(question, choices, answer):
     return not asked and not inside
 
 
+# what a question asks for, where its answer alone could be two things
+_ASKS_PERCENT = re.compile(
+    r"\b(?:what|which|how many)\s+(?:(?:is|was|are|were)\s+)?(?:the\s+)?(?:[a-z]+\s+){0,2}percent(?:age)?s?\b"
+    r"|\b(?:in|as a|by what|find the|calculate the) percent(?:age)?\b|百分之(?:几|多少)|百分[比率]是|百分数",
+    re.I,
+)
+_ASKS_RATIO = re.compile(
+    r"\bratios?\b|\bodds\b|\bscale of\b|之比|比例|比值|比是|\b[A-Z]{1,3} ?[:∶] ?[A-Z]{1,3}\b", re.I
+)
+_ASKS_CODE = re.compile(
+    r"\b(?:plate|label(?:l?ed)?|seat|room|code|gate|flight|bus|serial|licen[cs]e|zip|model|locker|platform|square|cell|text"
+    r"|written|printed|id|identifier|password|coordinates?)\b|号码|编号|车牌|座位|房间",
+    re.I,
+)
+_ASKS_AMOUNT = re.compile(
+    r"\b(?:current|amp\w*|volt\w*|force|newtons?|power|watts?|energy|work|joules?|temperature|kelvin|lit(?:er|re)s?|volume"
+    r"|capacity|charge|mass|weight|how"
+    r" (?:much|many|long|far|large|big|strong|hot|fast|high))\b|电|力|功|温|体积|容积|质量",
+    re.I,
+)
+
+
+def _as_asked(question, answer):
+    "(answer, kind), by the question where the answer could be two things: 35 %, a ratio, a room"
+    bare = answer.strip("$ ")
+    if re.fullmatch(r"[1-9]\d*(?:\.\d+)?", bare) and _ASKS_PERCENT.search(question):
+        return f"{bare}%", "number"
+    if re.fullmatch(r"\d{1,2}:\d\d(?::\d\d)?", bare) and _ASKS_RATIO.search(question):
+        return answer, "number"
+    if re.fullmatch(r"\d{1,3}E\d{1,3}", bare) and _ASKS_CODE.search(question):
+        return answer, "text"
+    if re.fullmatch(r"\d{1,6}[A-DF-Z]", bare) and not _ASKS_AMOUNT.search(question):
+        return answer, "text"
+    if re.fullmatch(r"[<>=≤≥≠+×÷±-]|\\(?:leq?|geq?|neq?|lt|gt|times|div|pm)", bare):
+        return answer, "text"  # a sign
+    return answer, _kind(answer)
+
+# %% ../nbs/24_sources.ipynb #c81c07d1
 def _kind(answer):
     if answer.lower().rstrip(".") in ("yes", "no", "true", "false"):
         return "text"  # no is not n·o
@@ -1654,8 +1692,11 @@ def _mix(data, out, sources, guard):
                 raise SpecsError(f"data.sources, {name}: {none_left(source, t)}")
 
     write_rows(rows(), out / "all.arrow")
+    names = list(tallies)
     found = _read_tests(data, out, sources, tests, n_test, tallies)
-    train, test = _divide(data, Rows(out / "all.arrow"), counts, n_train, held, found, tallies, list(tallies))
+    visual = _read_visual(data, out, sources, n_test, tallies)
+    apart = [*found, *visual]  # no picture of these is trained on
+    train, test = _divide(data, Rows(out / "all.arrow"), counts, n_train, held, apart, tallies, names)
     sizes = dict(train=_copy(out / "all.arrow", train, out / "train.arrow"))
     if test:
         _copy(out / "all.arrow", test, out / "held.arrow")
@@ -1663,6 +1704,8 @@ def _mix(data, out, sources, guard):
     held_rows = [out / "held.arrow"] if test else []
     if files := [*found, *held_rows]:
         sizes["test"] = _join(files, out / "test.arrow")
+    if visual:
+        sizes["ood_visual"] = _join(visual, out / "ood_visual.arrow")
     _say(sources, tallies, guard, Rows(out / "train.arrow"), n_train)
     return dict(
         files=[f"{s}.arrow" for s in sizes],
@@ -1699,16 +1742,31 @@ def _read_tests(data, out, sources, tests, n_test, tallies):
             for (name, _, source, one), own, n in zip(sources, tests, n_test)
             if own and n
         ]
+    return _written(data, out, jobs, "test", tallies)
+
+
+def _read_visual(data, out, sources, n_test, tallies):
+    "Arrow files of the parts' other pictures; none if data.test names a test, as with one source"
+    jobs = []
+    for (name, _, source, one), n in zip(sources, n_test):
+        path = source.folder / FILES["ood_visual"]
+        if not data.test and source.ordered and n and path.exists():
+            jobs.append((name, replace(source, files=[path], total=count_rows(path)), one, n))
+    return _written(data, out, jobs, "ood_visual", tallies)
+
+
+def _written(data, out, jobs, split, tallies):
+    "An Arrow file for each job, with the source in front of each row's own"
     found = []
     for name, source, one, n in jobs:
-        tallies[f"test of {name}" if name != "test" else name] = t = Tally()
+        tallies[f"{split} of {name}" if name != split else name] = t = Tally()
         some = (row if data.test else _from(name, row) for row in _some(source, one, n, t, None, None, False))
         k = write_rows(some, out / "some.arrow")
         if not k:
             raise SpecsError(none_left(source, t))
-        lots = random.Random(derive_seed(data.seed, "test"))
+        lots = random.Random(derive_seed(data.seed, split))
         order = range(k) if source.ordered else lots.sample(range(k), min(k, n))
-        found.append(out / f"test-{len(found)}.arrow")
+        found.append(out / f"{split}-{len(found)}.arrow")
         _copy(out / "some.arrow", order, found[-1])
         (out / "some.arrow").unlink()
     return found

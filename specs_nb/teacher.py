@@ -15,7 +15,7 @@ from . import world
 from .core import Interrupted, Progress, SpecsError, derive_seed, stop_asked
 from .formats import FORMATS
 from .generate import Sampling, encode, prompt, sample_batch, score
-from .grading import consistent, grade
+from .grading import consistent_row, grade_row, is_right
 from .models import load_model, save_model, tokenizer_of
 
 # %% ../nbs/45_teacher.ipynb #ae307e91
@@ -239,12 +239,12 @@ def look(
 
 def _graded(text, row, format):
     parts = format.parse(text)
-    right = bool(parts) and grade(parts[1], row["answer"], row["kind"], row["choices"]) is True
+    right = bool(parts) and is_right(grade_row(parts[1], row)) is True
     return dict(
         text=text,
         format=bool(parts),
         right=right,
-        usable=right and consistent(*parts, row["kind"], row["choices"]) is not False,
+        usable=right and consistent_row(*parts, row) is not False,
     )
 
 # %% ../nbs/45_teacher.ipynb #4f52b6f1

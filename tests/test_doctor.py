@@ -457,3 +457,25 @@ def test_bench_runs(tmp_path):
     assert all(v["step_seconds"] > 0 and v["peak_gib"] > 0 for v in d["results"].values()) and set(
         d["rates"]
     ) == {"generate", "train"}
+
+
+def test_pictures_made_smaller_are_counted_over_all_sources(tmp_path):
+    from PIL import Image
+
+    for name, n in (("mine", 300), ("other", 40)):
+        (tmp_path / name).mkdir()
+        lines = []
+        for i in range(n):
+            size = (120, 90) if i % 3 == 0 else (40, 30)
+            Image.new("RGB", size, (i % 256, 7 * i % 256, len(name))).save(tmp_path / name / f"{i}.png")
+            lines.append(
+                json.dumps(dict(question=f"How many dots has {i}?", answer="3", images=[f"{i}.png"]))
+            )
+        (tmp_path / name / "data.jsonl").write_text("\n".join(lines))
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    one = prompt_of(load_config(None, [f"data.source={mine}", "data.shrink_to=4000"]))
+    assert "22 of 64 pictures made smaller" in one.how
+    assert "smaller" not in prompt_of(load_config(None, [f"data.source={mine}"])).how
+    both = f"data.sources=[{{source: {other}, weight: 9}}, {{source: {mine}, shrink_to: 4000}}]"
+    found = prompt_of(load_config(None, [both]))
+    assert "22 of 104 pictures made smaller" in found.how and found.image > one.image

@@ -441,6 +441,44 @@ def test_the_world_takes_a_grader_too(tmp_path):
     }
 
 
+def folded(prediction, row):
+    "A grader for the test: letters without their case"
+    return prediction.casefold() == row["answer"].casefold()
+
+
+def test_consistency_teacher_and_benchmarks_ask_it_too(tmp_path):
+    from specs_nb.benchmarks import _gold, read_sample, tabulate, write_task
+    from specs_nb.core import read_json
+    from specs_nb.distill import judge
+    from specs_nb.formats import FORMATS
+    from specs_nb.rewards import consistency_reward
+    from specs_nb.teacher import _graded
+
+    fmt, how = FORMATS["think_answer"], json.dumps(dict(grader=f"{__name__}:folded"))
+    row = dict(id="a", question="Which gas?", answer="X", kind="text", choices=None, images=[])
+    text = fmt.render("So the answer is x.", "X")
+    assert _graded(text, row, fmt)["usable"] and _graded(text, dict(row, grading=how), fmt)["usable"]
+    other = fmt.render("So the answer is X_2.", "x")
+    columns = dict(kind=["text"] * 2, answer=["X"] * 2, grading=[how] * 2)
+    assert consistency_reward([text, other], **columns) == [1.0, 0.0]
+    assert judge(text, dict(row, grading=how), fmt)[0] == "kept"
+    assert judge(other, dict(row, grading=how), fmt)[0] == "inconsistent"
+    strict = dict(row, answer="BA", grading=json.dumps(dict(grader=f"{__name__}:backwards")))
+    assert _graded(fmt.render("So the answer is BA.", "AB"), strict, fmt)["right"], "by its own grader"
+    write_task([strict], "mine", tmp_path)
+    (gold,) = read_json(tmp_path / "specs_mine.gold.json")["rows"]
+    sample = dict(doc_id=0, target="BA", resps=[[fmt.render("Hm.", "AB")]], filtered_resps=[], acc_score=0.0)
+    read = read_sample(sample, gold, "think_answer", 99)
+    assert read["accuracy"] and tabulate([read])["differ"]["mean"] == 1
+    stock = _gold(dict(input="Which?", target="BA"), False, f"{__name__}:backwards")
+    assert read_sample(sample, stock, "think_answer", 99)["accuracy"]
+
+
+def backwards(prediction, row):
+    "A grader for the test: right from behind"
+    return prediction == row["answer"][::-1]
+
+
 def test_answers_on_which_math_verify_differs_are_listed(tmp_path):
     from specs_nb.evaluate import _write_audit
 

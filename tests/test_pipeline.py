@@ -311,6 +311,35 @@ def test_values_of_late_stages_are_checked_before_anything_is_trained(tmp_path, 
     assert said in capsys.readouterr().err and not (tmp_path / "run/zero").exists()
 
 
+def test_what_is_there_for_the_cold_start_alone_is_left_out_where_one_is_given(tmp_path, capsys, monkeypatch):
+    from specs_nb import pipeline
+    from specs_nb.core import Run
+    from specs_nb.models import resolve
+
+    ran, there = [], resolve("tiny")
+
+    def made(run, stage, **kw):
+        ran.append(stage.dir.name)
+        for name in pipeline.OUTPUTS[stage.dir.name]:
+            (stage.dir / name).parent.mkdir(parents=True, exist_ok=True)
+            (stage.dir / name).write_text("{}")
+        return {}
+
+    monkeypatch.setattr(pipeline, "DO", dict.fromkeys(pipeline.STAGES, made))
+    for word, want in ((f"coldstart.from={there}", ["coldstart", "final"]), ("seed=1", ["zero", "pairs"])):
+        run = Run(tmp_path / word[:4], load_config(None, [word]))
+        what = pipeline.run_stages(run, "final")
+        assert ran[:2] == want and [s for s in what if what[s] == "not needed"] == (
+            ["zero", "pairs"] if "from" in word else []
+        )
+        run.close()
+        ran.clear()
+    assert "zero       not needed: coldstart.from gives" in capsys.readouterr().out
+    run = Run(tmp_path / "asked", load_config(None, [f"coldstart.from={there}"]))
+    assert pipeline.run_stages(run, "zero") and ran == ["zero"], "one that is asked for runs"
+    run.close()
+
+
 @pytest.mark.parametrize("name", ["zero", "coldstart"])
 def test_a_stage_can_take_a_model_that_is_there(name, tmp_path):
     from specs_nb.core import Run, Stage

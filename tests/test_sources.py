@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import random
+import shutil
 import struct
 import subprocess
 import sys
@@ -1198,6 +1199,26 @@ def test_sources_are_mixed_by_their_weights(tmp_path):
     assert (
         ready(replace(data, seed=1), tmp_path / "b") and Rows(tmp_path / "b/train.arrow").column("id") != ids
     )
+
+
+def test_other_pictures_of_a_mixtures_parts_are_pooled(tmp_path):
+    shutil.copytree(OWN, tmp_path / "mine")
+    pictured = (OWN / "test.jsonl").read_text().splitlines()
+    (tmp_path / "mine/ood_visual.jsonl").write_text("\n".join(pictured) + "\n")
+    sources = [dict(source=str(tmp_path / "mine"), name="mine"), dict(source="orsta", path=str(ORSTA))]
+    data = merge(DataConfig(), {"sources": sources, "n_train": 20, "n_test": 4})
+    report = prepare(data, tmp_path / "o")
+    found = load_rows(data, "ood_visual", tmp_path / "o")
+    assert {s.split("/")[0] for s in found.column("source")} == {"mine"} and len(found) == report["rows"][
+        "ood_visual"
+    ]
+    assert "ood_visual of mine" in report["splits"]
+    shown = [
+        {d for ds in load_rows(data, s, tmp_path / "o").column("digests") for d in ds}
+        for s in ("train", "ood_visual")
+    ]
+    assert not shown[0] & shown[1], "no picture of it is trained on"
+    assert load_rows(replace(data, sources=data.sources[1:]), "ood_visual", tmp_path / "p") == []
 
 
 def test_a_source_that_runs_out_is_said_and_a_folders_own_test_is_kept(tmp_path):
