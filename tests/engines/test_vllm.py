@@ -429,8 +429,8 @@ def test_questions_are_chosen_and_held_out_ones_asked(tmp_path):
         from specs_nb.core import QuestionSampling, Validation
         mixed = [r if i % 3 else {{**r, "images": []}} for i, r in enumerate(rows)]
         for every in (0, 1):
-            stage = GRPOStage(steps=2, sampling=QuestionSampling(True, 0.1, 2.0), trainer={{**GRPO, **BESIDE}},
-                              validate=Validation(every=every))
+            stage = GRPOStage(steps=2, sampling=QuestionSampling(True, 0.1, 2.0),
+                              validate=Validation(every=every), trainer={{**GRPO, **BESIDE}})
             known = {{r["id"]: 0.5 for r in mixed}}
             train_grpo("tiny", mixed[:12], f"{tmp_path}/{{every}}", stage, FMT, vllm=VLLMConfig(sync_every=1),
                        rates=known, held=mixed[12:] if every else None)
