@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ALSO', 'PART', 'CHOICES', 'POSITIVE', 'FROM_ZERO', 'RENAMED', 'EXECUTION', 'TESTS', 'PHASES', 'SpecsError', 'nearest',
-           'DataConfig', 'ModelConfig', 'grpo_trainer_defaults', 'GRPOStage', 'DistillStage', 'ColdStartStage',
-           'EvalStage', 'JudgeConfig', 'VLLMConfig', 'Config', 'merge', 'parts', 'setting', 'check', 'read_yaml',
-           'parse_override', 'builtin_configs', 'load_config', 'atomic', 'write_json', 'read_json', 'Run',
-           'fingerprint', 'file_digest', 'why_execution', 'flat', 'differences', 'reset_peak_memory', 'peak_gpu_gb',
-           'peak_memory_gb', 'versions', 'machine', 'folder_bytes', 'in_words', 'set_aside_folders', 'Clock',
-           'count_seconds', 'phase', 'fill_up', 'spent_on', 'Stage', 'Interrupted', 'stop_asked', 'signals_ask',
-           'patient', 'worker_pool', 'Progress', 'derive_seed']
+           'DataConfig', 'ModelConfig', 'QuestionSampling', 'Validation', 'grpo_trainer_defaults', 'GRPOStage',
+           'DistillStage', 'ColdStartStage', 'EvalStage', 'JudgeConfig', 'VLLMConfig', 'Config', 'merge', 'parts',
+           'setting', 'check', 'read_yaml', 'parse_override', 'builtin_configs', 'load_config', 'atomic', 'write_json',
+           'read_json', 'Run', 'fingerprint', 'file_digest', 'why_execution', 'flat', 'differences',
+           'reset_peak_memory', 'peak_gpu_gb', 'peak_memory_gb', 'versions', 'machine', 'folder_bytes', 'in_words',
+           'set_aside_folders', 'Clock', 'count_seconds', 'phase', 'fill_up', 'spent_on', 'Stage', 'Interrupted',
+           'stop_asked', 'signals_ask', 'patient', 'worker_pool', 'Progress', 'derive_seed']
 
 # %% ../nbs/00_core.ipynb #e7bd4e6c
 import contextlib
@@ -102,6 +102,32 @@ class ModelConfig:
     # of the final stage's whole weights, as written; `auto`: bfloat16 above 1 GB in float32, else as trained
     save_dtype: str = "auto"
 
+# %% ../nbs/00_core.ipynb #3eb07c85
+@dataclass
+class QuestionSampling:
+    "Which questions a step of GRPO asks"
+
+    # draw questions by how often they are answered right, most often those near one half; false: TRL's order
+    by_pass_rate: bool = False
+    # how often a question that is always or never answered right is drawn, against one at one half
+    floor: float = 0.1
+    # further answers, as a share of a step's: they replace groups that are all right or all wrong
+    refill: float = 0.0
+
+    @property
+    def on(self):
+        return self.by_pass_rate or self.refill > 0
+
+
+@dataclass
+class Validation:
+    "Greedy answers to held-out questions while GRPO trains"
+
+    every: int = 0  # steps from one look to the next; 0: none
+    rows: int = 64  # questions that are held out of the training rows
+    keep: str = "last"  # whose weights the stage keeps: `last`, or `best`, the earlier one of equals
+    patience: int = 0  # looks without a better one after which the stage ends; 0: all steps are taken
+
 # %% ../nbs/00_core.ipynb #7b7d0501
 def grpo_trainer_defaults(
     learning_rate: float,  # of AdamW
@@ -146,6 +172,10 @@ class GRPOStage:
     # questions that the model is asked before it is trained, to see whether there is anything to learn; 0:
     # none
     look: int = 64
+    # which questions a step asks, see `sampling`
+    sampling: QuestionSampling = field(default_factory=QuestionSampling)
+    # greedy answers to held-out questions, see `validate`
+    validate: Validation = field(default_factory=Validation)
     # any field of TRL's GRPOConfig
     trainer: dict = field(default_factory=lambda: grpo_trainer_defaults(2e-4))
 
@@ -421,6 +451,47 @@ def parts(
     whole = sum(w for _, w, _ in out)
     return [(name, w / whole, one) for name, w, one in out]
 
+# %% ../nbs/00_core.ipynb #650288bf
+def _sense(name, stage):
+    "What values of `sampling` and `validate` must be: (path, is it so, the rest of the message)"
+    s, v = stage.sampling, stage.validate
+    return [
+        (
+            f"{name}.sampling.floor",
+            0 < s.floor <= 1,
+            f"is a share, above 0 (or questions would vanish) and at most 1, not {s.floor}",
+        ),
+        (
+            f"{name}.sampling.refill",
+            0 <= s.refill <= 64,
+            f"is a share of a step's answers, 0 (none) to 64, such as 1.0, not {s.refill}",
+        ),
+        (
+            f"{name}.validate.every",
+            v.every >= 0,
+            f"must be a number of steps, or 0 for no validation, not {v.every}",
+        ),
+        (f"{name}.validate.rows", v.rows > 0, f"must be a number of questions, not {v.rows}"),
+        (
+            f"{name}.validate.keep",
+            v.keep in ("best", "last"),
+            f"says whose weights are kept, best or last, not {v.keep!r}",
+        ),
+        (
+            f"{name}.validate.patience",
+            v.patience >= 0,
+            f"must be a number of looks, or 0 for all steps, not {v.patience}",
+        ),
+        (
+            f"{name}.validate.every",
+            v.every > 0 or v.keep == "last" and not v.patience,
+            (
+                "is 0, so nothing tells which step is best: set how often to look, such as"
+                f" {name}.validate.every=10"
+            ),
+        ),
+    ]
+
 # %% ../nbs/00_core.ipynb #e68ec415
 CHOICES = {  # key → the words it may be
     "coldstart.loss": ("dpo+sft", "dpo", "sft", "dpo+kl", "dpo_norm+sft", "none"),
@@ -533,6 +604,9 @@ def check(
     _check_numbers(config)
     for name in ("zero", "coldstart", "final"):
         _check_lora(name, getattr(config, name))
+    for name in ("zero", "final"):
+        for path, ok, message in _sense(name, getattr(config, name)):
+            _need(ok, f"{path} {message}")
     _check_data(config.data)
     _need(not config.final.start, "final.from says nothing: the final stage goes on from coldstart.from")
     for i, (_, _, part) in enumerate(parts(config.data)):

@@ -6,7 +6,7 @@
 __all__ = ['FIXED', 'SEALED', 'TRLS_PHASES', 'OUR_PHASES', 'group_advantages', 'clipped_loss', 'check_trainer_keys',
            'trainer_config', 'resolve_rewards', 'without_opinion', 'opinion_trainer', 'seal', 'watcher', 'go_on_later',
            'last_checkpoint', 'quiet', 'mix_text', 'trls_phases', 'timed_trainer', 'grpo_trainer', 'resume_point',
-           'go_on', 'train_grpo']
+           'put_weights', 'go_on', 'watch_held_out', 'take_best', 'train_grpo']
 
 # %% ../nbs/40_grpo.ipynb #5ab3c081
 from pathlib import Path
@@ -29,10 +29,12 @@ from specs_nb.models import (
     tokenizer_of,
 )
 from .monitor import monitor
-from .prompts import drop_long, once_trainer
+from .prompts import Table, drop_long, once_trainer
 from .ranks import is_main, need_one_gpu, save_trained, stop_agreed, wait_for_ranks
-from .rewards import REWARDS, load_reward
+from .rewards import REWARDS, accuracy_reward, load_reward
+from .sampling import choose_questions, need_accuracy, sampling_trainer
 from .track import hush_trackio, samples
+from .validate import accuracy_place, hold_out, validator
 from .vllm_sync import before_vllm, beside_vllm, longest_prompt, vllm_ends, watch_vllm
 
 # %% ../nbs/40_grpo.ipynb #fd7cf41b
@@ -75,6 +77,28 @@ def check_trainer_keys(
     for key in values:
         if key not in known:
             raise SpecsError(f"unknown key {where}.{key}: {nearest(key, known)} ({cls.__name__} of TRL)")
+    _no_evaluation(values, where)
+
+
+# what would have TRL evaluate with rows and a metric that a stage doesn't give it
+_EVALUATES = ("eval_strategy", "do_eval", "eval_on_start", "load_best_model_at_end")
+
+
+def _no_evaluation(values, where):
+    on = [k for k in _EVALUATES if values.get(k) not in (None, False, "no")]
+    on += ["save_strategy"] * (values.get("save_strategy") == "best")
+    if not on:
+        return
+    stage = where.removesuffix(".trainer")
+    way = (
+        f"set {stage}.validate instead, such as {stage}.validate={{every: 10, rows: 64, keep: best}}"
+        if stage in ("zero", "final")
+        else "leave it out: `eval` compares the models when they are trained"
+    )
+    raise SpecsError(
+        f"{where}.{on[0]}: {values[on[0]]} asks TRL to evaluate while it trains, which a stage has no rows"
+        f" for; {way}"
+    )
 
 # %% ../nbs/40_grpo.ipynb #e48ef7f9
 def trainer_config(
@@ -206,15 +230,19 @@ def watcher(
         def on_train_begin(self, args, state, control, **kw):
             self.history = [h for h in read_json(path) or [] if h["step"] <= state.global_step]
             self.bar = Progress(stage, total, state.global_step) if is_main() else None
+            self.latest = {k: v for h in self.history for k, v in h.items()}
 
         def on_log(self, args, state, control, logs=None, **kw):
             if logs and "loss" in logs:
                 self.history.append({"step": state.global_step, **logs})
+                self.latest.update(logs)
 
         def on_step_end(self, args, state, control, **kw):
-            last = self.history[-1] if self.history else {}
             if is_main():
-                self.bar.update(1, **{k.split("/")[-1]: _shown(last[k]) for k in shown if k in last})
+                # what isn't logged at every step stays on the bar until it is logged again
+                self.bar.update(
+                    1, **{k.split("/")[-1]: _shown(self.latest[k]) for k in shown if k in self.latest}
+                )
             if stop_agreed():
                 control.should_save = control.should_training_stop = True
 
@@ -372,12 +400,14 @@ def grpo_trainer(
     seed: int = 0,  # of everything in the stage
     stage: str = "grpo",  # name for messages
     vllm=None,  # a `core.VLLMConfig`, for `trainer: {use_vllm: true}`
+    rates: dict | None = None,  # id of a row → its pass rate, for `config.sampling`
     **load,  # keywords of `load_model`
 ):  # a `GRPOTrainer`
     """TRL's GRPOTrainer with DAPO's loss and no KL term; raises `SpecsError` for a configuration that makes
     no sense."""
     if config.tokens_per_microbatch and not config.fast:
         raise SpecsError(f"{stage}.tokens_per_microbatch needs {stage}.fast: set it to true")
+    need_accuracy(config, stage)
     check_moves(config, stage, "float32" if is_adapter(start) else load.get("dtype", "float32"))
     before_vllm(config, base_of(start) if is_adapter(start) else start, stage, vllm)
     from trl import GRPOConfig, GRPOTrainer
@@ -406,7 +436,8 @@ def grpo_trainer(
     dataset = grpo_dataset(rows, format.instruction, format.name, chat["system"])
     dataset = _fitting(dataset, model, processor, args, stage, config.max_prompt_tokens)
     with beside_vllm(args, model, vllm, lambda: longest_prompt(rows, processor, format.instruction)):
-        cls = opinion_trainer(once_trainer(fast_trainer(GRPOTrainer) if config.fast else GRPOTrainer))
+        cls = once_trainer(fast_trainer(GRPOTrainer) if config.fast else GRPOTrainer)
+        cls = opinion_trainer(sampling_trainer(cls))
         trainer = timed_trainer(cls)(
             model,
             funcs,
@@ -420,8 +451,15 @@ def grpo_trainer(
     rest_eyes(trainer.model)
     watch_vllm(trainer, rows, format.instruction, vllm)
     mix_text(trainer)
+    choose_questions(trainer, config, seed, _rates(out, rates), stage)
     quiet(trainer)
     return trainer
+
+
+def _rates(out, rates):
+    "What is known of pass rates: by the look before training, by the data where it says nothing"
+    look = read_json(Path(out) / "look.json") or {}
+    return {**(rates or {}), **(look.get("rates") or {})}
 
 
 def _fitting(dataset, model, processor, args, stage, most):
@@ -444,17 +482,24 @@ def resume_point(
 ) -> str:  # the checkpoint's path, or None
     "The last whole checkpoint, its weights put into the trainer's model."
     path = last_checkpoint(trainer.args.output_dir)
-    spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # these read their own files
-    if (
-        path
-        and not spread
-        and not hasattr(trainer.model, "peft_config")
-        and (Path(path) / "config.json").exists()
-    ):
-        if not _read_weights(trainer.model, path):
-            saved = model_class(path).from_pretrained(path, dtype=trainer.model.dtype)
-            trainer.model.load_state_dict(saved.state_dict())
+    if path:
+        put_weights(trainer, path)
     return path
+
+
+def put_weights(
+    trainer,  # of transformers or TRL
+    path: str,  # a checkpoint
+) -> bool:  # False: an adapter, or weights in pieces, which the trainer has to read by itself
+    "Put a checkpoint's whole weights into the trainer's model."
+    # FSDP and DeepSpeed read their own files
+    spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if spread or hasattr(trainer.model, "peft_config") or not (Path(path) / "config.json").exists():
+        return False
+    if not _read_weights(trainer.model, path):
+        saved = model_class(path).from_pretrained(path, dtype=trainer.model.dtype)
+        trainer.model.load_state_dict(saved.state_dict())
+    return True
 
 
 def _read_weights(model, folder):
@@ -502,7 +547,8 @@ def go_on(
 
     class NoStepMore(TrainerCallback):
         def on_epoch_begin(self, args, state, control, **kw):
-            if state.global_step >= state.max_steps:
+            # the last step, or a stage that `validate` ended
+            if state.global_step >= state.max_steps or control.should_training_stop:
                 raise _Finished
 
     trainer.add_callback(NoStepMore())
@@ -510,6 +556,40 @@ def go_on(
         trainer.train(resume_from_checkpoint=resume_point(trainer))
     except _Finished:
         pass
+
+# %% ../nbs/40_grpo.ipynb #ba2d3b3e
+def watch_held_out(
+    trainer,  # a `GRPOTrainer`
+    held,  # held-out rows of the schema
+    config,  # a `core.GRPOStage`
+    format,  # a format of `formats`
+):  # the callback of `validate.validator`, which is now in the trainer
+    "Let a trainer ask held-out questions as `config.validate` says."
+    place = accuracy_place(config.rewards)
+    accuracy = accuracy_reward if place is None else trainer.reward_funcs[place]
+    system = chat_of(trainer.processing_class)["system"]
+    table = Table(grpo_dataset(held, format.instruction, format.name, system))
+    watch = validator(trainer, table, config.validate, accuracy)
+    trainer.add_callback(watch)
+    return watch
+
+
+def take_best(
+    trainer,  # of transformers or TRL, after training
+    best,  # a `validate.Best`
+):
+    "Put the weights of the best step into a trainer's model; raises `SpecsError` if its checkpoint is gone."
+    if best.step in (None, trainer.state.global_step):
+        return
+    path = Path(trainer.args.output_dir) / f"checkpoint-{best.step}"
+    if not path.is_dir():
+        raise SpecsError(
+            f"step {best.step} was the best, and its checkpoint {path} is gone: set validate.keep to last to"
+            " keep the last step's weights"
+        )
+    if not put_weights(trainer, str(path)):
+        trainer.state.best_model_checkpoint = str(path)
+        trainer._load_best_model()
 
 # %% ../nbs/40_grpo.ipynb #ab26dcc0
 @vllm_ends()
@@ -523,18 +603,25 @@ def train_grpo(
     stage: str = "grpo",  # name for messages and progress
     tick=None,  # called at each checkpoint
     look_every: int = 10,  # steps between looks at a few completions, kept in `samples/`; 0: none
+    held=None,  # rows to validate with; None: some of `rows` are held out
     save_dtype: str = "float32",  # of whole weights as written, see `ranks.save_trained`
     **load,  # keywords of `load_model`
 ) -> dict:  # facts for stage.json
     "Train `start` with GRPO (the paper's stages 1 and 3) and save it whole."
+    if config.validate.every and held is None:
+        rows, held = hold_out(rows, config.validate.rows, f"{stage}.validate")
     trainer = grpo_trainer(start, rows, out, config, format, seed, stage, **load)
-    shown = ("reward", "frac_reward_zero_std", "completions/mean_length")
+    watch = watch_held_out(trainer, held, config, format) if config.validate.every else None
+    shown = ("reward", "frac_reward_zero_std", "completions/mean_length", "validate/accuracy")
     trainer.add_callback(watcher(stage, trainer.args.max_steps, Path(out) / "history.json", shown, tick))
     trainer.add_callback(monitor(stage, Path(out), trainer=trainer))
     trainer.add_callback(samples(trainer, Path(out), look_every))
     go_on(trainer)
     go_on_later(stage, trainer)
+    facts = dict(steps=trainer.state.global_step, tokens=int(trainer.state.num_input_tokens_seen))
+    if watch:
+        facts |= dict(best_step=watch.best.step, best_accuracy=watch.best.value, kept=config.validate.keep)
+    if watch and config.validate.keep == "best":
+        take_best(trainer, watch.best)
     written = save_trained(trainer, Path(out) / "model", save_dtype)
-    return dict(
-        steps=trainer.state.global_step, tokens=int(trainer.state.num_input_tokens_seen), saved_in=written
-    )
+    return dict(facts, saved_in=written)

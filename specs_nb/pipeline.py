@@ -99,6 +99,22 @@ def _data_inputs(data):
     return {**train, **{k: tests.pop(k) for k in ("data.test", "data.n_test")}}, tests
 
 
+def _switched_on(table, name, stage):
+    "A stage's table without what is switched off there: older runs don't have it"
+    off = [] if hasattr(stage, "sampling") and stage.sampling.on else [f"{name}.sampling."]
+    off += [] if hasattr(stage, "validate") and stage.validate.every else [f"{name}.validate."]
+    table = {k: v for k, v in table.items() if not k.startswith(tuple(off))}
+    if hasattr(stage, "sampling") and stage.sampling.by_pass_rate:
+        table[f"{name}.look"] = stage.look  # its answers tell what is drawn
+    return table
+
+
+def _n_held(config):
+    "Questions that are held out of the training rows, for validation"
+    stages = [config.zero, config.final]
+    return max((s.validate.rows for s in stages if s.validate.every and not s.start), default=0)
+
+
 def inputs(
     config: Config,  # of the run
 ) -> dict:  # stage → what its result follows from: path in the configuration → value
@@ -112,7 +128,7 @@ def inputs(
     def part(stage):
         grpo = getattr(config, stage)
         return {
-            **flat({stage: c[stage]}),
+            **_switched_on(flat({stage: c[stage]}), stage, grpo),
             **(judge if hasattr(grpo, "rewards") and _asks_judge(grpo) else {}),
             **(vllm if getattr(grpo, "trainer", {}).get("use_vllm") else {}),
         }
@@ -123,6 +139,8 @@ def inputs(
     root = {"seed": config.seed, **train, **flat({"model": c["model"]})}
     saved = {k: root.pop(k) for k in ("model.save_dtype",)}  # rounds the final model alone
     root["model.path"] = _contents(config.model.path)
+    if _n_held(config):
+        root["rows held out"] = _n_held(config)
     if config.data.pass_rate and config.data.pass_rate_samples:  # the base is asked which rows to keep
         asked = ("distill.temperature", "distill.max_new_tokens")
         root.update({k: v for k, v in part("distill").items() if k in asked}, **engine)
@@ -167,22 +185,47 @@ def _engine(c):
 @phase("fetch")
 def _train_rows(run):
     "The rows to train from; those whose pass rate the base model decides are asked once."
-    from specs_nb.sources import keep_within, load_rows
+    from specs_nb.sources import keep_within, load_rows, pass_rates
 
     c, d = run.config, run.config.data
     rows = load_rows(d, "train", run.dir / "data")
     if not (d.pass_rate and d.pass_rate_samples):
         return rows
     # of what zero follows from, what comes before it
-    key = fingerprint({k: v for k, v in inputs(c)["zero"].items() if not k.startswith("zero.")})
+    own = {k: v for k, v in inputs(c)["zero"].items() if k != "rows held out" and not k.startswith("zero.")}
+    key = fingerprint(own)
     if (known := read_json(run.dir / "data/rates.json") or {}).get("key") != key:
-        facts = keep_within(rows, _base_answers(run, rows, key), *d.pass_rate)[1]
-        write_json(run.dir / "data/rates.json", known := {"key": key, **facts})
-        print(
-            f"{'rates':10} {', '.join(f'{k} {v}' for k, v in known.items() if k not in ('key', 'keep'))}",
-            flush=True,
-        )
+        answers = _base_answers(run, rows, key)
+        facts = keep_within(rows, answers, *d.pass_rate)[1]
+        print(f"{'rates':10} {', '.join(f'{k} {v}' for k, v in facts.items() if k != 'keep')}", flush=True)
+        measured = zip((r["id"] for r in rows), pass_rates(rows, answers))
+        rates = {i: r for i, r in measured if r is not None}
+        write_json(run.dir / "data/rates.json", known := {"key": key, **facts, "rates": rates})
     return rows.pick(known["keep"]) if hasattr(rows, "pick") else [rows[i] for i in known["keep"]]
+
+
+def _learn_rows(run):
+    "The rows that stages learn from, and those that are held out of all of them for validation"
+    from specs_nb.validate import hold_out
+
+    rows, n = _train_rows(run), _n_held(run.config)
+    return hold_out(rows, n) if n else (rows, [])
+
+
+def _held(run, name, held):
+    "A stage's part of the held-out rows, None if it doesn't validate"
+    v = getattr(run.config, name).validate
+    return held[: v.rows] if v.every else None
+
+
+def _pass_rates(run, rows):
+    "What is known of pass rates before `zero` begins: id → rate, of the data or of the base's answers"
+    known = dict((read_json(run.dir / "data/rates.json") or {}).get("rates") or {})
+    if hasattr(rows, "column"):
+        known |= {
+            i: r for i, r in zip(rows.column("id"), rows.column("rate")) if r is not None and i not in known
+        }
+    return known
 
 
 def _base_answers(run, rows, key):
@@ -244,7 +287,7 @@ def look_before(
     needed = c.coldstart.loss != "none" and "base" in (c.distill.teacher, c.distill.rejected)
     look_at(
         start,
-        _train_rows(run),
+        _learn_rows(run)[0],
         stage.dir,
         getattr(c, name),
         _format(c),
@@ -302,9 +345,10 @@ def do_grpo(
     start = c.model.path if name == "zero" else str(run.dir / "coldstart/model")
     judge = _judge(run) if _asks_judge(getattr(c, name)) else None
     look_before(run, stage)
+    rows, held = _learn_rows(run)
     facts = train_grpo(
         start,
-        _train_rows(run),
+        rows,
         stage.dir,
         tracked(getattr(c, name), name, run.dir, c.report_to),
         _format(c),
@@ -312,6 +356,8 @@ def do_grpo(
         name,
         tick=stage.tick,
         look_every=c.samples,
+        held=_held(run, name, held),
+        rates=_pass_rates(run, rows) if getattr(c, name).sampling.by_pass_rate else None,
         vllm=c.vllm,
         save_dtype=c.model.save_dtype if name == "final" else "float32",
         **_load(c),
@@ -328,7 +374,7 @@ def do_pairs(
     from specs_nb.distill import distill
 
     c = run.config
-    rows = _train_rows(run)[: c.distill.n_prompts]
+    rows = _learn_rows(run)[0][: c.distill.n_prompts]
     # a folder of the run
     inside = {
         k: str(run.dir / m)
@@ -535,6 +581,7 @@ def check_names(
     from specs_nb.formats import CORRUPTIONS
     from specs_nb.grpo import check_trainer_keys, resolve_rewards
     from specs_nb.judge import members
+    from specs_nb.sampling import need_accuracy
     from specs_nb.track import trackers
 
     members(config.judge)
@@ -548,6 +595,7 @@ def check_names(
             )
         check_values(GRPOConfig, getattr(config, name).trainer, f"{name}.trainer", build)
         resolve_rewards(getattr(config, name).rewards)
+        need_accuracy(getattr(config, name), name)
         if _asks_judge(getattr(config, name)) and not config.judge.models:
             raise SpecsError(f"{name}.rewards asks a judge, and judge.models names none")
     check_trainer_keys(DPOConfig, config.coldstart.trainer, "coldstart.trainer")

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['LOOKS', 'INK', 'CURVES', 'EXTRA', 'GROUPED', 'MOST_GROUPS', 'GF_WORDS', 'INTERVAL_WORDS', 'WEB', 'SCRIPTS',
            'VERDICTS', 'CAUTION', 'COMPARED', 'COLD_CURVES', 'SEEDS_CAUTION', 'GRID_CAUTION', 'Chart', 'smooth',
-           'lines', 'learning_curves', 'dots', 'score_charts', 'tries', 'passk_charts', 'plane', 'gf_charts', 'draw',
-           'svg', 'inline', 'write_charts', 'Table', 'csv', 'latex', 'tex', 'score_tables', 'paired_table',
-           'group_table', 'gf_rows', 'data_uri', 'scenes', 'spread', 'first_answers', 'question_rows', 'examples',
-           'pieces', 'duration', 'machines', 'facts', 'costs', 'spent', 'judged', 'at', 'methods', 'web', 'libraries',
-           'hashed', 'embed', 'own_script', 'style', 'fill', 'write_report', 'unpaired_difference', 'read_runs',
-           'same_questions', 'run_differences', 'config_differences', 'seed_groups', 'pooled_scores', 'seed_contrasts',
-           'contrast_words', 'compared_charts', 'compare', 'over_seeds', 'grid_contrasts', 'grid_report']
+           'lines', 'learning_curves', 'rate_charts', 'dots', 'score_charts', 'tries', 'passk_charts', 'plane',
+           'gf_charts', 'draw', 'svg', 'inline', 'write_charts', 'Table', 'csv', 'latex', 'tex', 'score_tables',
+           'paired_table', 'group_table', 'gf_rows', 'data_uri', 'scenes', 'spread', 'first_answers', 'question_rows',
+           'examples', 'pieces', 'duration', 'machines', 'facts', 'costs', 'spent', 'judged', 'at', 'methods', 'web',
+           'libraries', 'hashed', 'embed', 'own_script', 'style', 'fill', 'write_report', 'unpaired_difference',
+           'read_runs', 'same_questions', 'run_differences', 'config_differences', 'seed_groups', 'pooled_scores',
+           'seed_contrasts', 'contrast_words', 'compared_charts', 'compare', 'over_seeds', 'grid_contrasts',
+           'grid_report']
 
 # %% ../nbs/75_report.ipynb #bcb2d4b6
 import math
@@ -107,6 +108,11 @@ CURVES = {
     "reward": "Reward",
     "rewards/format_reward/mean": "Format reward (0.5 if kept)",
     "rewards/accuracy_reward/mean": "Accuracy reward (1 if right)",
+    "validate/accuracy": "Held-out questions: greedy answers that are right, in form",
+    "validate/form": "Held-out questions: greedy answers in form",
+    "questions/spread": "Groups whose answers differ in accuracy, as drawn",
+    "questions/spread_kept": "Groups whose answers differ in accuracy, as trained on",
+    "questions/extra": "Further answers written in place of groups that are all alike, a step",
     "entropy": "Entropy of the next token, nats",
     "completions/mean_length": "Length of an answer, tokens",
 }
@@ -133,6 +139,7 @@ def learning_curves(
         for key, words in CURVES.items()
         if logged("zero", key) or logged("final", key)
     ]
+    out += rate_charts(history)
     if logged("coldstart", "rewards/chosen"):
         return out + [
             lines(
@@ -149,6 +156,32 @@ def learning_curves(
         if logged("coldstart", "loss")
         else []
     )
+
+
+_RATES = {
+    "never": ("never right", "base"),
+    "seldom": ("up to 0.35", "zero"),
+    "half": ("to 0.65", "coldstart"),
+    "often": ("above", "final"),
+    "always": ("always right", "base"),
+}
+
+
+def rate_charts(
+    history: dict,  # stage → list of logged steps
+) -> list:  # of charts, one for each stage that chose its questions
+    "How the pass rates of the questions are distributed, as far as they are known, step by step."
+    out = []
+    for stage in ("zero", "final"):
+        steps = [h for h in history.get(stage) or [] if h.get("questions/never") is not None]
+        if steps:
+            series = {
+                words: (ink, [(h["step"], h[f"questions/{name}"]) for h in steps])
+                for name, (words, ink) in _RATES.items()
+            }
+            title = f"{MODELS[stage]}: known pass rates, share of the questions"
+            out.append(lines(f"pass-rates-{stage}", title, series, zero=True))
+    return out
 
 
 def _file(text):
@@ -1071,10 +1104,30 @@ def _weights(c, stage):
 def _grpo(c, stage, start):
     rewards = at(c, f"{stage}.rewards", {})
     paid = " + ".join(f"{w:g} × {name}" for name, w in rewards.items()) if isinstance(rewards, dict) else "?"
+    chosen, held = _chosen(c, stage), at(c, f"{stage}.validate.every", 0)
+    if isinstance(held, int) and held:
+        kept = at(c, f"{stage}.validate.keep", "last")
+        chosen += (
+            f"; every {held} steps {at(c, f'{stage}.validate.rows')} held-out questions are asked greedily,"
+            f" and the {kept} step's weights are kept"
+        )
     return (
         f"{at(c, f'{stage}.steps')} steps of GRPO from the {start} ({_trainer(c, stage)};"
-        f" {_weights(c, stage)}; reward: {paid}, where format pays 0.5 and accuracy 1)"
+        f" {_weights(c, stage)}; reward: {paid}, where format pays 0.5 and accuracy 1{chosen})"
     )
+
+
+def _chosen(c, stage):
+    "How a stage chose its questions, in words; empty where TRL's order holds"
+    words, refill = [], at(c, f"{stage}.sampling.refill", 0)
+    if at(c, f"{stage}.sampling.by_pass_rate", False) is True:
+        words.append("questions are drawn by their pass rate")
+    if isinstance(refill, (int, float)) and refill > 0:
+        words.append(
+            f"groups that are all right or all wrong are replaced, by at most {refill:g} times a step's"
+            " answers"
+        )
+    return "".join(f"; {w}" for w in words)
 
 # %% ../nbs/75_report.ipynb #22ea676f
 _LOSSES = {
@@ -1662,7 +1715,8 @@ def _curves_over(runs, look):
     for s in ("zero", "final"):
         for key, words in CURVES.items():
             title = f"{MODELS[s]}: {words[0].lower() + words[1:]}"
-            charts.append(_overlaid(runs, look, s, key, title, zero=True))
+            if any(h.get(key) is not None for run in runs.values() for h in run["history"][s]):
+                charts.append(_overlaid(runs, look, s, key, title, zero=True))
     for key, words in COLD_CURVES.items():
         charts.append(_overlaid(runs, look, "coldstart", key, f"Cold start: {words}"))
     return charts

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from specs_nb import world
 from specs_nb.coldstart import train_coldstart
-from specs_nb.core import ColdStartStage, GRPOStage
+from specs_nb.core import ColdStartStage, GRPOStage, QuestionSampling, Validation
 from specs_nb.distill import make_pairs, write_pairs
 from specs_nb.formats import CORRUPTIONS, FORMATS
-from specs_nb.grpo import grpo_trainer, watcher
+from specs_nb.grpo import grpo_trainer, watch_held_out, watcher
 from specs_nb.models import tokenizer_of
 from specs_nb.ranks import is_main, rank, save_trained
 
@@ -47,7 +47,7 @@ def dpo(out, loss, lora=False, load=None, **more):
 
 def canned(trainer):
     """Completions that follow from the question and the number within the group, whoever asks: sampling
-    differs between ranks, the rest should not"""
+    differs between ranks, the rest should not. In validation there is one answer to a question"""
     tok, k = tokenizer_of(trainer.processing_class), trainer.num_generations
     texts = [FORMAT.render("Look.", a) for a in ("1", "2", "yes", "no", "red")] + [
         "2",
@@ -58,19 +58,24 @@ def canned(trainer):
     ids = [tok(t)["input_ids"] + [tok.convert_tokens_to_ids("<|im_end|>")] for t in texts]
 
     def given(prompt_ids, *_):
+        first, groups = rank()[0] * len(prompt_ids), k if trainer.model.training else 1
         return [
-            random.Random(f"{list(map(int, p))}/{i % k}").choice(ids) for i, p in enumerate(prompt_ids)
+            random.Random(f"{list(map(int, p))}/{(first + i) % groups}").choice(ids)
+            for i, p in enumerate(prompt_ids)
         ], None
 
     return given
 
 
-def grpo(out, steps=3, given=canned, lora=False, load=None, **more):
+def grpo(out, steps=3, given=canned, lora=False, load=None, held=(), chosen=None, **more):
     keys = same(steps, num_generations=4, max_completion_length=64, **more)
-    stage = GRPOStage(steps=steps, lora=lora, lora_rank=4, trainer=keys)
-    trainer = grpo_trainer("tiny", ROWS, out, stage, FORMAT, **(load or {}))
+    stage = GRPOStage(steps=steps, lora=lora, lora_rank=4, trainer=keys, **(chosen or {}))
+    rates = {r["id"]: i / len(ROWS) for i, r in enumerate(ROWS)}
+    trainer = grpo_trainer("tiny", ROWS, out, stage, FORMAT, rates=rates, **(load or {}))
     if given:
         trainer._generate_single_turn = given(trainer)
+    if held:
+        watch_held_out(trainer, held, stage, FORMAT)
     trainer.add_callback(watcher("zero", steps, out / "history.json", ()))
     trainer.train()
     save(trainer, out / "model")
@@ -131,3 +136,6 @@ if __name__ == "__main__":
     # have
     dpo(out / "dpo+sft", "dpo+sft", **(dict(batch=4, gradient_accumulation_steps=2) if N == 1 else {}))
     grpo(out / "grpo")
+    # groups that are replaced: a round of one question is four answers, two of each rank
+    chosen = dict(sampling=QuestionSampling(by_pass_rate=True, refill=2.0), validate=Validation(every=2))
+    grpo(out / "chosen", held=world.rows("train", 5, start=1000), chosen=chosen)

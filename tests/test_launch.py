@@ -92,7 +92,7 @@ def steps(run, name):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    "Three steps of DPO, DPO+SFT and GRPO, by one process and by two"
+    "Three steps of DPO, DPO+SFT and GRPO, with and without chosen questions, by one process and by two"
     out = tmp_path_factory.mktemp("case")
     for name, command in (("one", [sys.executable]), ("two", launcher_words(TWO))):
         r = subprocess.run(
@@ -113,16 +113,25 @@ def same(one, two, case):
     one, two = (json.loads((d / "history.json").read_text()) for d in (one, two))
     assert len(one) == len(two) == 3
     for h, k in zip(one, two):
-        for key in ("loss", "grad_norm", "reward" if case == "grpo" else "rewards/margins"):
+        keys = ["loss", "grad_norm", "rewards/margins" if case.startswith("dpo") else "reward"]
+        for key in [*keys, *(n for n in h if n.startswith(("questions/", "validate/")))]:
             assert float(h[key]) == pytest.approx(float(k[key]), rel=1e-4, abs=1e-5), (case, key)
     assert len({h["loss"] for h in one}) == 3, "the weights moved"
     moved, apart = (max((x[k] - y[k]).abs().max().item() for k in x) for x, y in ((start, b), (a, b)))
     assert apart < 1e-5 < 1e-3 < moved, (apart, moved)
 
 
-@pytest.mark.parametrize("case", ["dpo", "dpo+sft", "grpo"])
+@pytest.mark.parametrize("case", ["dpo", "dpo+sft", "grpo", "chosen"])
 def test_two_processes_compute_what_one_does(both, case):
     same(both / "one" / case, both / "two" / case, case)
+
+
+def test_two_processes_choose_the_questions_that_one_does(both):
+    one, two = (json.loads((both / d / "chosen/history.json").read_text()) for d in ("one", "two"))
+    assert any(h["questions/extra"] for h in one), "something was replaced"
+    assert [h["questions/extra"] for h in one] == [h["questions/extra"] for h in two]
+    assert [h.get("validate/accuracy") for h in one] == [h.get("validate/accuracy") for h in two]
+    assert sum("validate/accuracy" in h for h in two) == 2
 
 
 def free_port():

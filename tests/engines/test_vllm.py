@@ -450,6 +450,27 @@ def test_colocate_trains_with_checked_weights(how, tmp_path):
         assert handed == [3, False], "the adapter by itself: at the start and after each step"
 
 
+def test_questions_are_chosen_and_held_out_ones_asked(tmp_path):
+    """With rows that have pictures and rows that have none; validation changes no step, and what vLLM wrote
+    for a replaced question is scored as that question's answer"""
+    out = in_process(f"""
+        from specs_nb.core import QuestionSampling, Validation
+        mixed = [r if i % 3 else {{**r, "images": []}} for i, r in enumerate(rows)]
+        for every in (0, 1):
+            stage = GRPOStage(steps=2, sampling=QuestionSampling(True, 0.1, 2.0),
+                              validate=Validation(every=every), trainer={{**GRPO, **BESIDE}})
+            known = {{r["id"]: 0.5 for r in mixed}}
+            train_grpo("tiny", mixed[:12], f"{tmp_path}/{{every}}", stage, FMT, vllm=VLLMConfig(sync_every=1),
+                       rates=known, held=mixed[12:] if every else None)
+            print("HISTORY", open(f"{tmp_path}/{{every}}/history.json").read().replace("\\n", " "))""")
+    assert out.returncode == 0, out.stderr[-3000:]
+    plain, watched = (json.loads(l[8:]) for l in out.stdout.splitlines() if l.startswith("HISTORY"))
+    keys = ("reward", "loss", "questions/spread", "questions/extra", "completions/mean_length")
+    assert [[h[k] for k in keys] for h in plain] == [[h[k] for k in keys] for h in watched]
+    assert sum(h["questions/extra"] for h in plain) and all("validate/accuracy" in h for h in watched)
+    assert max(h["sampling/sampling_logp_difference/max"] for h in plain) < 1e-3
+
+
 def test_training_with_a_model_fond_of_images(tmp_path):
     """It goes on, and no image's token is written; two seeds draw different answers; our settings reach vLLM;
     the engine is gone afterwards. In one process, to start vLLM's libraries once"""
