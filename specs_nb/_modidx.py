@@ -28,6 +28,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'specs_nb.ablate.arm_config': ('ablate.html#arm_config', 'specs_nb/ablate.py'),
                                  'specs_nb.ablate.budget_steps': ('ablate.html#budget_steps', 'specs_nb/ablate.py'),
                                  'specs_nb.ablate.budget_values': ('ablate.html#budget_values', 'specs_nb/ablate.py'),
+                                 'specs_nb.ablate.claim_effect': ('ablate.html#claim_effect', 'specs_nb/ablate.py'),
                                  'specs_nb.ablate.collect': ('ablate.html#collect', 'specs_nb/ablate.py'),
                                  'specs_nb.ablate.gf_slopes': ('ablate.html#gf_slopes', 'specs_nb/ablate.py'),
                                  'specs_nb.ablate.outcome_values': ('ablate.html#outcome_values', 'specs_nb/ablate.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GRIDS', 'OUTPUTS', 'Arm', 'Claim', 'Grid', 'read_grid', 'budget_steps', 'budget_values', 'arm_config', 'Node', 'plan',
-           'work', 'run_grid', 'collect', 'steps_to', 'outcome_values', 'gf_slopes', 'test_claims', 'add_grid_options',
-           'ablate']
+           'work', 'run_grid', 'collect', 'steps_to', 'outcome_values', 'gf_slopes', 'claim_effect', 'test_claims',
+           'add_grid_options', 'ablate']
 
 # %% ../nbs/79_ablate.ipynb #9bcbb017
 import contextlib
@@ -63,8 +63,8 @@ class Claim:
     over: list = field(default_factory=list)  # [arm, arm]: the first is claimed to be better
     # or arms, whose GF is claimed to foretell their final models
     slope: list = field(default_factory=list)
-    # model, split and metric that is tested; `steps_to` instead of a split: steps of RL up to a share of
-    # reward
+    # model, split and metric that is tested. In place of a split: `steps_to`, steps of RL up to a share of
+    # reward; `format_spread`, how much the format reward moves
     outcome: list = field(default_factory=lambda: ["final", "id", "strict"])
     deep: bool = False  # of the deep evaluation
     lower: bool = False  # the first arm is claimed to have less
@@ -93,6 +93,7 @@ class Grid:
     # model, split and metric that contrasts are tested on
     outcome: list = field(default_factory=lambda: ["final", "id", "strict"])
     claims: dict = field(default_factory=dict)  # name → `Claim`: tested together, with Holm's correction
+    also: dict = field(default_factory=dict)  # name → `Claim`: shown with its interval, not tested
 
 # %% ../nbs/79_ablate.ipynb #03c75ee7
 GRIDS = (
@@ -118,12 +119,11 @@ def read_grid(
         _only(values, Grid, "the grid")
         for name, arm in (values.get("arms") or {}).items():
             _only(arm, Arm, f"arm {name}")
-        for name, claim in (values.get("claims") or {}).items():
-            _only(claim, Claim, f"claim {name}")
-        made = dict(
-            arms={n: Arm(**(a or {})) for n, a in (values.get("arms") or {}).items()},
-            claims={n: Claim(**(c or {})) for n, c in (values.get("claims") or {}).items()},
-        )
+        made = dict(arms={n: Arm(**(a or {})) for n, a in (values.get("arms") or {}).items()})
+        for key in ("claims", "also"):
+            for name, claim in (values.get(key) or {}).items():
+                _only(claim, Claim, f"claim {name}")
+            made[key] = {n: Claim(**(c or {})) for n, c in (values.get(key) or {}).items()}
         grid = Grid(**{**values, **made})
         return _check(grid)
     except (SpecsError, TypeError, AttributeError) as e:
@@ -153,7 +153,7 @@ def _check(grid):
         for n in pair:
             if n not in grid.arms:
                 raise SpecsError(f"contrasts: no arm {n!r}: {nearest(n, grid.arms)}")
-    for n, claim in grid.claims.items():
+    for n, claim in {**grid.claims, **grid.also}.items():
         if bool(claim.slope) == (len(claim.over) == 2):
             raise SpecsError(f"claim {n} needs either over: [arm, arm] or slope: [arms]")
         for a in (*claim.over, *claim.slope):
@@ -633,7 +633,7 @@ def outcome_values(
             if (h["arm"], h["stage"], h["key"]) == (arm, model, "rewards/accuracy_reward/mean"):
                 curves.setdefault(h["seed"], {})[h["step"]] = h["value"]
         return {seed: float(steps_to(curve, metric)[0]) for seed, curve in curves.items()}
-    if metric == "format_spread":
+    if split == "format_spread":
         return _format_spread(tables, arm, model)
     return {
         r["seed"]: r["mean"]
@@ -682,31 +682,41 @@ def gf_slopes(
     return slopes
 
 # %% ../nbs/79_ablate.ipynb #4699bb7b
+def claim_effect(
+    name: str,  # of the claim
+    claim: Claim,  # what is compared
+    tables: dict,  # from `collect`
+    m: int = 1,  # claims that are tested together
+) -> dict:  # claim, says, seeds, effect, lo, hi, p, detectable, verdict
+    "One claim's effect with Student's interval; without a seed in both arms it has none."
+    from specs_nb.report import over_seeds
+
+    if claim.slope:
+        a = gf_slopes(tables, claim.slope, claim.outcome)
+        b = dict.fromkeys(a, 0.0)
+    else:
+        a, b = (outcome_values(tables, arm, claim) for arm in claim.over)
+    if claim.lower:
+        a, b = b, a
+    seeds = sorted(a.keys() & b.keys())
+    row = dict(claim=name, says=claim.says, seeds=len(seeds), effect=None, verdict="not run")
+    if seeds:
+        c = contrast({s: {"": a[s]} for s in seeds}, {s: {"": b[s]} for s in seeds}, m)
+        c |= {e: v for e, v in over_seeds(c["differences"]).items() if e in ("lo", "hi")}
+        row |= c | dict(verdict="can't tell (one seed)")
+    return row
+
+
 def test_claims(
     grid: Grid,  # with claims
     tables: dict,  # from `collect`
     smallest: float = 0.02,  # effect that would matter, for outcomes that are shares
-) -> list:  # of dicts: claim, says, effect, lo, hi, seeds, p, p_holm, detectable, verdict
-    "Test all claims of a grid together; one without a seed in both arms has no effect and no verdict."
-    from specs_nb.report import over_seeds
-
-    m, rows = len(grid.claims), []
-    for name, claim in grid.claims.items():
-        if claim.slope:
-            a = gf_slopes(tables, claim.slope, claim.outcome)
-            b = dict.fromkeys(a, 0.0)
-        else:
-            a, b = (outcome_values(tables, arm, claim) for arm in claim.over)
-        if claim.lower:
-            a, b = b, a
-        seeds = sorted(a.keys() & b.keys())
-        row = dict(claim=name, says=claim.says, seeds=len(seeds), effect=None, verdict="not run")
-        if seeds:
-            c = contrast({s: {"": a[s]} for s in seeds}, {s: {"": b[s]} for s in seeds}, m)
-            c |= {e: v for e, v in over_seeds(c["differences"]).items() if e in ("lo", "hi")}
-            row |= c | dict(verdict="can't tell (one seed)")
-        rows.append(row)
-    return _decide(rows, m, smallest)
+) -> list:  # of dicts as from `claim_effect`, with p_holm; those of `grid.also` have the verdict `not tested`
+    "Test all claims of a grid together; what stands under `also` is shown with its interval alone."
+    m = len(grid.claims)
+    rows = [claim_effect(name, claim, tables, m) for name, claim in grid.claims.items()]
+    others = [claim_effect(name, claim, tables) for name, claim in grid.also.items()]
+    return _decide(rows, m, smallest) + [dict(r, verdict="not tested") for r in others]
 
 
 def _decide(rows, m, smallest):
