@@ -20,6 +20,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'specs_nb.ablate._samples': ('ablate.html#_samples', 'specs_nb/ablate.py'),
                                  'specs_nb.ablate._teach': ('ablate.html#_teach', 'specs_nb/ablate.py'),
                                  'specs_nb.ablate._tell': ('ablate.html#_tell', 'specs_nb/ablate.py'),
+                                 'specs_nb.ablate._thin_out': ('ablate.html#_thin_out', 'specs_nb/ablate.py'),
                                  'specs_nb.ablate._work': ('ablate.html#_work', 'specs_nb/ablate.py'),
                                  'specs_nb.ablate._write': ('ablate.html#_write', 'specs_nb/ablate.py'),
                                  'specs_nb.ablate._write_tables': ('ablate.html#_write_tables', 'specs_nb/ablate.py'),

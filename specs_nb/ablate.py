@@ -11,6 +11,7 @@ __all__ = ['GRIDS', 'OUTPUTS', 'Arm', 'Claim', 'Grid', 'read_grid', 'budget_step
 import contextlib
 import math
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -233,6 +234,8 @@ class Node:
     only: tuple = ()  # for eval: which splits; none: all
     samples: str = ""  # folder of shared samples: one node at a time writes there
     options: dict = field(default_factory=dict)  # of the teacher
+    # for final: steps whose checkpoints stay, besides its end; none: as the configuration says
+    keep: tuple = ()
     rank: tuple = ()  # lower goes first
 
 # %% ../nbs/79_ablate.ipynb #3e1761b4
@@ -298,7 +301,8 @@ def _plan_cell(grid, arm, seed, keys, more, nodes, rank):
     if budgets:
         saves = {p: v for p, v in config.final.trainer.items() if p.startswith("save_")}
         kept = fingerprint(k["final"], "budgets", saves)
-        add("final", kept, ["coldstart"], config=replace(config, keep_checkpoints=True))
+        looks = tuple(budgets.values())[:-1]
+        add("final", kept, ["coldstart"], config=replace(config, keep_checkpoints=True), keep=looks)
     else:
         add("final", k["final"], ["coldstart"])
     _plan_evals(grid, arm, seed, more, config, k, cell, add)
@@ -430,8 +434,17 @@ def _work(folder, home, node, run_stage):
             run_stage(
                 run, node.stage, node.key, **(dict(names=node.models, only=node.only) if node.models else {})
             )
+        if node.stage == "final" and node.keep:
+            _thin_out(home / "final/checkpoints", node.keep)
     finally:
         run.close()
+
+
+def _thin_out(folder, steps):
+    "Remove a finished stage's checkpoints but those of some steps: a grid has hundreds of them"
+    for path in folder.glob("checkpoint-*"):
+        if int(path.name.rpartition("-")[2]) not in steps:
+            shutil.rmtree(path)
 
 
 def _link(path, to):

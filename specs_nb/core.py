@@ -198,7 +198,7 @@ class ColdStartStage:
     trainer: dict = field(
         default_factory=lambda: dict(  # any field of TRL's DPOConfig
             per_device_train_batch_size=16,
-            num_train_epochs=4,
+            num_train_epochs=3,
             learning_rate=1e-3,
             beta=0.1,
             gradient_checkpointing=False,
