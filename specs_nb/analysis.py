@@ -64,7 +64,12 @@ def gf_table(
 
 # %% ../nbs/71_analysis.ipynb #e8d74896
 MODELS = dict(base="base", zero="GRPO-zero", coldstart="cold start", final="final")
-SPLITS = dict(id="trained format", ood_format="other formats", ood_visual="other pictures")
+SPLITS = dict(
+    id="trained format",
+    ood_format="other formats",
+    ood_visual="other pictures",
+    compositional="harder questions",
+)
 METRICS = dict(
     accuracy="Right answer",
     format="Right format",

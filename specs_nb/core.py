@@ -77,7 +77,7 @@ class DataConfig:
     boxes: str = "pixels"
     format: str = "think_answer"  # the response format that is trained, see `formats.FORMATS`
     # formats of the OOD test
-    ood_formats: list[str] = field(default_factory=lambda: ["reason_final", "boxed", "answer_line", "json"])
+    ood_formats: list[str] = field(default_factory=lambda: ["reason_final", "boxed", "headings", "json"])
     # a system message in front of every question, in training, answering and evaluation alike; empty: none
     system: str = ""
     # what the model's chat template is given besides, everywhere: {enable_thinking: false}
@@ -139,7 +139,7 @@ def grpo_trainer_defaults(
         learning_rate=learning_rate,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=5,
-        max_completion_length=96,
+        max_completion_length=128,
         gradient_checkpointing=False,
         save_steps=20,
     )
@@ -151,7 +151,7 @@ class GRPOStage:
 
     # `from` in a file: a model that is there already, taken instead of training the stage; not for `final`
     start: str = ""
-    steps: int = 20  # optimizer steps
+    steps: int = 12  # optimizer steps
     # a question with a longer prompt, in tokens, is left out; 0: what the model's context has room for
     max_prompt_tokens: int = 0
     # name → weight; they pay 0.5 and 1, as in the paper's final stage
@@ -177,7 +177,7 @@ class GRPOStage:
     # greedy answers to held-out questions, see `validate`
     validate: Validation = field(default_factory=Validation)
     # any field of TRL's GRPOConfig
-    trainer: dict = field(default_factory=lambda: grpo_trainer_defaults(2e-4))
+    trainer: dict = field(default_factory=lambda: grpo_trainer_defaults(1e-4))
 
 
 @dataclass
@@ -185,9 +185,9 @@ class DistillStage:
     "Self-distillation: which pairs are made"
 
     n_prompts: int = 400  # questions to answer
-    n_samples: int = 4  # answers of each model to each question
-    max_pairs: int = 400  # pairs to keep, spread over the questions
-    max_new_tokens: int = 96
+    n_samples: int = 8  # answers of each model to each question
+    max_pairs: int = 240  # pairs to keep, spread over the questions
+    max_new_tokens: int = 128
     temperature: float = 1.0
     batch_size: int = 128  # completions in flight
     corruptions: list[str] = field(
@@ -205,6 +205,9 @@ class DistillStage:
     rejected: str = "base"  # whose answers are spoilt: the same names
     # in what chosen and rejected differ: `form`, `answer` (wrong, but in form) or `both`
     differ: str = "form"
+    # least share of words that the two reasonings have in common, so that a pair's sides are of one style; 0:
+    # any
+    alike: float = 0.5
     formats: list[str] = field(default_factory=list)  # formats that pairs ask for besides the trained one
 
 # %% ../nbs/00_core.ipynb #87cfa6a9
@@ -228,7 +231,7 @@ class ColdStartStage:
     trainer: dict = field(
         default_factory=lambda: dict(  # any field of TRL's DPOConfig
             per_device_train_batch_size=16,
-            num_train_epochs=4,
+            num_train_epochs=3,
             learning_rate=1e-3,
             beta=0.1,
             gradient_checkpointing=False,
@@ -242,10 +245,12 @@ class EvalStage:
     "Which questions each model is asked, how often"
 
     n_samples: int = 4  # sampled answers to each question
-    max_new_tokens: int = 96
+    max_new_tokens: int = 128
     temperature: float = 1.0
     batch_size: int = 128  # completions in flight
     greedy: bool = True  # one greedy answer to each question besides the sampled ones
+    # ask every question in each of `data.ood_formats`; false: in one of them, in turn
+    all_formats: bool = False
 
 
 @dataclass
@@ -303,7 +308,7 @@ class Config:
     distill: DistillStage = field(default_factory=DistillStage)
     coldstart: ColdStartStage = field(default_factory=ColdStartStage)
     final: GRPOStage = field(
-        default_factory=lambda: GRPOStage(steps=100, look=0, trainer=grpo_trainer_defaults(5e-5))
+        default_factory=lambda: GRPOStage(steps=60, look=0, trainer=grpo_trainer_defaults(1e-4))
     )
     eval: EvalStage = field(default_factory=EvalStage)
     judge: JudgeConfig = field(default_factory=JudgeConfig)

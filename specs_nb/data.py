@@ -105,7 +105,12 @@ def shrink(
     return Picture(out.getvalue(), decode(out.getvalue()).image, (w, h))
 
 # %% ../nbs/11_data.ipynb #0670a062
-FILES = {"train": "data.jsonl", "test": "test.jsonl", "ood_visual": "ood_visual.jsonl"}
+FILES = {
+    "train": "data.jsonl",
+    "test": "test.jsonl",
+    "ood_visual": "ood_visual.jsonl",
+    "compositional": "compositional.jsonl",
+}
 
 
 def load_image(
@@ -184,18 +189,18 @@ def read_row(
 # %% ../nbs/11_data.ipynb #4bceaa8e
 def load_rows(
     source: str,  # `world`, or a folder
-    split: str,  # `train`, `test` or `ood_visual`
+    split: str,  # `train`, `test`, `ood_visual` or `compositional`
     n: int,  # at most so many
     seed: int = 0,  # stream of questions of the world
 ) -> list:  # rows of the schema
-    """The rows of a split; empty if a folder has no `ood_visual.jsonl`; raises `SpecsError` for missing,
-    empty or broken data."""
+    """The rows of a split; empty if a folder has no file for one of the two further tests. Raises
+    `SpecsError` for missing, empty or broken data."""
     if source == "world":
         return world.rows(split, n, seed)
     folder = Path(source)
     path = folder / FILES[split]
     if not path.exists():
-        if split == "ood_visual":
+        if split in ("ood_visual", "compositional"):
             return []
         raise SpecsError(
             f"data.source is {source}, but there is no {path}: give a folder with {FILES['train']} and"
@@ -240,8 +245,8 @@ def _keys(rows):
 
 # %% ../nbs/11_data.ipynb #7a13ed76
 def features():  # a `datasets.Features`
-    """The schema in Arrow; `digests` names the pixels of each image, `rate` is how often a model passed, if
-    that is known."""
+    """The schema in Arrow; `digests` names the pixels of each image, `rate` is how often a model passed and
+    `difficulty` how hard the source says a question is, if that is known."""
     from datasets import Features, Image, List, Value
 
     text = {k: Value("string") for k in ("id", "question", "answer", "kind", "source")}
@@ -252,6 +257,7 @@ def features():  # a `datasets.Features`
         "digests": List(Value("string")),
         "rate": Value("float32"),
         "grading": Value("string"),  # how the row is graded, as JSON, see `grading.grade_row`
+        "difficulty": Value("string"),
     })
 
 
@@ -331,7 +337,7 @@ class Rows(Sequence):
         if isinstance(i, slice):
             return Rows(self.path, self.index[i])
         row = self.all[self.index[i]]
-        own = ("grading",) if row.get("grading") else ()
+        own = [k for k in ("grading", "difficulty") if row.get(k)]
         return {k: row[k] for k in ("id", "question", "images", "answer", "kind", "choices", "source", *own)}
 
 # %% ../nbs/11_data.ipynb #8fc1adbc
@@ -407,10 +413,16 @@ def grpo_dataset(
         "images": List(Image()),
         "format": Value("string"),
         "choices": List(Value("string")),
-        **{k: Value("string") for k in ("id", "question", "answer", "kind", "source", "grading")},
+        **{
+            k: Value("string")
+            for k in ("id", "question", "answer", "kind", "source", "grading", "difficulty")
+        },
     })
     own = {"format": format}
     return Dataset.from_list(
-        [{"grading": None, **r, "prompt": conversation(r, instruction, system), **own} for r in rows],
+        [
+            {"grading": None, "difficulty": None, **r, "prompt": conversation(r, instruction, system), **own}
+            for r in rows
+        ],
         features=features,
     )

@@ -83,6 +83,8 @@ def _parts_kept(text, fmt):
         return [once[0], once[1], once[2] and once[3], in_order, kept]
     if fmt.name == "boxed":
         return [text.count("\\boxed{") == 1, len(boxed(text)) == 1, kept]
+    if fmt.name == "headings":
+        return [*(text.count(head) == 1 for head in fmt.heads), kept]
     if fmt.name == "answer_line":
         once = text.count("Answer:") == 1
         return [once, once and text.rstrip().splitlines()[-1].startswith("Answer:"), kept]

@@ -1835,7 +1835,7 @@ def _tests(data, out, source, stop, tallies, sizes):
     if data.test:
         found["test"] = open_source(data, "test")
     elif source.ordered:
-        for split in ("test", "ood_visual"):
+        for split in ("test", "ood_visual", "compositional"):
             path = source.folder / FILES[split]
             if path.exists():
                 found[split] = Source(
@@ -1869,10 +1869,10 @@ def _tests(data, out, source, stop, tallies, sizes):
 # %% ../nbs/24_sources.ipynb #881cf7bb
 def load_rows(
     data: DataConfig,  # the source
-    split: str,  # `train`, `test` or `ood_visual`
+    split: str,  # `train`, `test`, `ood_visual` or `compositional`
     out,  # the run's folder for data
 ):  # a list, or `Rows`
-    "The rows of a split; empty if the source has no `ood_visual`; raises `SpecsError`."
+    "The rows of a split; empty if the source has no such further test; raises `SpecsError`."
     if (
         data.drawn
         and split == "train"

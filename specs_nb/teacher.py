@@ -92,6 +92,8 @@ def _cells(q):
         return [
             f"{c} {_letter(q, c)}is {h}" if not q.about or c in q.about else "no" for c, h in q.scene.items
         ]
+    if q.task == "score":
+        return _totals(q)
     seen = Counter()
 
     def one(thing):
@@ -108,15 +110,34 @@ def _cells(q):
 
     return [one(thing) for thing in q.scene.items]
 
+
+def _totals(q):
+    "What is said of each cell of a score: the total up to here, if the cell counts"
+    total, out = 0, []
+    for thing in q.scene.items:
+        value = world.worth(thing, q.about)
+        total += value
+        out.append(f"{world.name(thing)} is {total}" if value else "no" if thing else "empty")
+    return out
+
+
+def _looked_for(q):
+    "The selections, colours or rules of a question, in the words of the cells"
+    out = []
+    for s in q.about or q.choices:
+        value = ""
+        if q.task == "score":
+            s, value = s
+        words = s if isinstance(s, str) else " ".join(w for w in (s.shape, s.colour) if w)
+        out.append(f"{words} {value or _letter(q, s)}".strip())
+    return " and ".join(out)
+
 # %% ../nbs/45_teacher.ipynb #93014392
 def reasoning(
     q: world.Question,  # any question of the world
 ) -> str:  # in the teacher's words, with the right conclusion
     "How the teacher should reason about a question."
-    kinds = [
-        s if isinstance(s, str) else " ".join(filter(None, (s.shape, s.colour))) for s in q.about or q.choices
-    ]
-    about = " and ".join(f"{k} {_letter(q, s)}".strip() for k, s in zip(kinds, q.about or q.choices))
+    about = _looked_for(q)
     said, line = _cells(q), "bar" if q.task == "bar" else "line"
     each = len(said) // 3
     parts = [

@@ -74,9 +74,13 @@ def marks_of(
     "The signs that make a format's form."
     if hasattr(format, "think"):
         return [*format.think, *format.answer]
-    return {"boxed": ["\\boxed{"], "answer_line": ["Answer:"], "json": ['"reasoning"', '"answer"']}[
-        format.name
-    ]
+    marks = {
+        "boxed": ["\\boxed{"],
+        "headings": ["## Reasoning", "## Result"],
+        "answer_line": ["Answer:"],
+        "json": ['"reasoning"', '"answer"'],
+    }
+    return marks[format.name]
 
 
 def changes(

@@ -116,3 +116,52 @@ def test_paper_grid_is_whole():
     assert sum(a == "dpo+sft" for a, _ in cells) >= 10 and sum(a == "coupled" for a, _ in cells) >= 5
     pairs = {nodes[cells[a, 0]["pairs"]].name for a in ("sft", "dpo", "dpo+sft", "dpo+sft@0.1", "dpo+sft@2")}
     assert len(pairs) == 1, "all losses learn from the same pairs"
+
+
+def test_score_grid_is_whole():
+    grid = read_grid("score")
+    nodes, cells = plan(grid, keys, seeds=1)
+    assert list(grid.claims) == ["C1", "C2", "C3", "C4", "C5", "C6", "C7"]
+    assert grid.first_seed == 1, "seed 0 is that of the default run, which has been looked at"
+    assert all(s == "main" for s in (a.seeds for a in grid.arms.values())) and grid.seeds["main"] == 10
+    shared = {cells[a, 1]["pairs"] for a in ("specs", "sft", "dpo")}
+    assert len(shared) == 1, "the losses learn from the same pairs"
+    samples = {nodes[cells[a, 1]["pairs"]].samples for a in ("specs", "any_style", "coupled")}
+    assert len(samples) == 1, "pairs of other kinds are made from the same answers"
+    for arm in grid.arms:
+        looks = cells[arm, 1]
+        assert {"eval_final@24", "eval_final@64"} <= set(looks), arm
+        assert nodes[looks["final"]].config.final.steps == 64 + grid.arms[arm].before
+        assert nodes[looks["final"]].config.keep_checkpoints, "both budgets are looked at from checkpoints"
+
+
+def test_checkpoints_at_budgets_are_done_and_told(tmp_path, monkeypatch):
+    "A small grid with budgets through `specs ablate`: a row for each budget, claims in claims.json"
+    import json
+
+    import pyarrow.parquet as pq
+
+    from specs_nb.pipeline import main
+
+    (tmp_path / "g.yaml").write_text(
+        "config: smoke\n"
+        "budgets: [1, 2]\n"
+        "seeds: {rest: 1}\n"
+        "set: {data.n_test: 4, eval.n_samples: 1, eval.greedy: false, zero.look: 0}\n"
+        "arms: {none: {before: 1, set: {coldstart.loss: none}}}\n"
+        "claims: {C1: {says: later is better, slope: [none]}}\n"
+    )
+    grid, out = str(tmp_path / "g.yaml"), str(tmp_path / "out")
+    assert main(["ablate", "--grid", grid, "--run-dir", out, "--workers", "1"]) == 0
+    rows = pq.read_table(tmp_path / "out/results.parquet").to_pylist()
+    assert {r["model"] for r in rows} == {"base", "final", "final@1", "final@2"}
+
+    def strict(model):
+        return [r["mean"] for r in rows if (r["model"], r["split"], r["metric"]) == (model, "id", "strict")]
+
+    assert strict("final@2") == strict("final"), "the last budget is the end of the training"
+    (final,) = (tmp_path / "out/stages").glob("final-*")
+    kept = {p.name for p in (final / "final/checkpoints").iterdir()}
+    assert kept == {"checkpoint-2"}, "a step more than its budget; the others are gone"
+    (claim,) = json.loads((tmp_path / "out/claims.json").read_text())
+    assert claim["claim"] == "C1" and claim["verdict"] == "not run"

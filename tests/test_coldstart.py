@@ -32,9 +32,9 @@ def pairs(tmp_path_factory):
     distill(
         "tiny",
         "tiny",
-        world.rows("train", 12),
+        world.rows("train", 64),
         out,
-        DistillStage(n_samples=4, max_pairs=10),
+        DistillStage(n_samples=4, max_pairs=10, alike=0.0),
         FORMATS["think_answer"],
         engine="transformers",  # not vLLM where there is a card: it isn't what is tested
     )

@@ -70,7 +70,7 @@ def test_a_run_leaves_what_others_rely_on(done):
     metrics = json.loads((done / "eval/metrics.json").read_text())
     assert set(metrics) == {"base", "zero", "coldstart", "final"}
     for model in metrics.values():
-        assert set(model) == {"id", "ood_format", "ood_visual"}
+        assert set(model) == {"id", "ood_format", "ood_visual", "compositional"}
         for split in model.values():
             for m in split.values():
                 assert set(m) == {"mean", "lo", "hi", "n"} and m["lo"] <= m["mean"] <= m["hi"]

@@ -74,7 +74,7 @@ def test_dpo(tmp_path):
     distill(
         "tiny",
         "tiny",
-        rows("train", 32),
+        rows("train", 96),
         tmp_path / "pairs",
         how,
         FORMATS["think_answer"],

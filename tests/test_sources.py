@@ -255,9 +255,12 @@ def test_own_folder(tmp_path):
     assert report["rows"] == {"train": 6, "test": 3}
     assert [
         (r["question"], r["answer"], r["kind"], r["choices"]) for r in Rows(tmp_path / "train.arrow")
-    ] == [(r["question"], r["answer"], r["kind"], r["choices"]) for r in world.rows("train", 6, seed=3)]
+    ] == [
+        (r["question"], r["answer"], r["kind"], r["choices"])
+        for r in world.rows("train", 6, seed=3, tasks=world.SIMPLE)
+    ]
     assert [r["images"][0].tobytes() for r in Rows(tmp_path / "test.arrow")] == [
-        r["images"][0].tobytes() for r in world.rows("test", 3, seed=3)
+        r["images"][0].tobytes() for r in world.rows("test", 3, seed=3, tasks=world.SIMPLE)
     ]
     assert load_rows(DataConfig(source=str(OWN)), "ood_visual", tmp_path) == []
 
@@ -267,7 +270,7 @@ def test_own_folder(tmp_path):
 )
 def test_any_set_by_a_map_of_columns(data, tmp_path):
     rows, t = read(DataConfig(**data))
-    want = {r["id"]: r for r in world.rows("train", 6, seed=4)}
+    want = {r["id"]: r for r in world.rows("train", 6, seed=4, tasks=world.SIMPLE)}
     assert {r["id"] for r in rows} == set(want) and not t.dropped
     for r in rows:
         w = want[r["id"]]
@@ -1094,18 +1097,25 @@ def test_memory_does_not_grow_with_the_set(tmp_path):
 # ---- the pipeline
 
 
-def test_world_rows_are_what_they_were():
-    "Runs from before must stay reproducible: a checksum of the first rows, taken at commit 370cbdb"
+def checksum(rows):
     import hashlib
 
     h = hashlib.sha256()
-    for split in world.SPLITS:
-        for r in load_rows(DataConfig(n_train=20, n_test=20), split, None):
-            h.update(
-                repr([r[k] for k in ("id", "question", "answer", "kind", "choices", "source")]).encode()
-                + r["images"][0].tobytes()
-            )
-    assert h.hexdigest()[:16] == "c9d02f46f77abcd3"
+    for r in rows:
+        h.update(
+            repr([r[k] for k in ("id", "question", "answer", "kind", "choices", "source")]).encode()
+            + r["images"][0].tobytes()
+        )
+    return h.hexdigest()[:16]
+
+
+def test_world_rows_are_what_they_were():
+    "Runs from before must stay reproducible: checksums of the first rows, of scores since 2026-11-27"
+    old = [r for split in world.SPLITS[:3] for r in world.rows(split, 20, tasks=world.SIMPLE)]
+    assert checksum(old) == "c9d02f46f77abcd3", "the simple families are those of commit 370cbdb"
+    config = DataConfig(n_train=20, n_test=20)
+    new = [r for split in world.SPLITS for r in load_rows(config, split, None)]
+    assert checksum(new) == "7bd44e178d0156b6"
 
 
 def specs(*words):
@@ -1231,7 +1241,9 @@ def test_a_source_that_runs_out_is_said_and_a_folders_own_test_is_kept(tmp_path)
     )
     tests = Rows(tmp_path / "o/test.arrow")
     assert Counter(s.split("/")[0] for s in tests.column("source")) == {"mine": 2, "orsta": 2}
-    assert set(tests.column("question")) & {r["question"] for r in world.rows("test", 3, seed=3)}
+    assert set(tests.column("question")) & {
+        r["question"] for r in world.rows("test", 3, seed=3, tasks=world.SIMPLE)
+    }
     named = ready(replace(data, test=str(VIRL), sources=sources[:1]), tmp_path / "o")
     assert named["rows"] == {"train": 6, "test": 4}
 

@@ -285,7 +285,7 @@ def own(folder=HERE / "folder"):
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for name, split, n in (("data.jsonl", "train", 6), ("test.jsonl", "test", 3)):
         lines = []
-        for i, r in enumerate(world.rows(split, n, seed=3)):
+        for i, r in enumerate(world.rows(split, n, seed=3, tasks=world.SIMPLE)):
             path = f"pictures/{split}-{i}.png"
             (folder / path).write_bytes(png(r["images"][0]))
             lines.append(
@@ -307,7 +307,7 @@ def renamed(folder=HERE / "renamed"):
                 options=str(r["choices"]) if r["choices"] else None,
                 passed=0.5,
             )
-            for r in world.rows("train", 6, seed=4)
+            for r in world.rows("train", 6, seed=4, tasks=world.SIMPLE)
         ],
     )
 
