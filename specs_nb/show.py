@@ -12,7 +12,7 @@ import html
 from .analysis import METRICS, MODELS, SPLITS
 from .formats import FORMATS
 from .grading import grade
-from .report import INK, LOOKS, data_uri, duration, lines, draw
+from .report import INK, LOOKS, data_uri, draw, duration, lines
 
 # %% ../nbs/76_show.ipynb #cac7bc9b
 BOX = "border:1px solid #bbb; border-radius:6px; padding:.5em .8em; margin:.3em 0; flex:1; min-width:15em"

@@ -72,7 +72,7 @@ NAME = "specs_windows_like_flash"
 def batch_windows(
     model,  # as loaded
 ) -> bool:  # whether its tower has such attention
-    "Let a vision tower attend to all windows at once; a tower with FlashAttention, or of another kind, stays as it is."
+    "Let a vision tower attend to all windows at once; one with FlashAttention, or of another kind, stays as it is."
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, window_attention)
