@@ -7,7 +7,7 @@ def rep(nb,a,b):
     assert len(hits)==1,(len(hits),a)
     src=''.join(hits[0]['source']); assert src.count(a)==1
     hits[0]['source']=src.replace(a,b).splitlines(keepends=True)
-p='nbs/28_grouped.ipynb'; nb=cells(p)
+p='nbs/engines/05_grouped.ipynb'; nb=cells(p)
 rep(nb,'''    mask, p = mask.bool().cpu(), mask.shape[1] - n
     rows = group.cpu().argsort(stable=True)
 ''','''    mask, group, p = mask.bool().cpu(), group.cpu(), mask.shape[1] - n
@@ -35,7 +35,7 @@ rep(nb,'''def grouped_attention(
 def grouped_attention(
     module,''')
 save(p,nb)
-p='nbs/29_fast.ipynb'; nb=cells(p)
+p='nbs/engines/10_fast.ipynb'; nb=cells(p)
 src={id(c):''.join(c['source']) for c in nb['cells']}
 rep(nb,'''        parts = _passes(mask, n, group, self.tokens_per_microbatch)
         if len(parts) == 1:''','''        parts = self._passes(mask, n, group)

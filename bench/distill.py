@@ -32,7 +32,7 @@ def stock(rows, ask, how):
     import torch
 
     from specs_nb.data import conversation
-    from specs_nb.models import load_model
+    from specs_nb.engines.models import load_model
 
     model, processor = load_model("tiny")
     model.eval()

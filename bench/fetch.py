@@ -90,9 +90,9 @@ def measure(way, shape, path, stock_batches):
     from trl import GRPOConfig, GRPOTrainer
 
     from specs_nb.data import Rows, grpo_dataset
+    from specs_nb.engines.models import load_model
+    from specs_nb.engines.prompts import look_up, once_trainer
     from specs_nb.formats import FORMATS
-    from specs_nb.models import load_model
-    from specs_nb.prompts import look_up, once_trainer
     from specs_nb.rewards import format_reward
 
     micro, accumulation = SHAPES[shape]

@@ -36,14 +36,14 @@ def make(shape, folder, pixels, device):
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from specs_nb.doctor import known_config
-    from specs_nb.models import load_config_of, load_processor
+    from specs_nb.engines.models import load_config_of, load_processor
+    from specs_nb.scale.doctor import known_config
 
     processor, tiny = load_processor("tiny"), load_config_of("tiny")
     processor.image_processor.size["longest_edge"] = max(168, pixels) ** 2
     processor.save_pretrained(folder)
     if shape == "tiny":
-        from specs_nb.models import resolve
+        from specs_nb.engines.models import resolve
 
         for f in ("config.json", "model.safetensors", "generation_config.json"):
             shutil.copy(Path(resolve("tiny")) / f, folder)
@@ -127,10 +127,10 @@ def distill(start, a, how, load, shape, tmp, fast):
     "Answering: the prompts of one batch, each with `new` tokens."
     import torch
 
-    from specs_nb.doctor import generation
+    from specs_nb.engines.generate import encode
+    from specs_nb.engines.models import load_model
     from specs_nb.formats import FORMATS
-    from specs_nb.generate import encode
-    from specs_nb.models import load_model
+    from specs_nb.scale.doctor import generation
 
     clock = Clock(a.device == "cuda").start()
     model, processor = load_model(start, quantize=how == "qlora", **load)
@@ -172,12 +172,12 @@ def dpo(start, a, how, load, shape, tmp, fast):
     from specs_nb.coldstart import coldstart_trainer
     from specs_nb.core import ColdStartStage
     from specs_nb.distill import make_pairs, read_pairs, write_pairs
-    from specs_nb.doctor import training
     from specs_nb.formats import FORMATS
+    from specs_nb.scale.doctor import training
 
     words = "count the circles and the squares in each cell of the picture, then say which are more. "
     n, rows = a.micro * (a.steps + 2), questions(a.micro * (a.steps + 2), a.pixels)
-    from specs_nb.models import load_processor
+    from specs_nb.engines.models import load_processor
 
     tok = load_processor(start).tokenizer
     reasoning = tok.decode(tok(words * (a.new // 8 + 1))["input_ids"][: a.new])
@@ -231,9 +231,9 @@ def dpo(start, a, how, load, shape, tmp, fast):
 def grpo(start, a, how, load, shape, tmp, fast):
     "GRPO: one micro-batch of rollouts answered, scored and trained a step."
     from specs_nb.core import GRPOStage
-    from specs_nb.doctor import generation, training
     from specs_nb.formats import FORMATS
     from specs_nb.grpo import grpo_trainer
+    from specs_nb.scale.doctor import generation, training
 
     clock = Clock(a.device == "cuda").start()
     stage = GRPOStage(
@@ -366,7 +366,7 @@ def main():
     if a.device == "cpu" and torch.cuda.is_available():
         sys.exit("--device cpu beside a GPU: hide it with CUDA_VISIBLE_DEVICES=")
     from specs_nb.core import versions
-    from specs_nb.doctor import shape_of
+    from specs_nb.scale.doctor import shape_of
 
     card = torch.cuda.get_device_name(0) if a.device == "cuda" else "CPU"
     peak = next((v for k, v in PEAK.items() if k in card), None)

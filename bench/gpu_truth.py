@@ -122,8 +122,8 @@ def questions(n, pixels):
 
 def large_config(a):
     "The configuration of the shape"
-    from specs_nb.doctor import known_config
-    from specs_nb.models import load_config_of
+    from specs_nb.engines.models import load_config_of
+    from specs_nb.scale.doctor import known_config
 
     return load_config_of("tiny") if a.tiny else known_config(NAMES[a.shape])
 
@@ -150,7 +150,7 @@ def fill_vocabulary(folder, size):
 
 def shape_folder(a):
     "The folder of the shape: configuration and processor, without weights"
-    from specs_nb.models import load_processor
+    from specs_nb.engines.models import load_processor
 
     folder = Path(a.work) / f"shape-{'tiny' if a.tiny else a.shape}"
     if not (folder / "config.json").exists():
@@ -266,8 +266,9 @@ def in_flight(a):
 
 def prompts_for(a, n, processor):
     "vLLM's prompts of `n` questions, each with a picture"
+    from specs_nb.engines.generate import encode
+    from specs_nb.engines.vllm_engine import one_per_image
     from specs_nb.formats import FORMATS
-    from specs_nb.generate import encode, one_per_image
 
     out = []
     for row in questions(n, a.pixels):
@@ -279,8 +280,8 @@ def prompts_for(a, n, processor):
 
 def write_vllm(a, found, eager=True):
     "vLLM's pace: tokens a second with so many answers in flight, eight to a question"
-    from specs_nb.generate import end_vllm, real_stdout, running, settle
-    from specs_nb.models import load_processor
+    from specs_nb.engines.models import load_processor
+    from specs_nb.engines.vllm_engine import end_vllm, real_stdout, running, settle
 
     folder = shape_folder(a)
     processor = load_processor(str(folder))
@@ -331,10 +332,10 @@ def write_transformers(a, found):
     "transformers' pace with 64 answers in flight: `generate`, and our writing that reads a prompt once"
     import torch
 
-    from specs_nb.fast import write
+    from specs_nb.engines.fast import write
+    from specs_nb.engines.generate import encode
+    from specs_nb.engines.models import load_processor
     from specs_nb.formats import FORMATS
-    from specs_nb.generate import encode
-    from specs_nb.models import load_processor
 
     m, processor = random_model(a), load_processor(str(shape_folder(a)))
     n = in_flight(a)[0]
@@ -404,10 +405,10 @@ def expected(a, folder, parts, rows, *names, **stages):
     "The doctor's estimate of the peak, in GiB, parts and all"
     from dataclasses import asdict
 
-    from specs_nb import doctor
+    from specs_nb.engines.generate import encode
+    from specs_nb.engines.models import load_processor
     from specs_nb.formats import FORMATS
-    from specs_nb.generate import encode
-    from specs_nb.models import load_processor
+    from specs_nb.scale import doctor
 
     config, machine = recipe(a, folder, **stages), doctor.this_machine(a.work)
     config.distill.max_new_tokens = a.dpo_tokens
@@ -444,10 +445,10 @@ def grpo(a, found):
     import torch
 
     from specs_nb.core import VLLMConfig, count_seconds
-    from specs_nb.doctor import grpo_parts
+    from specs_nb.engines.vllm_engine import end_vllm
     from specs_nb.formats import FORMATS
-    from specs_nb.generate import end_vllm
     from specs_nb.grpo import go_on, grpo_trainer
+    from specs_nb.scale.doctor import grpo_parts
 
     _, engine, how = a.part.split("-")
     vllm, fast = engine == "vllm", how != "stock"
@@ -486,8 +487,8 @@ def grpo(a, found):
 def make_pairs_file(a, folder, n):
     "Pairs of answers of some `dpo_tokens` tokens, as the pairs stage leaves them"
     from specs_nb.distill import make_pairs, write_pairs
+    from specs_nb.engines.models import load_processor
     from specs_nb.formats import FORMATS
-    from specs_nb.models import load_processor
 
     words = "count the circles and the squares in each cell of the picture, then say which are more. "
     tok = load_processor(folder).tokenizer
@@ -611,8 +612,8 @@ def dpo(a, found):
     from specs_nb.coldstart import coldstart_trainer
     from specs_nb.core import ColdStartStage, count_seconds
     from specs_nb.distill import read_pairs
-    from specs_nb.doctor import dpo_parts, shape_of
     from specs_nb.grpo import go_on
+    from specs_nb.scale.doctor import dpo_parts, shape_of
 
     how, steps, micro = a.part.split("-")[1], 3, 2 if a.tiny else 4
     folder, clock = model_folder(a), count_seconds()
@@ -698,7 +699,7 @@ def preload(part):
     "Import what a part needs, without a look at the card: done while the part before is at work"
     import transformers  # noqa: F401
 
-    from specs_nb.generate import settle
+    from specs_nb.engines.vllm_engine import settle
 
     if "vllm" in part or part.startswith("grpo"):
         settle()
@@ -710,7 +711,7 @@ def preload(part):
 
 def run_part(a):
     "In a process of its own: do a part, and keep what it found"
-    from specs_nb.ranks import die_with_parent
+    from specs_nb.scale.launch import die_with_parent
 
     die_with_parent()
     found = Found(a.found)

@@ -35,11 +35,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from transformers import TrainerCallback
 
-from specs_nb import fast, world
+from specs_nb import world
 from specs_nb.core import Config, GRPOStage
+from specs_nb.engines import fast
+from specs_nb.engines.models import random_model
 from specs_nb.formats import FORMATS
 from specs_nb.grpo import grpo_trainer
-from specs_nb.models import random_model
 
 SEED = 0
 

@@ -29,8 +29,9 @@ from transformers import TrainerCallback
 
 from specs_nb import world
 from specs_nb.core import Config, QuestionSampling, Validation
+from specs_nb.engines.generate import Sampling
+from specs_nb.engines.jobs import Job, answer_all
 from specs_nb.formats import FORMATS
-from specs_nb.generate import Job, Sampling, answer_all
 from specs_nb.grpo import grpo_trainer, watch_held_out
 from specs_nb.look import strict_rates
 

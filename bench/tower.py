@@ -9,7 +9,7 @@ import time
 
 import torch
 
-import specs_nb.tower as tower
+import specs_nb.engines.tower as tower
 
 
 def attention_calls(run):

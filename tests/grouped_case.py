@@ -9,9 +9,9 @@ import torch
 
 from specs_nb import world
 from specs_nb.core import GRPOStage
+from specs_nb.engines.ranks import is_main, rank
 from specs_nb.formats import FORMATS
 from specs_nb.grpo import grpo_trainer
-from specs_nb.ranks import is_main, rank
 
 
 def canned(prompt_ids, *_, **__):

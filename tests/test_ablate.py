@@ -6,9 +6,9 @@ import re
 import pyarrow.parquet as pq
 import pytest
 
-from specs_nb.ablate import plan, read_grid
 from specs_nb.core import SpecsError, read_json
 from specs_nb.pipeline import keys, main
+from specs_nb.study.ablate import plan, read_grid
 
 GRID = """
 config: smoke

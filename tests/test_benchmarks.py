@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from specs_nb import world
-from specs_nb.benchmarks import VERSION, run_lmms, serving, write_task
 from specs_nb.core import SpecsError, read_json
-from specs_nb.generate import Completion, Failed
+from specs_nb.engines.generate import Completion, Failed
+from specs_nb.study.benchmarks import VERSION, run_lmms, serving, write_task
 
 PLAYED = """
 import json, os, sys, urllib.request

@@ -11,8 +11,8 @@ from specs_nb import world
 from specs_nb.coldstart import LOSSES, coldstart_trainer
 from specs_nb.core import ColdStartStage, DistillStage
 from specs_nb.distill import distill, read_pairs
+from specs_nb.engines.models import random_model
 from specs_nb.formats import FORMATS
-from specs_nb.models import random_model
 
 # on a GPU TRL's default is true
 STEPS = dict(

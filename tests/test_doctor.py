@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from specs_nb.core import Config, SpecsError, builtin_configs, load_config, merge
-from specs_nb.doctor import (
+from specs_nb.engines.models import FAMILIES, load_model, lora_config, random_model
+from specs_nb.pipeline import check_names, main
+from specs_nb.scale.doctor import (
     Machine,
     Prompt,
     advise,
@@ -30,8 +32,6 @@ from specs_nb.doctor import (
     this_machine,
     training,
 )
-from specs_nb.models import FAMILIES, load_model, lora_config, random_model
-from specs_nb.pipeline import check_names, main
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -61,7 +61,7 @@ def specs(*args):
 @pytest.mark.parametrize("name", CARD)
 def test_recipes_parse(name, monkeypatch):
     # the doctor says that it is missing; here only names matter
-    monkeypatch.setattr("specs_nb.generate.need_vllm", lambda: None)
+    monkeypatch.setattr("specs_nb.engines.vllm_engine.need_vllm", lambda: None)
     assert name in builtin_configs()
     config = load_config(name)
     check_names(config)
@@ -135,7 +135,7 @@ def test_paper_with_servers_on_half_of_the_cards(monkeypatch, tmp_path):
             lines.append(line)
     (tmp_path / "mine.yaml").write_text("\n".join(lines))
     config, machine = load_config(tmp_path / "mine.yaml"), this_machine(gpus=4, memory=80, launcher="fsdp2")
-    monkeypatch.setattr("specs_nb.generate.need_vllm", lambda: None)
+    monkeypatch.setattr("specs_nb.engines.vllm_engine.need_vllm", lambda: None)
     check_names(config)
     assert "sleep" not in str(config) and config.final.trainer["vllm_mode"] == "server"
     for stage, words in batches(config, 4).items():
@@ -227,7 +227,7 @@ WIDE = dict(
     ids=lambda s: s["kind"],
 )
 def test_measured_peak(spec):
-    "Two of those that 72_doctor measures, in other sizes"
+    "Two of those that 30_doctor measures, in other sizes"
     m = measure(dict(spec, text=WIDE))
     p = predict(dict(spec, text=WIDE), m)
     assert abs(p.peak / m["peak"] - 1) <= 0.15, (p.peak / 2**20, m["peak"] / 2**20)
@@ -307,7 +307,7 @@ def test_vllm_in_the_same_gpu_is_counted():
 
 
 def test_packages(monkeypatch):
-    from specs_nb import doctor
+    from specs_nb.scale import doctor
 
     have = {"bitsandbytes": "0.40", "vllm": "0.40.0"}
     monkeypatch.setattr(
@@ -405,7 +405,7 @@ def test_rates(tmp_path):
 def test_time_from_an_earlier_run(tmp_path):
     "The stage's own seconds, by tokens"
     from specs_nb.core import Run, write_json
-    from specs_nb.doctor import times
+    from specs_nb.scale.doctor import times
 
     run = Run(tmp_path / "r", Config())
     run.save_config()

@@ -4,13 +4,14 @@ it can't do."""
 import pytest
 import torch
 
-from specs_nb import fast, grouped, world
+from specs_nb import world
 from specs_nb.core import GRPOStage
-from specs_nb.fast import write
+from specs_nb.engines import fast, grouped
+from specs_nb.engines.fast import write
+from specs_nb.engines.generate import encode
+from specs_nb.engines.models import FAMILIES, load_model, random_model
 from specs_nb.formats import FORMATS
-from specs_nb.generate import encode
 from specs_nb.grpo import grpo_trainer
-from specs_nb.models import FAMILIES, load_model, random_model
 
 FMT = FORMATS["think_answer"]
 # on a GPU TRL's default is true

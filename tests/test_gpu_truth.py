@@ -83,7 +83,7 @@ def test_every_token_of_a_large_model_has_a_word(truth, tmp_path):
     "And the configuration names the special tokens as the tokenizer numbers them once it is loaded"
     words = dict(tiny=True, pixels=84, dpo_pixels=84, shape="3b")
     a = argparse.Namespace(**words, work=str(tmp_path))
-    from specs_nb.models import load_config_of, load_processor
+    from specs_nb.engines.models import load_config_of, load_processor
 
     folder = truth.shape_folder(a)
     truth.fill_vocabulary(folder, 600)

@@ -13,19 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specs_nb.grading import (
-    KINDS,
-    conclusion,
-    consistent,
-    explain_grade,
-    grade,
-    kind_of,
-    limited,
-    read_number,
-    too_hard,
-    unwrap,
-)
-from specs_nb.sources import Drop, check_gold, infer, unbox
+from specs_nb.grading import conclusion, consistent, grade
+from specs_nb.inputs.compare import KINDS, explain_grade, kind_of
+from specs_nb.inputs.drafts import Drop, check_gold, infer, unbox
+from specs_nb.inputs.latex import too_hard
+from specs_nb.inputs.limits import limited
+from specs_nb.inputs.parsers import read_number, unwrap
 
 DATA = Path(__file__).parent / "data"
 CASES = [json.loads(line) for line in (DATA / "graded.jsonl").open(encoding="utf-8")]
@@ -407,8 +400,8 @@ def test_everything_asks_the_same_grader(tmp_path):
     from specs_nb.distill import judge
     from specs_nb.evaluate import question_value, score
     from specs_nb.formats import FORMATS
+    from specs_nb.inputs.sources import load_rows, pass_rates
     from specs_nb.rewards import accuracy_reward
-    from specs_nb.sources import load_rows, pass_rates
 
     (tmp_path / "data.jsonl").write_text('{"question": "How many?", "answer": "3", "id": "a"}\n' * 1)
     (tmp_path / "test.jsonl").write_text('{"question": "How much?", "answer": "4", "id": "b", "tol": 0.1}\n')
@@ -433,7 +426,7 @@ def test_everything_asks_the_same_grader(tmp_path):
 
 def test_the_world_takes_a_grader_too(tmp_path):
     from specs_nb.core import DataConfig
-    from specs_nb.sources import load_rows
+    from specs_nb.inputs.sources import load_rows
 
     name = f"{__name__}:half_or_whole"
     assert json.loads(load_rows(DataConfig(grader=name, n_train=2), "train", tmp_path)[0]["grading"]) == {
@@ -447,12 +440,12 @@ def folded(prediction, row):
 
 
 def test_consistency_teacher_and_benchmarks_ask_it_too(tmp_path):
-    from specs_nb.benchmarks import _gold, read_sample, tabulate, write_task
     from specs_nb.core import read_json
     from specs_nb.distill import judge
     from specs_nb.formats import FORMATS
     from specs_nb.rewards import consistency_reward
-    from specs_nb.teacher import _graded
+    from specs_nb.study.benchmarks import _gold, read_sample, tabulate, write_task
+    from specs_nb.study.teacher import _graded
 
     fmt, how = FORMATS["think_answer"], json.dumps(dict(grader=f"{__name__}:folded"))
     row = dict(id="a", question="Which gas?", answer="X", kind="text", choices=None, images=[])

@@ -10,9 +10,9 @@ import torch
 
 from specs_nb import world
 from specs_nb.core import GRPOStage
+from specs_nb.engines.models import random_model
 from specs_nb.formats import FORMATS
 from specs_nb.grpo import grpo_trainer
-from specs_nb.models import random_model
 
 ROOT = Path(__file__).parents[1]
 torch.backends.cudnn.allow_tf32 = False
@@ -85,7 +85,7 @@ def test_under_checkpointing(case, tmp_path):
 
 def test_one_piece_after_the_other(tmp_path, monkeypatch):
     "Long pieces are not padded"
-    from specs_nb import grouped
+    from specs_nb.engines import grouped
 
     monkeypatch.setattr(grouped, "SHORT", 0)
     same(*trainer(tmp_path))
@@ -95,7 +95,7 @@ def qwen2_vl(folder):
     "A model of the family before 2.5, by the processor of the embedded one"
     from transformers import AutoProcessor, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    from specs_nb.models import resolve
+    from specs_nb.engines.models import resolve
 
     processor = AutoProcessor.from_pretrained(resolve("tiny"))
     tok = processor.tokenizer

@@ -22,11 +22,11 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("openai", reason="the judge needs the openai package (extra: judge)")
-from specs_nb import judge as J
 from specs_nb.core import Config, DistillStage, JudgeConfig, SpecsError, merge
 from specs_nb.distill import distill
 from specs_nb.formats import FORMATS
-from specs_nb.judge import Judge, JudgeReward, Ledger, prompt_of, read_verdict
+from specs_nb.inputs import judge as J
+from specs_nb.inputs.judge import Judge, JudgeReward, Ledger, prompt_of, read_verdict
 
 # ---- a server whose behaviour is a function
 
@@ -593,7 +593,7 @@ def test_a_kill_loses_nothing(serve, tmp_path):
     s = serve(lambda h, asked, n: h.chat(asked) if n <= 5 else s.quit.wait(20))
     code = f"""if True:
         from specs_nb.core import JudgeConfig
-        from specs_nb.judge import Judge
+        from specs_nb.inputs.judge import Judge
         asked = [dict(question="?", gold="a", prediction=str(i)) for i in range(9)]
         config = JudgeConfig(url={s.url!r}, models=["m"], concurrency=1)
         Judge(config, {str(tmp_path / 'c')!r}).ask("answer", asked)"""
@@ -684,7 +684,7 @@ def test_ctrl_c_ends_it(serve, tmp_path):
         import signal
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
         from specs_nb.core import JudgeConfig
-        from specs_nb.judge import Judge
+        from specs_nb.inputs.judge import Judge
         asked = [dict(question="?", gold="a", prediction="b")]
         Judge(JudgeConfig(url={s.url!r}, models=["m"])).ask("answer", asked)"""
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
@@ -911,7 +911,7 @@ def test_distill_with_a_judge_that_is_down_is_as_without(judge, tmp_path, monkey
 
 def test_it_is_off_by_default():
     assert Config().judge.models == [] and J.open_judge(Config().judge) is None
-    code = "import sys, specs_nb.distill, specs_nb.judge; print('openai' in sys.modules)"
+    code = "import sys, specs_nb.distill, specs_nb.inputs.judge; print('openai' in sys.modules)"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from specs_nb.core import Run, SpecsError
-from specs_nb.ranks import accelerate_configs, launcher_words
+from specs_nb.scale.launch import accelerate_configs, launcher_words
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO = "torchrun --nproc_per_node 2"
@@ -72,7 +72,7 @@ def ranks_of(run):
             continue
         if (
             str(run) in words
-            and "specs_nb.launch" in words
+            and "specs_nb.scale.launch" in words
             and not {"torch.distributed.run", "accelerate.commands.accelerate_cli"} & set(words)
         ):
             pids.append(int(p.name))
@@ -107,7 +107,7 @@ def both(tmp_path_factory):
 
 def same(one, two, case):
     "Losses, gradients and weights of both folders agree to float32's rounding, and the weights moved"
-    from specs_nb.models import load_model
+    from specs_nb.engines.models import load_model
 
     start, a, b = (load_model(str(d))[0].state_dict() for d in ("tiny", one / "model", two / "model"))
     one, two = (json.loads((d / "history.json").read_text()) for d in (one, two))
@@ -159,7 +159,7 @@ def loads_again(out):
     "One step of DPO and one of GRPO left adapters that load, and changed what they may"
     import torch
 
-    from specs_nb.models import is_adapter, load_model
+    from specs_nb.engines.models import is_adapter, load_model
 
     for case in ("dpo", "grpo"):
         folder = out / case / "model"
@@ -178,7 +178,7 @@ def test_fsdp2_trains_an_adapter_that_loads_again(tmp_path):
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed isn't installed")
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_deepspeed_computes_what_one_process_does(name, both, tmp_path):
-    "Where DeepSpeed is; it was run so by hand, see the end of 82_launch"
+    "Where DeepSpeed is; it was run so by hand, see the end of 20_launch"
     in_pieces(both / name, "pieces", "deepspeed", name=name, more="--mixed_precision no")
     for case in ("dpo", "grpo"):
         same(both / "one" / case, both / name / case, case)
@@ -295,7 +295,7 @@ def test_accelerate_reads_the_configuration(name):
     assert config.distributed_type.name == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}.get(name, "DEEPSPEED")
     words = launcher_words(f"{name} --num_processes 8")
     args, defaults, _ = _validate_launch_command(
-        launch_command_parser().parse_args([*words[4:], "-m", "specs_nb.launch"])
+        launch_command_parser().parse_args([*words[4:], "-m", "specs_nb.scale.launch"])
     )
     assert args.num_processes == 8 and (args.use_fsdp, args.use_deepspeed, args.multi_gpu) == (
         name == "fsdp2",
@@ -350,7 +350,7 @@ def test_slurm_example(tmp_path):
         "specs",
         f"#!{sys.executable}\nimport subprocess\nfrom specs_nb.pipeline import parse\nfrom specs_nb.ranks"
         " import launcher_words\nargs = parse()\nsubprocess.run([*launcher_words(args.launcher), '-m',"
-        " 'specs_nb.launch', args.run_dir, 'zero'], check=True)\n",
+        " 'specs_nb.scale.launch', args.run_dir, 'zero'], check=True)\n",
     )
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/activate").write_text(f'export PATH="{stub}:$PATH"\n')
@@ -363,7 +363,7 @@ def test_slurm_example(tmp_path):
     for i, line in enumerate(lines):
         assert line.startswith(
             f"accelerate launch --config_file {accelerate_configs()['fsdp2']}"
-        ) and line.endswith("-m specs_nb.launch runs/paper zero"), line
+        ) and line.endswith("-m specs_nb.scale.launch runs/paper zero"), line
         assert (
             f"--num_machines 2 --num_processes 16 --machine_rank {i} --main_process_ip node0"
             " --main_process_port 20007 "

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from specs_nb.core import Config, DataConfig, GRPOStage, ModelConfig, Run, SpecsError, read_json
-from specs_nb.models import load_model, random_model
+from specs_nb.engines.models import load_model, random_model
 from specs_nb.pipeline import run_stages
 
 TRAINER = dict(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from specs_nb.core import Config, ModelConfig, SpecsError
-from specs_nb.models import load_model, load_processor, lora_config, random_model
-from specs_nb.templates import check_chat
+from specs_nb.engines.models import load_model, load_processor, lora_config, random_model
+from specs_nb.engines.templates import check_chat
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 
 from specs_nb import world
 from specs_nb.core import ColdStartStage, GRPOStage, SpecsError, read_json
+from specs_nb.engines.models import FAMILIES, is_4bit, load_model, load_processor, random_model
 from specs_nb.formats import FORMATS
-from specs_nb.models import FAMILIES, is_4bit, load_model, load_processor, random_model
 
 FMT = FORMATS["think_answer"]
 GRPO = dict(
@@ -89,7 +89,7 @@ def test_grpo_and_dpo(family, tmp_path, pay):
 
 @pytest.mark.parametrize("family", ["qwen2.5-vl", "text"])
 def test_answers(family, tmp_path):
-    from specs_nb.generate import Sampling, sample_batch
+    from specs_nb.engines.generate import Sampling, sample_batch
 
     model, processor = load_model(built(family, tmp_path))
     texts = sample_batch(
@@ -226,7 +226,7 @@ def said(model):
 
 def test_an_adapter_on_16_bits_is_kept_and_goes_on(cold, tmp_path, pay):
     "Nothing is merged; the final stage trains the same adapter, or gets both as one model in float32"
-    from specs_nb.generate import Sampling, Transformers
+    from specs_nb.engines.generate import Sampling, Transformers
     from specs_nb.grpo import grpo_trainer, train_grpo
 
     start = str(cold / "model")
@@ -275,7 +275,7 @@ def test_a_run_that_was_moved_finds_its_base(cold, tmp_path):
 
     from peft import get_peft_model
 
-    from specs_nb.models import base_of, lora_config, save_model
+    from specs_nb.engines.models import base_of, lora_config, save_model
 
     save_model(*load_model(str(cold / "model")), tmp_path / "run/coldstart/model")
     model, processor = load_model(str(tmp_path / "run/coldstart/model"))
@@ -288,8 +288,8 @@ def test_a_run_that_was_moved_finds_its_base(cold, tmp_path):
 
 
 def test_vllm_gets_a_whole_model(cold, capfd):
-    from specs_nb.generate import pick_engine, supported, vllm_version
-    from specs_nb.models import is_adapter, whole_model
+    from specs_nb.engines.models import is_adapter, whole_model
+    from specs_nb.engines.vllm_engine import pick_engine, supported, vllm_version
 
     here = "vllm" if torch.cuda.is_available() and supported(vllm_version()) else "transformers"
     assert pick_engine("auto", str(cold / "model"))[0] == here
@@ -326,7 +326,7 @@ def test_saved_weights_go_into_a_model_without_a_second_one(family, tmp_path, mo
 def test_whole_weights_are_rounded_once_at_the_end(tmp_path):
     from types import SimpleNamespace as NS
 
-    from specs_nb.ranks import _dtype_to_write, save_trained
+    from specs_nb.engines.ranks import _dtype_to_write, save_trained
 
     assert _dtype_to_write("auto", 2e9) == "bfloat16" and _dtype_to_write("auto", 5e6) == "float32"
     model, processor = load_model("tiny")

@@ -21,9 +21,9 @@ def train(tmp_path, steps, rewards, **trainer):
     shorter."""
     from specs_nb import world
     from specs_nb.core import GRPOStage
+    from specs_nb.engines.monitor import Limits, monitor
     from specs_nb.formats import FORMATS
     from specs_nb.grpo import grpo_trainer
-    from specs_nb.monitor import Limits, monitor
 
     how = dict(
         per_device_train_batch_size=8,

@@ -266,7 +266,7 @@ def test_unreadable_image(tmp_path):
 
 
 def test_model_without_processor(tmp_path):
-    from specs_nb.models import load_model
+    from specs_nb.engines.models import load_model
 
     load_model("tiny")[0].save_pretrained(tmp_path / "bare")
     says(specs("zero", *SMALL, "--run-dir", tmp_path / "r", f"model.path={tmp_path}/bare"), "processor")
@@ -314,7 +314,7 @@ def test_values_of_late_stages_are_checked_before_anything_is_trained(tmp_path, 
 def test_what_is_there_for_the_cold_start_alone_is_left_out_where_one_is_given(tmp_path, capsys, monkeypatch):
     from specs_nb import pipeline
     from specs_nb.core import Run
-    from specs_nb.models import resolve
+    from specs_nb.engines.models import resolve
 
     ran, there = [], resolve("tiny")
 
@@ -343,7 +343,7 @@ def test_what_is_there_for_the_cold_start_alone_is_left_out_where_one_is_given(t
 @pytest.mark.parametrize("name", ["zero", "coldstart"])
 def test_a_stage_can_take_a_model_that_is_there(name, tmp_path):
     from specs_nb.core import Run, Stage
-    from specs_nb.models import resolve
+    from specs_nb.engines.models import resolve
     from specs_nb.pipeline import DO, keys
 
     there = resolve("tiny")

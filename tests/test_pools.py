@@ -12,7 +12,7 @@ import pytest
 GRID = """
 import sys, time
 from pathlib import Path
-from specs_nb.ablate import Node, run_grid
+from specs_nb.study.ablate import Node, run_grid
 from specs_nb.core import Config, Interrupted, SpecsError, signals_ask, stop_asked
 
 def stage(run, name, key, **kw):

@@ -48,7 +48,7 @@ def code_cells(path):
             continue
         src = "".join(cell["source"])
         flags = set(re.findall(r"^\s*#\s*\|\s*(\w+)", src, re.M))
-        src = re.sub(r"^(\s*)[%!](?=\w).*$", r"\1pass", src, flags=re.M)  # magics are no Python
+        src = re.sub(r"^(\s*)[%!]+(?=\w).*$", r"\1pass", src, flags=re.M)  # magics are no Python
         if not re.match(r"\s*pass", src):
             yield src, flags, ast.parse(src)
 
@@ -98,7 +98,7 @@ def test_imports_are_declared():
     base = names(PYPROJECT["project"]["dependencies"])
     extras = {n for reqs in PYPROJECT["project"]["optional-dependencies"].values() for n in names(reqs)}
     dists, missing = importlib.metadata.packages_distributions(), []
-    for path in (ROOT / "specs_nb").glob("*.py"):
+    for path in (ROOT / "specs_nb").rglob("*.py"):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             if not isinstance(node, (ast.Import, ast.ImportFrom)) or getattr(node, "level", 0):
@@ -119,44 +119,146 @@ def test_imports_are_declared():
 # ---- notebooks
 
 
+ROOMS = ("tutorials", "method", "engines", "inputs", "scale", "study", "appendix")
+FLOOR = {"core", "world", "data", "formats"}  # of the method: what every room stands on
+# room → what its modules may import from outside it: rooms, or modules of the method
+MAY_IMPORT = {
+    "method": {"engines", "inputs"},
+    "engines": FLOOR,
+    "inputs": FLOOR | {"grading", "rewards"},
+    "scale": {"method", "engines", "inputs"},
+    "study": {"method", "engines", "inputs"},
+}
+FRONT_DOOR = "pipeline"  # the command line, which opens every room
+
+
 def modules():
-    "module → number of the notebook that exports it"
+    "module → (room, number of the notebook that exports it)"
     found = {}
     for path in NOTEBOOKS:
         m = re.search(r"#\s*\|\s*default_exp\s+(\S+)", "\n".join(src for src, *_ in code_cells(path)))
-        n = re.match(r"\d+", path.name)
-        if m and n:
-            found[m[1]] = int(n[0])
+        if m:
+            found[m[1]] = (path.parent.name, int(re.match(r"\d+", path.name)[0]))
     return found
 
 
-def test_numbers_are_unique():
-    numbers = [m[0] for p in (ROOT / "nbs").glob("*.ipynb") if (m := re.match(r"\d+", p.name))]
-    assert len(numbers) == len(set(numbers)), numbers
+def package_file(module):
+    return ROOT / f"specs_nb/{module.replace('.', '/')}.py"
 
 
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if re.match(r"\d+", p.name)], ids=named)
-def test_imports_only_lower_numbers(path):
-    number, known = int(re.match(r"\d+", path.name)[0]), modules()
-    own = [m for m, n in known.items() if n == number]
-    for _, _, tree in code_cells(path):
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                used = [a.name for a in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                inside = "specs_nb." + (node.module or "") if node.level else node.module
-                used = (
-                    [inside]
-                    if inside.strip(".") != "specs_nb"
-                    else [f"specs_nb.{a.name}" for a in node.names]
-                )
-            else:
-                continue
-            for module in (u.split(".")[1] for u in used if u.startswith("specs_nb.")):
-                assert module in known or module.startswith("_"), f"no notebook exports specs_nb.{module}"
-                assert (
-                    module in own or known.get(module, -1) < number
-                ), f"{path.name} imports {module}, which comes later"
+def imported(
+    module,  # such as `engines.generate`
+    tree,  # its syntax tree
+):
+    "What it imports from specs_nb, also inside functions: (module, line)"
+    package = ["specs_nb", *module.split(".")[:-1]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            full = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*base, *filter(None, [node.module])])
+            full = [f"{base}.{a.name}" for a in node.names] if package_of_rooms(base) else [base]
+        else:
+            continue
+        for name in full:
+            if name.startswith("specs_nb.") and not name.startswith("specs_nb._"):
+                yield name.removeprefix("specs_nb."), node.lineno
+
+
+def package_of_rooms(name):
+    return name == "specs_nb" or name.removeprefix("specs_nb.") in ROOMS
+
+
+def wrong_imports(module, tree, known):
+    "Sentences on imports that go the wrong way between rooms, or to a later notebook of the same room"
+    room, number = known[module]
+    for other, line in imported(module, tree):
+        if other not in known:
+            yield f"{module}:{line} imports {other}, which no notebook exports (an old path?)"
+            continue
+        its_room, its_number = known[other]
+        if its_room == room:
+            if its_number >= number and other != module:
+                yield f"{module}:{line} imports {other}, which comes later in {room}/"
+        elif module != FRONT_DOOR and not {its_room, other} & MAY_IMPORT[room]:
+            yield f"{module}:{line} imports {other}: {room}/ may not import from {its_room}/"
+
+
+def test_every_notebook_has_a_room():
+    found = {p.parent.name for p in NOTEBOOKS if p.name != "index.ipynb"}
+    assert found <= set(ROOMS), found - set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_numbers_are_unique(room):
+    names = [p.name for p in (ROOT / "nbs" / room).glob("*.ipynb")]
+    numbers = [re.match(r"\d\d_", name) for name in names]
+    assert names and all(numbers), f"each notebook of {room}/ begins with two digits: {names}"
+    assert len({m[0] for m in numbers}) == len(names), names
+
+
+def test_module_lies_in_the_room_of_its_notebook():
+    for module, (room, _) in modules().items():
+        package = module.rpartition(".")[0]
+        assert package == {"method": ""}.get(room, room), f"{module} is told in {room}/"
+        assert room not in ("tutorials", "appendix"), f"{room}/ has no modules, but exports {module}"
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_keep_to_the_rooms(module):
+    wrong = list(wrong_imports(module, ast.parse(package_file(module).read_text()), modules()))
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "module, planted, said",
+    [
+        ("grpo", "from .study.stats import holm", "method/ may not import from study/"),
+        ("grpo", "from .scale import fleet", "method/ may not import from scale/"),
+        ("grpo", "from .coldstart import coldstart", "comes later in method/"),
+        ("grpo", "from .generate import answer", "no notebook exports"),
+        ("engines.models", "def f():\n    from ..grpo import grpo", "engines/ may not import from method/"),
+        ("engines.models", "import specs_nb.study.stats", "engines/ may not import from study/"),
+        ("study.stats", "from .report import write_report", "comes later in study/"),
+        ("scale.fleet", "from specs_nb.study import stats", "scale/ may not import from study/"),
+    ],
+)
+def test_a_wrong_import_is_found(module, planted, said):
+    [wrong] = wrong_imports(module, ast.parse(planted), modules())
+    assert said in wrong
+    right = "from .core import Config" if "." not in module else "from ..core import Config"
+    assert not list(wrong_imports(module, ast.parse(right), modules()))
+
+
+def test_old_paths_are_the_new_modules():
+    "`specs_nb.sources` and the like: one line a file, and the very module that moved"
+    old = [p for p in (ROOT / "specs_nb").glob("[a-z]*.py") if p.stem not in modules()]
+    assert len(old) > 15
+    code = ["import importlib, sys"]
+    for path in old:
+        [line] = path.read_text().splitlines()
+        new = re.findall(r'"(specs_nb\.[\w.]+)"', line)
+        assert line.startswith("from specs_nb._moved import moved; moved(__name__, ") and new, line
+        code += [
+            f"old, new = map(importlib.import_module, ('specs_nb.{path.stem}', '{new[0]}'))",
+            (
+                "assert old is new"
+                if len(new) == 1
+                else "assert all(getattr(old, n) is vars(new)[n] for n in new.__all__)"
+            ),
+            f"from specs_nb import {path.stem} as again; assert again is old",
+        ]
+    code += ["from specs_nb.sources import infer; assert infer('How many?', '3')[0] == '3'"]
+    code += ["from specs_nb.grading import grade; assert grade('3', '3', 'number')"]
+    run = subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+
+
+
+
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=named)
@@ -385,11 +487,11 @@ def test_promises_name_tests_that_exist():
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
     assert len(named) > 40
     missing = [f"{f}::{t}" for f, t in named if not re.search(rf"^def {t}\(", (ROOT / f).read_text(), re.M)]
-    missing += [n for n in re.findall(r"`(\d\d_\w+)`", text) if not (ROOT / f"nbs/{n}.ipynb").exists()]
+    missing += [n for n in re.findall(r"`(\d\d_\w+)`", text) if not list((ROOT / "nbs").rglob(f"{n}.ipynb"))]
     assert not missing, missing
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "specs_nb").glob("[a-z]*.py")), ids=named)
+@pytest.mark.parametrize("path", sorted((ROOT / "specs_nb").rglob("[a-z]*.py")), ids=named)
 def test_no_name_is_defined_twice(path):
     "Two cells far apart that define the same helper: the second would silently serve the first's callers"
     names = [n.name for n in ast.parse(path.read_text()).body if hasattr(n, "name")]

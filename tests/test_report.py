@@ -22,7 +22,7 @@ from specs_nb.analysis import (
     title,
 )
 from specs_nb.core import SpecsError
-from specs_nb.report import (
+from specs_nb.study.report import (
     SCRIPTS,
     WEB,
     Table,

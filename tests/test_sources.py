@@ -36,21 +36,23 @@ from specs_nb.data import (
     write_rows,
 )
 from specs_nb.grading import grade
-from specs_nb.sources import (
+from specs_nb.inputs.apart import Guard, alike, fingerprint_of
+from specs_nb.inputs.drafts import (
     Drop,
-    Guard,
     Tally,
-    alike,
-    data_files,
-    digest,
     draft_mapped,
     draft_mathvista,
     draft_orsta,
     draft_virl39k,
-    fingerprint_of,
     finish,
     image_bytes,
     infer,
+    tidy_question,
+    unbox,
+)
+from specs_nb.inputs.files import data_files
+from specs_nb.inputs.sources import (
+    digest,
     keep_within,
     load_rows,
     open_source,
@@ -58,8 +60,6 @@ from specs_nb.sources import (
     pass_rates,
     prepare,
     stream,
-    tidy_question,
-    unbox,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -622,7 +622,7 @@ junk = st.recursive(
     }),
 )
 def test_any_row_becomes_a_row_or_is_dropped(draft, d):
-    from specs_nb.sources import Source
+    from specs_nb.inputs.sources import Source
 
     class One(Source):
         def raw(self, *a):

@@ -11,7 +11,7 @@ from scipy.stats import ttest_1samp
 from specs_nb import evaluate as ev
 from specs_nb.analysis import generalization_factor, read_answers
 from specs_nb.core import EvalStage, SpecsError
-from specs_nb.stats import (
+from specs_nb.study.stats import (
     contrast,
     contrasts,
     detectable,

@@ -7,10 +7,12 @@ import pytest
 
 from specs_nb import world
 from specs_nb.core import ColdStartStage, Config, DataConfig, GRPOStage, ModelConfig, SpecsError
+from specs_nb.engines.generate import Sampling, encode, prompt
+from specs_nb.engines.models import load_processor, random_model
+from specs_nb.engines.server import _chat_body
+from specs_nb.engines.templates import check_chat
+from specs_nb.engines.vllm_engine import VLLM
 from specs_nb.formats import FORMATS
-from specs_nb.generate import VLLM, Sampling, _chat_body, encode, prompt
-from specs_nb.models import load_processor, random_model
-from specs_nb.templates import check_chat
 
 TA = FORMATS["think_answer"]
 CHAT = dict(system="Be brief.", kwargs=dict(mood="calm"))
@@ -124,8 +126,8 @@ def test_a_template_that_eats_the_format_stops_a_run_before_it_trains(models, tm
     import trl
 
     from specs_nb.core import Run
-    from specs_nb.doctor import _chat_problems
     from specs_nb.pipeline import run_stages
+    from specs_nb.scale.doctor import _chat_problems
 
     folder = tmp_path / "thinker"
     shutil.copytree(models["text"], folder)

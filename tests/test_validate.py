@@ -80,7 +80,7 @@ def test_the_best_steps_weights_are_kept(lora, said, tmp_path):
 
 
 def same_weights(a, b):
-    from specs_nb.models import load_model
+    from specs_nb.engines.models import load_model
 
     a, b = (load_model(str(p))[0].state_dict() for p in (a, b))
     return all((x == y).all() for x, y in zip(a.values(), b.values(), strict=True))

@@ -80,7 +80,7 @@ def roundtrip(tmp):
     "The package is what the notebooks export, and the notebooks are clean"
     copy = copy_tree(tmp / "tree")
     before = contents(copy)
-    for p in (copy / "specs_nb").glob("*.py"):
+    for p in (copy / "specs_nb").rglob("*.py"):
         if p.name == "_modidx.py" or GENERATED in p.read_text():
             p.unlink()
     for cmd in ("nbdev-export", "nbdev-clean"):

@@ -19,7 +19,8 @@ import atheris
 
 with atheris.instrument_imports(include=["specs_nb"]):
     from specs_nb.formats import FORMATS, boxed, find_answer
-    from specs_nb.grading import consistent, explain_grade, kind_of
+    from specs_nb.grading import consistent
+    from specs_nb.inputs.compare import explain_grade, kind_of
     from specs_nb.rewards import accuracy_reward, format_reward, repetition_reward
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,7 +18,7 @@ if find_spec("vllm") is None:
     )
 
 from specs_nb.core import builtin_configs, load_config, read_json
-from specs_nb.models import is_adapter
+from specs_nb.engines.models import is_adapter
 
 HERE = Path(__file__).parent
 # these run as they are, embedded model and all: the first in README's figures, both in test_pipeline.py

@@ -24,8 +24,8 @@ from PIL import Image
 from specs_nb import generate as g
 from specs_nb import world
 from specs_nb.core import GRPOStage, SpecsError
+from specs_nb.engines.models import load_model, resolve
 from specs_nb.formats import FORMATS
-from specs_nb.models import load_model, resolve
 
 FMT = FORMATS["think_answer"]
 CARD = torch.cuda.is_available()
@@ -49,7 +49,7 @@ def fond_of_images(folder):
     "The embedded model with a head of its own that wants the image's token nearly everywhere; its folder"
     import torch
 
-    from specs_nb.models import save_model
+    from specs_nb.engines.models import save_model
 
     m, p = load_model("tiny")
     some = world.rows("test", 4)
@@ -535,7 +535,7 @@ def test_a_broken_sync_is_noticed(tmp_path):
 def test_other_prompts_are_noticed(tmp_path):
     "Without `one_per_image` vLLM would read other prompts, and the first batch says so"
     out = in_process(f"""
-        import specs_nb.vllm_sync as v
+        import specs_nb.engines.vllm_sync as v
         v.one_per_image = lambda ids, processor: ids
         stage = GRPOStage(steps=2, trainer={{**GRPO, **BESIDE}})
         try: train_grpo("tiny", rows, {str(tmp_path)!r}, stage, FMT, vllm=VLLMConfig(options=EAGER))
@@ -546,7 +546,7 @@ def test_other_prompts_are_noticed(tmp_path):
 
 
 def test_server_mode_is_refused_without_its_server():
-    from specs_nb.vllm_sync import before_vllm
+    from specs_nb.engines.vllm_sync import before_vllm
 
     for how, says in (
         (dict(), "no vLLM server answers at http://127.0.0.1:9"),

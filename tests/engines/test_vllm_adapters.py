@@ -121,7 +121,7 @@ def trained(tmp_path_factory):
     import torch
     from peft import get_peft_model
 
-    from specs_nb.models import load_model, lora_config, save_model
+    from specs_nb.engines.models import load_model, lora_config, save_model
 
     folder = tmp_path_factory.mktemp("run")
 

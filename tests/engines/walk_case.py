@@ -94,9 +94,9 @@ def taught(family, folder, steps=150):
     right answers, and a random model gives none"""
     import torch
 
+    from specs_nb.engines.generate import encode
+    from specs_nb.engines.models import load_model, random_model, save_model, tokenizer_of
     from specs_nb.formats import FORMATS
-    from specs_nb.generate import encode
-    from specs_nb.models import load_model, random_model, save_model, tokenizer_of
 
     fmt, rng = FORMATS["think_answer"], random.Random(0)
     model, processor = load_model(random_model(family, folder))
@@ -201,7 +201,7 @@ def walk(name, out, models, sleeps):
 if __name__ == "__main__":
     out, names = Path(sys.argv[1]), sys.argv[2:]
     text_folder(out / "text")
-    from specs_nb.vllm_sync import settle
+    from specs_nb.engines.vllm_sync import settle
 
     settle()
     generate._processes = lambda engine, workers: (1, False)

@@ -1,0 +1,1 @@
+"Many GPUs, many machines: ranks and launchers, fleet, doctor."

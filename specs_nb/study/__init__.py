@@ -1,0 +1,1 @@
+"Does SPECS hold? Benchmarks, statistics, reports, ablations."
