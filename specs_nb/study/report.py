@@ -1833,7 +1833,6 @@ def compared_charts(
     sections = dict(scores=_scores_beside, curves=_curves_over, passk=_passk_beside, gf=_planes_over)
     return {name: [c for c in make(runs, look) if c.points] for name, make in sections.items()}
 
-
 # %% ../../nbs/study/40_report.ipynb #3f4bcb1d
 def compare(
     runs: list,  # run folders; the first is what the others are compared with
@@ -1994,9 +1993,7 @@ def _grid_charts(spans):
     for (m, s, arm, model), v in spans.items():
         look = model if model in LOOKS else "c0"
         values.setdefault((m, s), []).append((arm, MODELS.get(model, model), look, v))
-    return [
-        dots(f"{m}-{s}", f"{METRICS.get(m, m)}, {SPLITS.get(s, s)}", of) for (m, s), of in values.items()
-    ]
+    return [dots(f"{m}-{s}", f"{METRICS.get(m, m)}, {SPLITS.get(s, s)}", of) for (m, s), of in values.items()]
 
 
 def _grid_findings(spans, tested):
@@ -2053,4 +2050,3 @@ def grid_report(
         ),
         caution=GRID_CAUTION,
     )
-
