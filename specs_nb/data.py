@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'IMAGE_FORMATS', 'FILES', 'Picture', 'to_png', 'decode', 'shrink', 'load_image', 'unique_ids',
-           'plain_choices', 'read_row', 'load_rows', 'pixel_digest', 'row_key', 'without', 'features', 'write_rows',
+           'plain_choices', 'read_row', 'read_folder', 'pixel_digest', 'row_key', 'without', 'features', 'write_rows',
            'Rows', 'find_choices', 'prompt_text', 'conversation', 'grpo_dataset']
 
 # %% ../nbs/method/11_data.ipynb #ad5f4cfe
@@ -187,7 +187,7 @@ def read_row(
     )
 
 # %% ../nbs/method/11_data.ipynb #4bceaa8e
-def load_rows(
+def read_folder(
     source: str,  # `world`, or a folder
     split: str,  # `train`, `test`, `ood_visual` or `compositional`
     n: int,  # at most so many

@@ -29,7 +29,7 @@ from specs_nb.engines.models import (
     tokenizer_of,
 )
 from .engines.monitor import monitor
-from .engines.prompts import Table, drop_long, once_trainer
+from .engines.prompts import PromptTable, drop_long, once_trainer
 from .engines.ranks import is_main, need_one_gpu, save_trained, stop_agreed, wait_for_ranks
 from .engines.track import hush_trackio, samples
 from .engines.vllm_sync import before_vllm, beside_vllm, longest_prompt, vllm_ends, watch_vllm
@@ -568,7 +568,7 @@ def watch_held_out(
     place = accuracy_place(config.rewards)
     accuracy = accuracy_reward if place is None else trainer.reward_funcs[place]
     system = chat_of(trainer.processing_class)["system"]
-    table = Table(grpo_dataset(held, format.instruction, format.name, system))
+    table = PromptTable(grpo_dataset(held, format.instruction, format.name, system))
     watch = validator(trainer, table, config.validate, accuracy)
     trainer.add_callback(watch)
     return watch

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .core import SpecsError, derive_seed, fingerprint, read_json, write_json
 from .data import conversation
-from .distill import judge
+from .distill import check_answer
 from .engines.generate import Sampling
 from .engines.jobs import Job, answer_all
 from .engines.models import load_processor, tokenizer_of
@@ -31,7 +31,7 @@ def count(
     c["earned"] = 0.0
     for row, some in zip(rows, texts, strict=True):
         said = [t for t in some if t is not None]
-        verdicts = [judge(t, row, format, True, False)[0] for t in said]
+        verdicts = [check_answer(t, row, format, True, False)[0] for t in said]
         kept = [format.parse(t) is not None for t in said]
         rewards = [r for r in pay(row, said) if r is not None]
         c["answers"] += len(said)

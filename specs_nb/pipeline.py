@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'TEST_SPLITS', 'DO', 'EXAMPLES', 'HELP', 'OWN_OPTIONS', 'inputs', 'keys', 'look_before', 'taken', 'do_grpo',
            'do_pairs', 'do_coldstart', 'do_eval', 'do_report', 'check_values', 'check_names', 'check_training',
-           'run_stages', 'run_stage', 'parser', 'config_of', 'parse', 'clean', 'main']
+           'run_stages', 'run_stage', 'parser', 'config_of', 'parse', 'clean_run', 'main']
 
 # %% ../nbs/method/80_pipeline.ipynb #15da276c
 import argparse
@@ -42,7 +42,7 @@ from specs_nb.core import (
 )
 from .engines.models import check_moves
 from .engines.ranks import need_one_gpu
-from .scale.doctor import add_options, doctor, out_of_memory
+from .scale.doctor import add_options, doctor, memory_advice
 from .scale.fleet import Fleet
 from .scale.launch import launcher_words, spreads_weights, start_ranks
 from .scale.publish import export_model, push
@@ -759,7 +759,7 @@ def _do(name, run, stage, **kw):
             or "can't allocate memory" in str(e)
         ):
             raise
-        raise SpecsError(out_of_memory(run.config, name)) from None
+        raise SpecsError(memory_advice(run.config, name)) from None
 
 
 def _release():
@@ -981,7 +981,7 @@ def _stopped(e):
     return 143 if stop_asked() == "SIGTERM" else 130
 
 
-def clean(
+def clean_run(
     run_dir,  # a run folder, or a grid's
     yes: bool = False,  # don't ask
 ) -> int:  # bytes that were removed
@@ -1050,7 +1050,7 @@ def main(
             print(f"report: {compare(args.runs, args.out)}")
             return 0
         if args.command == "clean":
-            clean(args.run_dir, args.yes)
+            clean_run(args.run_dir, args.yes)
             return 0
         if args.command == "bench":
             return _bench(args)

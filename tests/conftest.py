@@ -22,6 +22,11 @@ HEAVY = [
     "test_audit.py",
     "test_benchmarks.py",
     "test_sources.py",
+    "test_grouped.py",
+    "test_sampling.py",
+    "test_validate.py",
+    "test_algorithms.py",
+    "test_gpu_truth.py",
 ]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from specs_nb.core import SpecsError, read_json
 from specs_nb.pipeline import keys, main
-from specs_nb.study.ablate import plan, read_grid
+from specs_nb.study.ablate import cells_of, read_grid
 
 GRID = """
 config: smoke
@@ -107,12 +107,12 @@ def test_bad_grid(tmp_path, text, says):
 def test_bad_value_names_the_arm(tmp_path):
     (tmp_path / "g.yaml").write_text("arms: {a: {set: {zero.stepz: 3}}}")
     with pytest.raises(SpecsError, match="arm a: .*stepz"):
-        plan(read_grid(tmp_path / "g.yaml"), keys)
+        cells_of(read_grid(tmp_path / "g.yaml"), keys)
 
 
 def test_paper_grid_is_whole():
     grid = read_grid("paper")
-    nodes, cells = plan(grid, keys)
+    nodes, cells = cells_of(grid, keys)
     assert sum(a == "dpo+sft" for a, _ in cells) >= 10 and sum(a == "coupled" for a, _ in cells) >= 5
     pairs = {nodes[cells[a, 0]["pairs"]].name for a in ("sft", "dpo", "dpo+sft", "dpo+sft@0.1", "dpo+sft@2")}
     assert len(pairs) == 1, "all losses learn from the same pairs"
@@ -120,7 +120,7 @@ def test_paper_grid_is_whole():
 
 def test_score_grid_is_whole():
     grid = read_grid("score")
-    nodes, cells = plan(grid, keys, seeds=1)
+    nodes, cells = cells_of(grid, keys, seeds=1)
     assert list(grid.claims) == ["C1", "C2", "C3", "C4", "C5", "C6", "C7"]
     assert grid.first_seed == 1, "seed 0 is that of the default run, which has been looked at"
     assert all(s == "main" for s in (a.seeds for a in grid.arms.values())) and grid.seeds["main"] == 10

@@ -19,13 +19,13 @@ from specs_nb.scale.doctor import (
     batches,
     diagnose,
     disk,
+    estimate,
+    example_prompt,
     generation,
     known_config,
-    measure,
+    measure_memory,
     missing,
-    plan,
     predict,
-    prompt_of,
     read_rate,
     shape_of,
     side_by_side,
@@ -71,7 +71,7 @@ def test_recipes_parse(name, monkeypatch):
 @pytest.mark.parametrize("name", CARD)
 def test_recipes_fit_the_cards_they_name(name):
     config, machine = load_config(name), this_machine(**CARD[name])
-    for stage, p in plan(
+    for stage, p in estimate(
         config, machine, Prompt(), shape_of(config.model.path, known_config(config.model.path))
     ).items():
         assert p.peak < 0.95 * machine.memory, (stage, p)
@@ -91,7 +91,7 @@ def test_recipes_say_what_the_doctor_says(name):
     for stage, words in batches(config, machine.gpus).items():
         assert words in said, stage
     for stage in ("zero", "final"):
-        words = side_by_side(config, stage, shape, prompt_of(config), machine)
+        words = side_by_side(config, stage, shape, example_prompt(config), machine)
         assert words and words.removesuffix(" side by side") in said, words
 
 
@@ -141,7 +141,7 @@ def test_paper_with_servers_on_half_of_the_cards(monkeypatch, tmp_path):
     for stage, words in batches(config, 4).items():
         assert words.split(" (")[0] == batches(load_config("paper_7b"), 8)[stage].split(" (")[0]
     shape = shape_of(config.model.path, known_config(config.model.path))
-    for stage, p in plan(config, machine, Prompt(), shape).items():
+    for stage, p in estimate(config, machine, Prompt(), shape).items():
         assert p.peak < 0.95 * machine.memory, (stage, p)
 
 
@@ -228,7 +228,7 @@ WIDE = dict(
 )
 def test_measured_peak(spec):
     "Two of those that 30_doctor measures, in other sizes"
-    m = measure(dict(spec, text=WIDE))
+    m = measure_memory(dict(spec, text=WIDE))
     p = predict(dict(spec, text=WIDE), m)
     assert abs(p.peak / m["peak"] - 1) <= 0.15, (p.peak / 2**20, m["peak"] / 2**20)
 
@@ -261,7 +261,7 @@ def test_advice_makes_it_fit():
     config = merge(Config(), {"workers": 1, "model": {"dtype": "bfloat16"}})
     machine = Machine(24 * GIB, 1, "24 GiB GPU", disk=10**15, base=GIB)
     shape = shape_of("x", known_config("Qwen/Qwen2.5-VL-3B-Instruct"))
-    assert plan(config, machine, Prompt(), shape)["coldstart"].peak > machine.memory
+    assert estimate(config, machine, Prompt(), shape)["coldstart"].peak > machine.memory
     words, fits = advise(config, "coldstart", machine, Prompt(), shape)
     assert fits
     for w in words.split(" and "):
@@ -270,7 +270,7 @@ def test_advice_makes_it_fit():
         for part in reversed(key.split(".")):
             values = {part: values}
         config = merge(config, values)
-    assert plan(config, machine, Prompt(), shape)["coldstart"].peak <= machine.memory
+    assert estimate(config, machine, Prompt(), shape)["coldstart"].peak <= machine.memory
 
 
 def test_no_advice_where_none_helps():
@@ -283,7 +283,7 @@ def test_vllm_in_the_same_gpu_is_counted():
     machine = Machine(80 * GIB, 1, "80", base=GIB)
 
     def peak(**kw):
-        return plan(
+        return estimate(
             merge(
                 Config(),
                 {
@@ -473,9 +473,9 @@ def test_pictures_made_smaller_are_counted_over_all_sources(tmp_path):
             )
         (tmp_path / name / "data.jsonl").write_text("\n".join(lines))
     mine, other = tmp_path / "mine", tmp_path / "other"
-    one = prompt_of(load_config(None, [f"data.source={mine}", "data.shrink_to=4000"]))
+    one = example_prompt(load_config(None, [f"data.source={mine}", "data.shrink_to=4000"]))
     assert "22 of 64 pictures made smaller" in one.how
-    assert "smaller" not in prompt_of(load_config(None, [f"data.source={mine}"])).how
+    assert "smaller" not in example_prompt(load_config(None, [f"data.source={mine}"])).how
     both = f"data.sources=[{{source: {other}, weight: 9}}, {{source: {mine}, shrink_to: 4000}}]"
-    found = prompt_of(load_config(None, [both]))
+    found = example_prompt(load_config(None, [both]))
     assert "22 of 104 pictures made smaller" in found.how and found.image > one.image

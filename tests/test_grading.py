@@ -397,8 +397,8 @@ def half_or_whole(prediction, row):
 def test_everything_asks_the_same_grader(tmp_path):
     from specs_nb.core import DataConfig
     from specs_nb.data import grpo_dataset
-    from specs_nb.distill import judge
-    from specs_nb.evaluate import question_value, score
+    from specs_nb.distill import check_answer
+    from specs_nb.evaluate import grade_answer, question_value
     from specs_nb.formats import FORMATS
     from specs_nb.inputs.sources import load_rows, pass_rates
     from specs_nb.rewards import accuracy_reward
@@ -413,11 +413,11 @@ def test_everything_asks_the_same_grader(tmp_path):
     columns = {k: [ds[0][k]] * 4 for k in ("answer", "kind", "choices", "grading", "format")}
     want = [1.0, 0.5, 0.0, None]
     assert accuracy_reward(texts, **columns) == want
-    assert [score(t, rows[0], fmt.name)["accuracy"] for t in texts] == want
-    verdicts = [judge(t, rows[0], fmt, check_consistency=False)[0] for t in texts]
+    assert [grade_answer(t, rows[0], fmt.name)["accuracy"] for t in texts] == want
+    verdicts = [check_answer(t, rows[0], fmt, check_consistency=False)[0] for t in texts]
     assert verdicts == ["kept", "kept", "wrong", "ungradable"]
     assert pass_rates([rows[0]], [texts]) == [0.5]
-    scores = [dict(score(t, rows[0], fmt.name), words=1) for t in texts]
+    scores = [dict(grade_answer(t, rows[0], fmt.name), words=1) for t in texts]
     value = question_value(scores)
     assert value["accuracy"] == 0.5 and value["pass@1"] == pytest.approx(2 / 3)
     by_rules = load_rows(DataConfig(source=str(tmp_path), n_train=1, n_test=1), "test", tmp_path / "rules")[0]
@@ -441,7 +441,7 @@ def folded(prediction, row):
 
 def test_consistency_teacher_and_benchmarks_ask_it_too(tmp_path):
     from specs_nb.core import read_json
-    from specs_nb.distill import judge
+    from specs_nb.distill import check_answer
     from specs_nb.formats import FORMATS
     from specs_nb.rewards import consistency_reward
     from specs_nb.study.benchmarks import _gold, read_sample, tabulate, write_task
@@ -454,8 +454,8 @@ def test_consistency_teacher_and_benchmarks_ask_it_too(tmp_path):
     other = fmt.render("So the answer is X_2.", "x")
     columns = dict(kind=["text"] * 2, answer=["X"] * 2, grading=[how] * 2)
     assert consistency_reward([text, other], **columns) == [1.0, 0.0]
-    assert judge(text, dict(row, grading=how), fmt)[0] == "kept"
-    assert judge(other, dict(row, grading=how), fmt)[0] == "inconsistent"
+    assert check_answer(text, dict(row, grading=how), fmt)[0] == "kept"
+    assert check_answer(other, dict(row, grading=how), fmt)[0] == "inconsistent"
     strict = dict(row, answer="BA", grading=json.dumps(dict(grader=f"{__name__}:backwards")))
     assert _graded(fmt.render("So the answer is BA.", "AB"), strict, fmt)["right"], "by its own grader"
     write_task([strict], "mine", tmp_path)

@@ -72,7 +72,7 @@ def test_a_step_is_trls_own_on_the_chosen_questions(eyes, fast, tmp_path):
     seen = {q: r for q, r in zip(t.questions.ids, t.questions.rates)}
     assert all(seen[i] is not None for i in ids)
     if fast:
-        assert t._tried == {"writing", "scoring"} and set(t._why.values()) == {None}, t._why
+        assert "writing" in t._tried and set(t._why.values()) == {None}, t._why
 
 
 def test_alike_groups_are_replaced_within_the_budget(tmp_path):

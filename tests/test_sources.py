@@ -1111,10 +1111,10 @@ def checksum(rows):
 
 def test_world_rows_are_what_they_were():
     "Runs from before must stay reproducible: checksums of the first rows, of scores since 2026-11-27"
-    old = [r for split in world.SPLITS[:3] for r in world.rows(split, 20, tasks=world.SIMPLE)]
+    old = [r for split in world.STREAMS[:3] for r in world.rows(split, 20, tasks=world.SIMPLE)]
     assert checksum(old) == "c9d02f46f77abcd3", "the simple families are those of commit 370cbdb"
     config = DataConfig(n_train=20, n_test=20)
-    new = [r for split in world.SPLITS for r in load_rows(config, split, None)]
+    new = [r for split in world.STREAMS for r in load_rows(config, split, None)]
     assert checksum(new) == "7bd44e178d0156b6"
 
 

@@ -20,11 +20,11 @@ from specs_nb.study.stats import (
     gf_over_seeds,
     hierarchical,
     holm,
-    judged,
     paired_p,
     told,
     too_small_p,
     verdict,
+    with_verdicts,
 )
 
 RNG = np.random.default_rng(0)
@@ -218,7 +218,7 @@ def test_does_not_hold_is_corrected_like_holds():
         for d in rng.normal(0.02, 0.02, (10, 5)):
             half = student.ppf(0.975, 4) * d.std(ddof=1) / 5**0.5
             rows.append(dict(differences=d, lo=d.mean() - half, hi=d.mean() + half, **paired_p(d)))
-        wrong += any(r["verdict"] == "does not hold" for r in judged(rows))
+        wrong += any(r["verdict"] == "does not hold" for r in with_verdicts(rows))
         bare += any(r["hi"] < 0.02 for r in rows)
     assert wrong <= 12 < 20 < bare, (wrong, bare)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..core import SpecsError
-from .generate import context_of, encode, never, prompt, score, unwritable
+from .generate import context_of, encode, never, prompt, score_tokens, unwritable
 from .models import is_vlm, tokenizer_of
 from specs_nb.engines.vllm_engine import (
     class_takes_none,
@@ -654,7 +654,7 @@ def drift(
     was = model.training
     model.eval()
     try:
-        ours = score(
+        ours = score_tokens(
             model,
             processor,
             rows,

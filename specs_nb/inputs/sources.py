@@ -39,7 +39,7 @@ from specs_nb.inputs.files import (
     count_rows,
     data_files,
     in_lines,
-    is_test,
+    is_test_file,
     raw_rows,
     schema_of,
     unpack,
@@ -138,9 +138,9 @@ def open_source(
 def _open_files(path, name, columns, role, key):
     found = data_files(path)
     good = (
-        [f for f in found if not is_test(f, path)]
+        [f for f in found if not is_test_file(f, path)]
         if role == "train"
-        else [f for f in found if is_test(f, path)] or found
+        else [f for f in found if is_test_file(f, path)] or found
     )
     schema, has = schema_of((good or found)[0])
     if role == "train" and "orsta" in (schema, name) and not good:

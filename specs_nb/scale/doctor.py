@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['KNOWN', 'TILE', 'NF4', 'SIZES', 'BASE_CPU', 'BASE_GPU', 'GRAPHS', 'WORLD_PIXELS', 'PIXELS', 'known_config',
            'config_of_model', 'Shape', 'shape_of', 'activations', 'logits', 'Parts', 'training', 'generation',
-           'measure_here', 'measure', 'predict', 'Machine', 'this_machine', 'token_side', 'Prompt', 'prompt_of',
-           'vllm_beside', 'cramped', 'grpo_parts', 'dpo_parts', 'ask_parts', 'engine_of', 'plan', 'show', 'remedies',
-           'advise', 'out_of_memory', 'batches', 'side_by_side', 'tokens', 'times', 'disk', 'host', 'host_line',
-           'requirements', 'missing', 'diagnose', 'report', 'add_options', 'read_rate', 'doctor']
+           'measure_here', 'measure_memory', 'predict', 'Machine', 'this_machine', 'token_side', 'Prompt',
+           'example_prompt', 'vllm_beside', 'cramped', 'grpo_parts', 'dpo_parts', 'ask_parts', 'engine_of', 'estimate',
+           'show', 'remedies', 'advise', 'memory_advice', 'batches', 'side_by_side', 'tokens', 'times', 'disk', 'host',
+           'host_line', 'requirements', 'missing', 'diagnose', 'report', 'add_options', 'read_rate', 'doctor']
 
 # %% ../../nbs/scale/30_doctor.ipynb #c995e21d
 import json
@@ -356,9 +356,9 @@ def generation(
 
 # %% ../../nbs/scale/30_doctor.ipynb #498908cf
 def measure_here(
-    spec: dict,  # see `measure`
+    spec: dict,  # see `measure_memory`
 ) -> dict:  # peak in bytes, and the shape's fields
-    """Build, train or ask a model in this process, and read the peak; for `measure`, which starts a fresh
+    """Build, train or ask a model in this process, and read the peak; for `measure_memory`, which starts a
     process."""
     import ctypes
     import gc
@@ -512,7 +512,7 @@ def _batch(spec, folder):
     return {k: v[:, :T] if v.ndim == 2 and v.shape[0] == B and v.shape[1] > T else v for k, v in b.items()}
 
 # %% ../../nbs/scale/30_doctor.ipynb #db52b2bc
-def measure(
+def measure_memory(
     # family, text (fields of the text model), kind (full, lora, generate, dpo, grpo), train (of dpo and
     # grpo), batch, tokens, new, checkpoint, image
     spec: dict,
@@ -541,10 +541,10 @@ def measure(
 
 
 def predict(
-    spec: dict,  # as for `measure`
+    spec: dict,  # as for `measure_memory`
     measured: dict,  # what it gave
 ) -> Parts:  # without base
-    "What the reckoning says of what `measure` measures."
+    "What the reckoning says of what `measure_memory` measures."
     shape = Shape(**{**measured["shape"], "lora": {1: measured["shape"]["lora"]["1"]}})
     if spec["kind"] in ("dpo", "grpo"):
         n, prompt, new = measured["seen"]
@@ -666,7 +666,7 @@ class Prompt:
     how: str = "assumed; --prompt-tokens and --image-tokens say otherwise"
 
 
-def prompt_of(
+def example_prompt(
     config: Config,  # of the run
     tokens: int = None,  # given
     image: int = None,  # given
@@ -952,7 +952,7 @@ def _version_of(name):
         return None
 
 # %% ../../nbs/scale/30_doctor.ipynb #12e42a79
-def plan(
+def estimate(
     config: Config,  # of the run
     machine: Machine,  # to run on
     prompt: Prompt,  # how long prompts are
@@ -1053,7 +1053,7 @@ def advise(
     "The fewest settings to change for a stage to fit."
 
     def fits(c):
-        return plan(c, machine, prompt, shape)[stage].peak <= machine.memory
+        return estimate(c, machine, prompt, shape)[stage].peak <= machine.memory
 
     for values, words in remedies(config, stage, machine):
         if fits(merge(config, values)):
@@ -1067,19 +1067,19 @@ def advise(
     return " and ".join(taken.values()), False
 
 # %% ../../nbs/scale/30_doctor.ipynb #f6ed6035
-def out_of_memory(
+def memory_advice(
     config: Config,  # of the run
     stage: str,  # that died
     machine: Machine = None,  # None: the one at hand
-    prompt: Prompt = None,  # None: `prompt_of`
+    prompt: Prompt = None,  # None: `example_prompt`
 ) -> str:  # a sentence
     "What to say when memory ran out in a stage: the settings to lower, and to what."
     machine, prompt, shape = (
         machine or this_machine(),
-        prompt or prompt_of(config),
+        prompt or example_prompt(config),
         shape_of(config.model.path),
     )
-    need = plan(config, machine, prompt, shape)[stage].peak
+    need = estimate(config, machine, prompt, shape)[stage].peak
     words, _ = advise(config, stage, replace(machine, memory=min(machine.memory, 0.8 * need)), prompt, shape)
     return f"out of memory in {stage} ({machine.name}, reckoned {need / 2**30:.1f} GiB): " + (
         f"set {words}" if words else "take a smaller model, or more GPUs"
@@ -1386,7 +1386,7 @@ def _chat_problems(config):
 def diagnose(
     config: Config,  # of the run
     machine: Machine,  # to run on
-    prompt: Prompt = None,  # how long prompts are; None: `prompt_of`
+    prompt: Prompt = None,  # how long prompts are; None: `example_prompt`
     rate: dict = None,  # tokens a second: `generate`, `train`
     run=None,  # an earlier run of the same model, for its times
 ) -> dict:  # facts, and `problems`: sentences
@@ -1394,10 +1394,10 @@ def diagnose(
     c = config_of_model(config.model.path)
     shape, prompt, local = (
         shape_of(config.model.path, c),
-        prompt or prompt_of(config),
+        prompt or example_prompt(config),
         _local(config.model.path),
     )
-    parts, space = plan(config, machine, prompt, shape), disk(config, shape, local, machine.cut)
+    parts, space = estimate(config, machine, prompt, shape), disk(config, shape, local, machine.cut)
     problems = missing(config, machine, c.model_type, local) + cramped(config, shape, prompt, machine)
     problems += _chat_problems(config)
     for stage, p in parts.items():
@@ -1525,7 +1525,7 @@ def doctor(
     facts = diagnose(
         config,
         machine,
-        prompt_of(config, args.prompt_tokens, args.image_tokens),
+        example_prompt(config, args.prompt_tokens, args.image_tokens),
         read_rate(args.rate),
         args.run_dir,
     )

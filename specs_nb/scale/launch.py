@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['accelerate_configs', 'processes', 'launcher_words', 'die_with_parent', 'RankFailed', 'fallen', 'start_ranks',
-           'spreads_weights', 'Joined', 'ShareDone', 'Share', 'work', 'main']
+           'spreads_weights', 'Joined', 'ShareDone', 'Share', 'work_as_rank', 'main']
 
 # %% ../../nbs/scale/20_launch.ipynb #16fa1f84
 import os
@@ -264,7 +264,7 @@ class Share:
         raise ShareDone
 
 # %% ../../nbs/scale/20_launch.ipynb #e97fbca4
-def work(
+def work_as_rank(
     run_dir,  # the run folder, opened by the process that started the ranks
     name: str,  # the stage
 ) -> dict:  # facts
@@ -341,7 +341,7 @@ def main(
     try:
         with signals_ask():
             try:
-                facts = work(run_dir, name)
+                facts = work_as_rank(run_dir, name)
             except Interrupted as e:
                 facts = dict(stopped=str(e))
         if is_main():

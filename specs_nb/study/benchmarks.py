@@ -23,7 +23,7 @@ from ..core import SpecsError, derive_seed, nearest, read_json, write_json
 from ..data import prompt_text
 from ..engines.generate import Failed, Sampling, Transformers
 from ..engines.server import Server
-from ..evaluate import answer_in, bootstrap, score
+from ..evaluate import answer_in, bootstrap, grade_answer
 from ..formats import FORMATS
 from ..grading import is_right
 from ..inputs.drafts import Drop, infer
@@ -269,7 +269,7 @@ def read_sample(
     failed = said.startswith(("[LMMS_EVAL_REQUEST_FAILED", "[LMMS_EVAL_BUDGET_EXCEEDED]"))
     tokens = ((sample.get("token_counts") or [None])[0] or {}).get("output_tokens")
     ours = (
-        score(None if failed else said, gold, format)
+        grade_answer(None if failed else said, gold, format)
         if gold
         else dict(
             format=None if failed else FORMATS[format].parse(said) is not None, accuracy=None, strict=None

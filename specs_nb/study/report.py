@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'INK', 'CURVES', 'EXTRA', 'GROUPED', 'MOST_GROUPS', 'GF_WORDS', 'TEST_OF', 'INTERVAL_WORDS', 'WEB', 'SCRIPTS',
-           'VERDICTS', 'CAUTION', 'COMPARED', 'COLD_CURVES', 'SEEDS_CAUTION', 'GRID_CAUTION', 'Chart', 'smooth',
+           'VERDICT_WORDS', 'CAUTION', 'COMPARED', 'COLD_CURVES', 'SEEDS_CAUTION', 'GRID_CAUTION', 'Chart', 'smooth',
            'lines', 'learning_curves', 'rate_charts', 'dots', 'score_charts', 'tries', 'passk_charts', 'plane',
-           'gf_charts', 'draw', 'svg', 'inline', 'write_charts', 'Table', 'csv', 'latex', 'tex', 'score_tables',
-           'paired_table', 'group_table', 'gf_rows', 'data_uri', 'scenes', 'spread', 'first_answers', 'question_rows',
-           'examples', 'learned', 'learned_picture', 'pieces', 'duration', 'machines', 'facts', 'costs', 'spent',
-           'judged', 'at', 'methods', 'web', 'libraries', 'hashed', 'embed', 'own_script', 'style', 'fill',
-           'write_report', 'unpaired_difference', 'read_runs', 'same_questions', 'run_differences',
+           'gf_charts', 'draw_chart', 'svg', 'inline', 'write_charts', 'Table', 'csv', 'latex', 'tex', 'score_tables',
+           'paired_table', 'group_table', 'gf_rows', 'data_uri', 'scenes', 'mixed_outcomes', 'first_answers',
+           'question_rows', 'example_cards', 'learned', 'learned_picture', 'pieces', 'duration', 'machines', 'facts',
+           'costs', 'time_spent', 'judge_facts', 'at', 'methods', 'web', 'libraries', 'hashed', 'embed', 'own_script',
+           'style', 'fill', 'write_report', 'unpaired_difference', 'read_runs', 'same_questions', 'run_differences',
            'config_differences', 'seed_groups', 'pooled_scores', 'seed_contrasts', 'contrast_words', 'compared_charts',
            'compare', 'over_seeds', 'grid_contrasts', 'grid_report']
 
@@ -41,7 +41,7 @@ from ..core import SpecsError, atomic, read_json
 from ..evaluate import bootstrap, resample
 from ..look import look_words
 from .stats import contrast, gf_interval, hierarchical, told
-from .stats import judged as corrected
+from .stats import with_verdicts as corrected
 
 # %% ../../nbs/study/40_report.ipynb #c615ab5c
 LOOKS = dict(  # on white, on black, matplotlib's mark, Plot's symbol, dash
@@ -336,7 +336,7 @@ def gf_charts(
     ]
 
 # %% ../../nbs/study/40_report.ipynb #af5757d9
-def draw(
+def draw_chart(
     chart: Chart,  # what to draw
 ):  # a matplotlib figure
     "A chart as a figure for print."
@@ -500,7 +500,7 @@ def write_charts(
     page = {}
     Path(out).mkdir(parents=True, exist_ok=True)
     for c in charts:
-        fig = draw(c)
+        fig = draw_chart(c)
         page[c.id] = inline(text := svg(fig, c.id), c)
         with atomic(Path(out) / f"{c.id}.svg") as part:
             part.write_text(text, encoding="utf-8")
@@ -820,7 +820,7 @@ def scenes(
     return out
 
 # %% ../../nbs/study/40_report.ipynb #b908f5ef
-def spread(
+def mixed_outcomes(
     questions: dict,  # id → model → its first answer: accuracy, format
     n: int,  # how many to take
 ) -> list:  # ids
@@ -884,7 +884,7 @@ def question_rows(
     return out
 
 # %% ../../nbs/study/40_report.ipynb #bc1052e9
-def examples(
+def example_cards(
     run_dir: Path,  # a run folder
     n: int = 40,  # questions of each test
 ) -> list:  # of dicts: split, id, question, answer, asked, images, said
@@ -914,7 +914,7 @@ def examples(
             ],
         )
 
-    return [card(split, i) for split in SPLITS if split in said for i in spread(said[split], n)]
+    return [card(split, i) for split in SPLITS if split in said for i in mixed_outcomes(said[split], n)]
 
 
 def _says(x):
@@ -925,9 +925,9 @@ def learned(
     run_dir: Path,  # a run folder
     n: int = 6,  # questions
     split: str = "id",  # the test that they come from
-) -> list:  # of dicts as from `examples`, with `difficulty`; empty if the evaluation has left no texts
+) -> list:  # of dicts as from `example_cards`, with `difficulty`; empty if the evaluation has left no texts
     "The same few questions through all models, the easiest tier first."
-    some = [e for e in examples(run_dir, n) if e["split"] == split]
+    some = [e for e in example_cards(run_dir, n) if e["split"] == split]
     rows, place = question_rows(run_dir).get(split, ((), {}))
     for e in some:
         row = rows[place[e["id"]]] if e["id"] in place else {}
@@ -1088,7 +1088,7 @@ def costs(
 from ..core import PHASES
 
 
-def spent(
+def time_spent(
     stages: dict,  # stage → its stage.json
 ) -> tuple:  # (phases, rows: stage, share of each phase or None, seconds of each phase or None)
     "Where each stage's time went."
@@ -1101,7 +1101,7 @@ def spent(
     return phases, rows
 
 # %% ../../nbs/study/40_report.ipynb #45791944
-def judged(
+def judge_facts(
     stages: dict,  # stage → its stage.json
 ) -> (
     dict
@@ -1338,10 +1338,10 @@ def methods(
 
 
 def _judge_words(c, s):
-    asked = sorted({who for _, who, *_ in judged(s)["counts"]} - {"vote"})
+    asked = sorted({who for _, who, *_ in judge_facts(s)["counts"]} - {"vote"})
     return (
         f"What the rules could not decide was put to {', '.join(asked)}, with"
-        f" {', '.join(judged(s)['spent'].values())}."
+        f" {', '.join(judge_facts(s)['spent'].values())}."
         if asked
         else ""
     )
@@ -1403,7 +1403,7 @@ def style() -> str:  # CSS
     return out
 
 # %% ../../nbs/study/40_report.ipynb #f6e46202
-VERDICTS = dict(
+VERDICT_WORDS = dict(
     kept="right and in form",
     mended="right, its form was mended",
     wrong="wrong answer",
@@ -1528,15 +1528,15 @@ def write_report(
         run=run,
         n_samples=at(run["config"], "eval.n_samples", "k"),
         missing=[s for s, steps in run["history"].items() if not steps],
-        examples=examples(run_dir),
+        examples=example_cards(run_dir),
         learned=learned(run_dir),
         scenes=scenes(pairs) if pairs.exists() else [],
-        judged=judged(run["stages"]),
+        judged=judge_facts(run["stages"]),
         methods=methods(run),
         facts=facts(run),
         costs=costs(run["stages"]),
-        spent=spent(run["stages"]),
-        verdicts=VERDICTS,
+        spent=time_spent(run["stages"]),
+        verdicts=VERDICT_WORDS,
         share=_share,
     )
 
@@ -1718,7 +1718,7 @@ def _many(name, seeds):
 def seed_contrasts(
     groups: dict,  # from `seed_groups`
     smallest: float = 0.02,  # difference that would matter
-) -> tuple:  # (rows as of `stats.judged` with a, b, metric, split; remarks)
+) -> tuple:  # (rows as of `stats.with_verdicts` with a, b, metric, split; remarks)
     "Each configuration against the first, over the seeds that both have."
     (first, base), *others = groups.items()
     rows, remarks = [], []
@@ -1940,7 +1940,7 @@ def grid_contrasts(
     pairs: list,  # of (arm, arm): the first is claimed to be better
     outcome: tuple,  # (model, split, metric) that is tested
     smallest: float = 0.02,  # difference that would matter
-) -> tuple:  # (tested: rows as of `stats.judged`, with a and b; `Table` of all differences)
+) -> tuple:  # (tested: rows as of `stats.with_verdicts`, with a and b; `Table` of all differences)
     "Arms against each other over the seeds that both have, with Student's intervals."
     tested, rows = [], []
     for m, s, k in dict.fromkeys((m, s, k) for m, s, _, k in cells):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['table', 'weights', 'real', 'drawn_means', 'hierarchical', 'with_ends', 'paired_p', 'too_small_p', 'holm', 'verdict',
-           'contrast', 'contrasts', 'judged', 'told', 'gf_over_seeds', 'gf_interval', 'gf_curve']
+           'contrast', 'contrasts', 'with_verdicts', 'told', 'gf_over_seeds', 'gf_interval', 'gf_curve']
 
 # %% ../../nbs/study/30_stats.ipynb #46b1bf14
 import math
@@ -232,16 +232,16 @@ def contrasts(
     n: int = 2000,  # resamples
     level: float = 0.95,  # of the intervals; alpha is 1 - level
     ends: tuple = None,  # (smallest, largest) possible difference; None: unknown
-) -> list:  # of dicts: a, b, what `contrast` gives, what `judged` adds
+) -> list:  # of dicts: a, b, what `contrast` gives, what `with_verdicts` adds
     "Claims tested together; raises `SpecsError` for an unknown arm."
     for arm in (arm for pair in pairs for arm in pair):
         if arm not in arms:
             raise SpecsError(f"no arm {arm!r}: there are {', '.join(map(str, arms))}")
     rows = [dict(a=a, b=b, **contrast(arms[a], arms[b], len(pairs), n, level, ends)) for a, b in pairs]
-    return judged(rows, smallest, 1 - level)
+    return with_verdicts(rows, smallest, 1 - level)
 
 
-def judged(
+def with_verdicts(
     rows: list,  # of `contrast`s that are tested together, whatever else they hold
     smallest: float = 0.02,  # effect that would matter
     alpha: float = 0.05,  # level
@@ -262,7 +262,7 @@ def judged(
 
 
 def told(
-    row: dict,  # from `judged`
+    row: dict,  # from `with_verdicts`
     scale: float = 1,  # what numbers are multiplied by: 100 for points
     unit: str = "",  # after the smallest effect
 ) -> str:  # such as `can't tell (could see 3.1 points)`

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .. import world
 from ..core import Interrupted, Progress, SpecsError, derive_seed, stop_asked
-from ..engines.generate import Sampling, encode, prompt, sample_batch, score
+from ..engines.generate import Sampling, encode, prompt, sample_batch, score_tokens
 from ..engines.models import load_model, save_model, tokenizer_of
 from ..formats import FORMATS
 from ..grading import consistent_row, grade_row, is_right
