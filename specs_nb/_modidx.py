@@ -892,6 +892,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'specs_nb.report._file': ('report.html#_file', 'specs_nb/report.py'),
                                  'specs_nb.report._final': ('report.html#_final', 'specs_nb/report.py'),
                                  'specs_nb.report._flat': ('report.html#_flat', 'specs_nb/report.py'),
+                                 'specs_nb.report._further_tests': ('report.html#_further_tests', 'specs_nb/report.py'),
                                  'specs_nb.report._grpo': ('report.html#_grpo', 'specs_nb/report.py'),
                                  'specs_nb.report._judge_words': ('report.html#_judge_words', 'specs_nb/report.py'),
                                  'specs_nb.report._judged_grid': ('report.html#_judged_grid', 'specs_nb/report.py'),

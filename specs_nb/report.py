@@ -1157,6 +1157,11 @@ def _pairs_words(c, p):
     formats = ""
     if also != "none":
         formats = f"; pairs also ask for {also}, and then the rejected answer keeps the trained format"
+    alike = (c.get("distill") or {}).get("alike")
+    if alike:
+        formats += (
+            f"; of their reasonings at least {alike:.0%} of the words agree with those of the chosen ones"
+        )
     how = ["a right answer whose format can be mended was mended"] * (at(c, "distill.mend") is True) + [
         "answers whose reasoning ends elsewhere were dropped"
     ] * (at(c, "distill.check_consistency") is True)
@@ -1180,6 +1185,16 @@ def _cold_words(c, s):
         f" {s.get('steps', '?')} steps ({_trainer(c, 'coldstart')}; {_weights(c, 'coldstart')})."
     )
 
+# %% ../nbs/75_report.ipynb #b3968f6e
+def _further_tests(metrics):
+    "What the tests asked besides, in words"
+    further = {
+        "ood_visual": ", about pictures of another look (other pictures)",
+        "compositional": ", and with more to combine than most training questions (harder questions)",
+    }
+    taken = {split for of in metrics.values() for split in of or {}}
+    return "".join(words for split, words in further.items() if split in taken)
+
 # %% ../nbs/75_report.ipynb #96bdd69b
 def methods(
     run: dict,  # from `read_run`
@@ -1193,11 +1208,7 @@ def methods(
     named = [f"{p.get('source')} {p.get('path', '')}".strip() for p in data.get("sources") or [data]]
     drawn = named == ["world"] or not data
     source = "drawn scenes of the package's embedded world" if drawn else " and ".join(named)
-    visual = (
-        ", and about pictures of another look (other pictures)"
-        if any((of or {}).get("ood_visual") for of in run["metrics"].values())
-        else ""
-    )
+    visual = _further_tests(run["metrics"])
     dropped, times = s["eval"].get("dropped_from_tests"), ", ".join(
         f"{k} {duration(v.get('seconds', 0))}" for k, v in done.items()
     )
