@@ -1729,6 +1729,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'specs_nb.study.report._flat': ('study/report.html#_flat', 'specs_nb/study/report.py'),
                                        'specs_nb.study.report._format_words': ( 'study/report.html#_format_words',
                                                                                 'specs_nb/study/report.py'),
+                                       'specs_nb.study.report._further_tests': ( 'study/report.html#_further_tests',
+                                                                                 'specs_nb/study/report.py'),
                                        'specs_nb.study.report._grid_cells': ('study/report.html#_grid_cells', 'specs_nb/study/report.py'),
                                        'specs_nb.study.report._grid_charts': ('study/report.html#_grid_charts', 'specs_nb/study/report.py'),
                                        'specs_nb.study.report._grid_findings': ( 'study/report.html#_grid_findings',

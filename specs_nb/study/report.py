@@ -1226,6 +1226,11 @@ def _pairs_words(c, p):
     formats = ""
     if also != "none":
         formats = f"; pairs also ask for {also}, and then the rejected answer keeps the trained format"
+    alike = (c.get("distill") or {}).get("alike")
+    if alike:
+        formats += (
+            f"; of their reasonings at least {alike:.0%} of the words agree with those of the chosen ones"
+        )
     how = ["a right answer whose format can be mended was mended"] * (at(c, "distill.mend") is True) + [
         "answers whose reasoning ends elsewhere were dropped"
     ] * (at(c, "distill.check_consistency") is True)
@@ -1249,6 +1254,16 @@ def _cold_words(c, s):
         f" {s.get('steps', '?')} steps ({_trainer(c, 'coldstart')}; {_weights(c, 'coldstart')})."
     )
 
+# %% ../../nbs/study/40_report.ipynb #b3968f6e
+def _further_tests(metrics):
+    "What the tests asked besides, in words"
+    further = {
+        "ood_visual": ", about pictures of another look (other pictures)",
+        "compositional": ", and with more to combine than most training questions (harder questions)",
+    }
+    taken = {split for of in metrics.values() for split in of or {}}
+    return "".join(words for split, words in further.items() if split in taken)
+
 # %% ../../nbs/study/40_report.ipynb #96bdd69b
 def _question_words(run):
     "Where the questions came from"
@@ -1268,9 +1283,7 @@ def _question_words(run):
 
 def _format_words(run):
     "Which forms were trained and tested"
-    c, visual = run["config"], ""
-    if any((of or {}).get("ood_visual") for of in run["metrics"].values()):
-        visual = ", and about pictures of another look (other pictures)"
+    c, visual = run["config"], _further_tests(run["metrics"])
     return (
         f"The trained response format was {at(c, 'data.format')}; the tests asked in this format, in"
         f" others ({at(c, 'data.ood_formats')}){visual}."
