@@ -1,5 +1,6 @@
 """What test_grouped.py runs by two processes and by one: two steps of GRPO with SGD, the same answers to 4
-questions. By two: in rows with all answers, under checkpointing, in passes; by one: TRL as it is"""
+questions. By two: in rows with all answers, under checkpointing, in passes; by one: TRL as it is,
+the step in one batch"""
 
 import random
 import sys
@@ -31,8 +32,8 @@ def first(completions, **kw):
 def main(out):
     n = rank()[1]
     how = dict(
-        per_device_train_batch_size=12 // n,
-        gradient_accumulation_steps=2,
+        per_device_train_batch_size=12 // n if n > 1 else 24,
+        gradient_accumulation_steps=2 if n > 1 else 1,
         num_generations=6,
         max_completion_length=12,
         gradient_checkpointing=n > 1,

@@ -180,6 +180,6 @@ def test_two_processes(tmp_path):
     two, one = (torch.load(f) for f in files)
     assert two["passes"] > 8 and one["passes"] == 0 and one["moved"] > 1e-4
     for a, b in zip(two["logged"], one["logged"]):
-        assert a == pytest.approx(b, abs=2e-3), "what passes and processes log is what TRL logs"
+        assert a == pytest.approx(b, abs=1e-4), "batches, passes and processes log what TRL logs of one batch"
     for name, w in one["weights"].items():
         assert torch.allclose(two["weights"][name], w, atol=1e-5), name

@@ -1033,12 +1033,12 @@ def test_vllm_keeps_to_the_shape(vllm):
 
 
 @pytest.mark.parametrize("without", [frozenset(), frozenset({"response_format"})], ids=["structured", "free"])
-@pytest.mark.parametrize("task", J.TASKS)
+@pytest.mark.parametrize("task", J.JUDGE_TASKS)
 def test_vllm_gives_a_verdict_or_none(judge, vllm, task, without):
     "The embedded model is no judge: what it says must be a verdict with the right code, or count as none"
     j = small(judge, vllm)
     j.endpoints[0].without = without
-    asked = [{f: f"{f} {i}" for f in J.TASKS[task].fields} for i in range(5)]
+    asked = [{f: f"{f} {i}" for f in J.JUDGE_TASKS[task].fields} for i in range(5)]
     said = j.ask(task, asked)
     c = j.counts["tiny"]
     print(task, sorted(without), said, dict(c))

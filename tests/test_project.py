@@ -255,12 +255,6 @@ def test_old_paths_are_the_new_modules():
     assert run.returncode == 0, run.stderr
 
 
-
-
-
-
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=named)
 def test_kernel_is_named(path):
     "Else JupyterLab asks for one at every opening"
@@ -496,3 +490,79 @@ def test_no_name_is_defined_twice(path):
     "Two cells far apart that define the same helper: the second would silently serve the first's callers"
     names = [n.name for n in ast.parse(path.read_text()).body if hasattr(n, "name")]
     assert sorted(set(names)) == sorted(names)
+
+
+# ---- one name for one thing, and short functions
+
+
+def written():
+    "module → syntax tree, of the modules that notebooks export; what only passes on an old path is none"
+    return {module: ast.parse(package_file(module).read_text()) for module in modules()}
+
+
+def defined(tree):
+    "Public names that a module defines at its top: functions, classes, and what is assigned"
+    found = set()
+    for node in tree.body:
+        if hasattr(node, "name"):
+            found.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+    return {name for name in found if not name.startswith("_")}
+
+
+def in_two(trees):
+    "Names that two modules define, with the modules; every command has its own `main`"
+    owners = {}
+    for module, tree in trees.items():
+        for name in defined(tree) - {"main"}:
+            owners.setdefault(name, []).append(module)
+    return {name: found for name, found in owners.items() if len(found) > 1}
+
+
+def test_a_name_has_one_home():
+    "Who reads a name elsewhere, or looks for it, must find one thing"
+    assert in_two(written()) == {}
+
+
+def test_a_name_with_two_homes_is_found():
+    planted = {"a": "LIMIT = 1\ndef f(): pass\n_own = 2", "b": "A, LIMIT = 0, 1\nclass f: pass\n_own = 3"}
+    planted["c"] = "from .a import LIMIT as limit\ndef main(): A = 1"
+    found = in_two({module: ast.parse(src) for module, src in planted.items()})
+    assert found == {"LIMIT": ["a", "b"], "f": ["a", "b"]}
+
+
+LONGEST_BODY = 60  # lines of a function without its signature and docstring
+
+
+def long_bodies(tree):
+    "Functions whose body is longer than that, also within classes and functions: (name, lines)"
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            if lines > LONGEST_BODY:
+                yield node.name, lines
+
+
+def test_functions_are_short():
+    "A function that needs two screens does two things"
+    found = [
+        f"{module}.{n}: {lines} lines" for module, tree in written().items() for n, lines in long_bodies(tree)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_a_long_function_is_found():
+    def lines(n, doc=1):
+        return (
+            "class C:\n    def f(\n        self,\n    ):\n"
+            + doc * '        """A\n        doc"""\n'
+            + n * "        x = 1\n"
+        )
+
+    assert list(long_bodies(ast.parse(lines(60)))) == []
+    assert (
+        list(long_bodies(ast.parse(lines(61)))) == [("f", 61)] == list(long_bodies(ast.parse(lines(61, 0))))
+    )

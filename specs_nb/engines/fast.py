@@ -553,6 +553,8 @@ def _as_one(
                 found.append(np.nanmin(values))
             elif name.endswith(("_max", "/max")):
                 found.append(np.nanmax(values))
+            elif np.isnan(values).all():
+                found.append(np.nan)
             else:
                 found.append(np.nansum(values * weights) / max(weights[~np.isnan(values)].sum(), 1))
     return [float(x) for x in found]
@@ -612,8 +614,39 @@ def in_order(
     parts = split_tensor_dict(_picked(whole, order), len(batches))
     return [unsplit_pixel_values_by_grid(b) for b in parts]
 
+# %% ../../nbs/engines/10_fast.ipynb #2f835255
+class _Weighed(_Divided):
+    "What the batches of a step log, put together by their tokens"
+
+    _window = None  # (number of the step, how much each list held before it, tokens of each batch so far)
+
+    def _compute_loss(self, model, inputs):
+        import torch
+
+        if "group" not in inputs or not (torch.is_grad_enabled() and self.model.training):
+            return super()._compute_loss(model, inputs)
+        metrics, step = self._metrics["train"], self.state.global_step
+        if self._window is None or self._window[0] != step:
+            self._window = step, {k: len(v) for k, v in metrics.items()}, []
+        loss = super()._compute_loss(model, inputs)
+        tokens = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).sum()
+        self._window[2].append(self.accelerator.reduce(tokens, "sum").item())
+        if self.accelerator.sync_gradients:
+            _merge_batches(metrics, *self._window[1:])
+            self._window = None
+        return loss
+
+
+def _merge_batches(metrics, before, tokens):
+    "Put what the batches of a step logged together, in place"
+    new = {k: v[before.get(k, 0) :] for k, v in metrics.items()}
+    names = sorted(k for k, v in new.items() if len(v) == len(tokens))
+    table = [[new[k][i] for k in names] for i in range(len(tokens))]
+    for name, value in zip(names, _as_one(names, table, tokens)):
+        metrics[name][before.get(name, 0) :] = [value]
+
 # %% ../../nbs/engines/10_fast.ipynb #6fc87df7
-class _Fast(_Divided, _Writing):
+class _Fast(_Weighed, _Writing):
     "What is replaced in TRL's trainer"
 
     def _generate_and_score_completions(self, inputs):

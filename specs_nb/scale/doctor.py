@@ -360,72 +360,83 @@ def measure_here(
 ) -> dict:  # peak in bytes, and the shape's fields
     """Build, train or ask a model in this process, and read the peak; for `measure_memory`, which starts a
     process."""
-    import ctypes
-    import gc
     import tempfile
 
     import torch
-    from peft import get_peft_model
 
-    from specs_nb.core import reset_peak_memory
-    from specs_nb.engines.models import lora_config, model_class, quiet_libraries, random_model
+    from specs_nb.engines.models import model_class, quiet_libraries, random_model
 
     quiet_libraries()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     folder = random_model(spec.get("family", "text"), Path(tempfile.mkdtemp()) / "m", **spec["text"])
-    config, auto = load_config_of(folder), model_class(folder)
+    config, seen = load_config_of(folder), None
     for k, v in spec.get("vision", {}).items():
         setattr(config.vision_config, k, v)
-    trl = spec["kind"] in ("dpo", "grpo")
-    batch = None if trl else _batch(spec, folder)
-
-    def status(key):
-        return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) * 1024
-
-    def work(model):
-        if spec["kind"] == "generate":
-            with torch.no_grad():
-                return model.eval().generate(
-                    **batch, max_new_tokens=spec["new"], min_new_tokens=spec["new"], do_sample=True, top_k=0
-                )
-        if spec["kind"] == "lora":
-            model = get_peft_model(model, lora_config(spec.get("rank", 16)))
-        if spec.get("checkpoint"):
-            model.gradient_checkpointing_enable()
-            model.enable_input_require_grads()
-        model.train()
-        opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-        for _ in range(2):
-            out = model(**batch, labels=batch["input_ids"])
-            out.loss.backward()
-            del out
-            opt.step()
-            opt.zero_grad()
-
-    def facts(seen=None):
-        return dict(
-            peak=status("VmHWM") - before, base=before, shape=vars(shape_of(folder, config)), seen=seen
-        )
-
-    if trl:  # the stages' own trainers, first with a small model to warm up
+    if spec["kind"] in ("dpo", "grpo"):  # the stages' own trainers, first with a small model to warm up
         _stage(spec, random_model("text", Path(tempfile.mkdtemp()) / "s"))
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        before = status("VmRSS")
-        reset_peak_memory()
-        return facts(_stage(spec, folder))
-    small = auto.from_pretrained(folder)  # warm up: what libraries keep for themselves is not the model's
-    small(
-        input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 4, dtype=torch.long)
-    ).loss.backward()
-    del small
+        before = _settled()
+        seen = _stage(spec, folder)
+    else:
+        auto, batch = model_class(folder), _batch(spec, folder)
+        _warm_up(auto.from_pretrained(folder))
+        before = _settled()
+        _use(auto.from_config(config), spec, batch)
+    peak = _from_status("VmHWM") - before
+    return dict(peak=peak, base=before, shape=vars(shape_of(folder, config)), seen=seen)
+
+
+def _from_status(key):
+    "What the system says of this process's memory, in bytes: `VmRSS` is now, `VmHWM` the peak."
+    return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) * 1024
+
+
+def _settled():
+    "Memory in bytes when what is free was given back; from here the peak is counted anew."
+    import ctypes
+    import gc
+
+    from specs_nb.core import reset_peak_memory
+
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = status("VmRSS")
+    before = _from_status("VmRSS")
     reset_peak_memory()
-    work(auto.from_config(config))
-    return facts()
+    return before
+
+
+def _warm_up(model):
+    "What libraries keep for themselves is not the model's: let them take it."
+    import torch
+
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+
+
+def _use(model, spec, batch):
+    "Let a model answer, or take two steps of training."
+    import torch
+    from peft import get_peft_model
+
+    from specs_nb.engines.models import lora_config
+
+    if spec["kind"] == "generate":
+        new = dict(max_new_tokens=spec["new"], min_new_tokens=spec["new"])
+        with torch.no_grad():
+            return model.eval().generate(**batch, **new, do_sample=True, top_k=0)
+    if spec["kind"] == "lora":
+        model = get_peft_model(model, lora_config(spec.get("rank", 16)))
+    if spec.get("checkpoint"):
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    model.train()
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    for _ in range(2):
+        out = model(**batch, labels=batch["input_ids"])
+        out.loss.backward()
+        del out
+        opt.step()
+        opt.zero_grad()
 
 
 def _stage(spec, folder):

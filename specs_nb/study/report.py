@@ -23,7 +23,7 @@ from specs_nb.analysis import (
     METRICS,
     MODELS,
     SPLITS,
-    STAGES,
+    STAGE_TITLES,
     comparisons,
     detectable,
     findings,
@@ -1071,7 +1071,7 @@ def costs(
         memory = f"{s['peak_memory_gb']:.2f}" if s.get("peak_memory_gb") else "–"
         return (
             name,
-            STAGES[name],
+            STAGE_TITLES[name],
             state,
             duration(s["seconds"]) if "seconds" in s else "–",
             memory + (f", GPU {s['peak_gpu_gb']:.2f}" if s.get("peak_gpu_gb") else ""),
