@@ -8,7 +8,8 @@ import types
 
 class _Parts(types.ModuleType):
     """An old module that lies in several new ones: a name is read where it is, and what is set (by a test) is
-    set in each that has the name"""
+    set in each that has the name. Deleting a name puts back what was there before it was last set: so
+    `unittest.mock` and pytest's `monkeypatch` end a patch of a name that isn't the module's own"""
 
     def __getattr__(self, name):
         for part in self.__dict__["_parts"]:
@@ -20,14 +21,19 @@ class _Parts(types.ModuleType):
         if name.startswith("__"):
             return super().__setattr__(name, value)
         parts = self.__dict__["_parts"]
-        gone = self.__dict__["_gone"].pop(name, [])
-        for part in [p for p in parts if name in vars(p)] or gone or parts[:1]:
+        there = [p for p in parts if name in vars(p)]
+        self.__dict__["_before"].setdefault(name, []).append([(p, vars(p)[name]) for p in there])
+        for part in there or parts[:1]:
             setattr(part, name, value)
 
-    def __delattr__(self, name):  # `unittest.mock` deletes a name before it puts it back
-        self.__dict__["_gone"][name] = [p for p in self.__dict__["_parts"] if name in vars(p)]
-        for part in self.__dict__["_gone"][name]:
-            delattr(part, name)
+    def __delattr__(self, name):
+        if not self.__dict__["_before"].get(name):
+            raise AttributeError(f"{name!r} was not set through {self.__name__!r}: it lies in another module")
+        there = self.__dict__["_before"][name].pop()
+        for part, value in there:
+            setattr(part, name, value)
+        if not there:  # nobody had it
+            delattr(self.__dict__["_parts"][0], name)
 
     def __dir__(self):
         return sorted({name for part in self.__dict__["_parts"] for name in vars(part)})
@@ -63,7 +69,7 @@ def moved(
     old = _Parts(name, modules[0].__doc__)
     old.__dict__.update(
         _parts=modules,
-        _gone={},
+        _before={},
         __spec__=sys.modules[name].__spec__,
         __file__=sys.modules[name].__file__,
         __all__=sorted({n for m in modules for n in m.__all__}),

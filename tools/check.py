@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -151,33 +152,51 @@ def vllm_missing():
     return not (vllm_python().parent.parent / ".ready").exists()
 
 
+def in_vllm_env():
+    """The environment's Python first, and a port for trainers with vLLM inside: two of them that look for a
+    free one at the same time find the same"""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    return {**ENV, "PATH": f"{vllm_python().parent}{os.pathsep}{os.environ['PATH']}", "MASTER_PORT": port}
+
+
 def vllm_notebooks(tmp):
     "Notebook cells flagged vllm, in vLLM's environment"
     from nbdev.doclinks import nbglob
 
     if vllm_missing():
         return ""
-    env = {**ENV, "PATH": f"{vllm_python().parent}{os.pathsep}{os.environ['PATH']}"}
     flagged = [p for p in nbglob(ROOT / "nbs", as_path=True) if re.search(r'"#\| vllm', p.read_text())]
     failed = []
     for p in flagged:
         words = [vllm_python().parent / "nbdev-test", p, "--flags", "vllm", "--do-print"]
-        if sh(*words, env=env, quiet=True, at_once=False)[0]:
+        if sh(*words, env=in_vllm_env(), quiet=True, at_once=False)[0]:
             failed.append(p.name)
     say(f"vllm: {len(flagged) - len(failed)} passed, {len(failed)} failed")
     return f"failed: {', '.join(failed)}" if failed else "" if flagged else "no notebook ran"
 
 
+PYTEST = ["-m", "pytest", "-q", "-rs", "--durations", "20"]
+RECIPES = "tests/engines/test_recipes.py"
+
+
 def vllm_tests(tmp):
-    "tests/engines in vLLM's environment, and the judge asking a server that runs in it"
+    "tests/engines in vLLM's environment, but for the recipes"
+    if vllm_missing():
+        return ""
+    words = [vllm_python(), *PYTEST, "tests/engines", f"--ignore={RECIPES}"]
+    return "pytest failed" if sh(*words, env=in_vllm_env(), at_once=False)[0] else ""
+
+
+def vllm_recipes(tmp):
+    "Walks of the shipped recipes in vLLM's environment, and the judge asking a server that runs in it"
     py = vllm_python()
     if vllm_missing():
         return ""
-    env = {**ENV, "PATH": f"{py.parent}{os.pathsep}{os.environ['PATH']}"}
-    how = ["-m", "pytest", "-q", "-rs", "--durations", "20"]
-    code, _ = sh(py, *how, "tests/engines", env=env, at_once=False)
+    code, _ = sh(py, *PYTEST, RECIPES, env=in_vllm_env(), at_once=False)
     judge = ["tests/test_judge.py", "-k", "vllm"]
-    code |= sh(sys.executable, *how, *judge, env={**ENV, "SPECS_VLLM_PYTHON": str(py)}, at_once=False)[0]
+    code |= sh(sys.executable, *PYTEST, *judge, env={**ENV, "SPECS_VLLM_PYTHON": str(py)}, at_once=False)[0]
     return "pytest failed" if code else ""
 
 
@@ -265,18 +284,19 @@ def docs(tmp):
     )
 
 
-# What stands in one row runs side by side. A notebook run and a pytest run use two processes by themselves.
+# What stands in one row runs side by side, two at a time. A notebook run and a pytest run use two processes
+# by themselves.
 ROWS = [
     [vllm_env, roundtrip, ruff],
     [notebooks],
     [pytest],
-    # not the two of vLLM at once: a trainer with vLLM inside takes a fixed port
-    [vllm_tests, wheel],
-    [vllm_notebooks, docs],
+    [vllm_tests, vllm_recipes],
+    [vllm_notebooks, wheel, docs],
 ]
 CHECK = [[roundtrip, ruff, quick]]  # what one runs before a commit
 GPU = [[gpu_tests], [gpu_cells]]
-NAMED = {"gpu": GPU, "vllm": [[vllm_env], [vllm_tests], [vllm_notebooks]], "check": CHECK, "quick": [[quick]]}
+VLLM = [[vllm_env], [vllm_tests, vllm_recipes], [vllm_notebooks]]
+NAMED = {"gpu": GPU, "vllm": VLLM, "check": CHECK, "quick": [[quick]]}
 
 
 def one(part):

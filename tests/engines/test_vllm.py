@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from importlib.util import find_spec
 
@@ -19,11 +20,14 @@ if find_spec("vllm") is None:
         "vLLM isn't installed here: `make vllm`, then `python tools/check.py vllm`", allow_module_level=True
     )
 
+from pathlib import Path
+
 from PIL import Image
 
 from specs_nb import generate as g
 from specs_nb import world
-from specs_nb.core import GRPOStage, SpecsError
+from specs_nb.core import GRPOStage, SpecsError, read_json
+from specs_nb.engines import jobs
 from specs_nb.engines.models import load_model, resolve
 from specs_nb.formats import FORMATS
 
@@ -32,16 +36,6 @@ CARD = torch.cuda.is_available()
 # several engines share a card here, and compiling would take longer than all they are asked
 ROOM = dict(gpu_memory=0.15, options=dict(enforce_eager=True)) if CARD else {}
 GREEDY = g.Sampling(temperature=0, max_new_tokens=48)
-BESIDE = dict(use_vllm=True, vllm_mode="colocate", vllm_max_model_length=256)
-GRPO = dict(
-    per_device_train_batch_size=16,
-    num_generations=8,
-    max_completion_length=48,
-    learning_rate=1e-3,
-    lr_scheduler_type="constant",
-    gradient_checkpointing=False,
-    bf16=False,  # on a GPU TRL's default is true, and vLLM follows
-)
 torch.backends.cudnn.allow_tf32 = False  # nor are a GPU's convolutions exact as they come
 
 
@@ -195,6 +189,39 @@ def test_what_vllm_is_not_given():
         g.VLLM("tiny", {}, {"options": {"no_such_option": 1}})
 
 
+def test_killed_and_continued(engine, tmp_path, monkeypatch):
+    """A run that is killed after its first batch and goes on ends with the same answers as one that wasn't;
+    the engine of these tests answers in the second process's place"""
+    code = f"""        if __name__ == "__main__":
+            import sys
+            from specs_nb import generate as g, world
+            from specs_nb.formats import FORMATS
+            job = g.Job("a", "tiny", world.rows("test", 40), FORMATS["think_answer"].instruction)
+            g.answer_all([job], g.Sampling(n=2, batch_size=8), 0, sys.argv[1], engine="vllm", options={ROOM})
+    """
+    (tmp_path / "run.py").write_text(textwrap.dedent(code))
+    words = [sys.executable, tmp_path / "run.py", tmp_path / "cut"]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    p, until = subprocess.Popen(words, start_new_session=True, **quiet), time.time() + 240
+    while not list((tmp_path / "cut").glob("a-*.json")) and p.poll() is None and time.time() < until:
+        time.sleep(0.02)
+    os.killpg(p.pid, signal.SIGKILL)
+    p.wait()
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "cut").glob("a-*.json")}
+    assert 0 < len(before) < 10, "it was killed too early or too late"
+    monkeypatch.setattr(jobs, "_processes", lambda engine, workers: (1, False))
+    monkeypatch.setattr(jobs, "_loaded", {("vllm", g.root_of("tiny")): engine})
+    job = g.Job("a", "tiny", world.rows("test", 40), FMT.instruction)
+    how = dict(engine="vllm", options=ROOM)
+    cut, whole = (
+        g.answer_all([job], g.Sampling(n=2, batch_size=8), 0, tmp_path / to, **how)["a"]
+        for to in ("cut", "whole")
+    )
+    assert len(whole) == 40 and cut == whole
+    assert len(list((tmp_path / "whole").glob("a-*.json"))) == 10
+    assert all(f.stat().st_mtime_ns == t for f, t in before.items()), "what was there is not asked again"
+
+
 @pytest.mark.parametrize("version", ["0.21.0", "0.32.0"])
 def test_unsupported_version(version, monkeypatch):
     monkeypatch.setattr(g, "vllm_version", lambda: version)
@@ -240,42 +267,6 @@ def test_auto_and_failures_on_disk(hard, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "engine: vLLM 0." in said and "2 of 4 questions have no answer" in said
     assert "vLLM" in (tmp_path / "engine.txt").read_text()
-
-
-def test_killed_and_continued(tmp_path):
-    "A run that is killed after its first batch and goes on ends with the same answers as one that wasn't"
-    code = """if __name__ == "__main__":
-        import sys
-        from specs_nb import generate as g, world
-        from specs_nb.formats import FORMATS
-        job = g.Job("a", "tiny", world.rows("test", 40), FORMATS["think_answer"].instruction)
-        g.answer_all([job], g.Sampling(n=2, batch_size=8), 0, sys.argv[1], engine="vllm", options=ROOM)
-    """
-    code = code.replace("ROOM", repr(ROOM))
-    (tmp_path / "run.py").write_text(
-        "\n".join(l[4:] if l.startswith("        ") else l for l in code.splitlines())
-    )
-    run = lambda to, **kw: subprocess.Popen(
-        [sys.executable, tmp_path / "run.py", to],
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        **kw,
-    )
-    p, until = run(tmp_path / "cut"), time.time() + 240
-    while not list((tmp_path / "cut").glob("a-*.json")) and p.poll() is None and time.time() < until:
-        time.sleep(0.02)
-    os.killpg(p.pid, signal.SIGKILL)
-    p.wait()
-    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "cut").glob("a-*.json")}
-    assert before, "it was killed too early"
-    for to in ("cut", "whole"):
-        assert run(tmp_path / to).wait() == 0
-    cut, whole = (
-        {f.name: f.read_text() for f in sorted((tmp_path / d).glob("a-*.json"))} for d in ("cut", "whole")
-    )
-    assert len(whole) == 10 and cut == whole
-    assert all(f.stat().st_mtime_ns == t for f, t in before.items()), "what was there is not asked again"
 
 
 # ---- a server
@@ -389,6 +380,59 @@ def test_server_that_goes(server, rows, tmp_path):
 
 # ---- GRPO
 
+HERE = Path(__file__).parent
+CASES = ("full", "lora", "qlora", "questions", "broken_sync", "other_prompts")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "What train_case.py found, by case: one process trains them all"
+    out = tmp_path_factory.mktemp("trained")
+    words = [sys.executable, str(HERE / "train_case.py"), str(out), *CASES]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    r = subprocess.run(words, capture_output=True, text=True, env=env)
+    assert r.returncode == 0, r.stderr[-3000:]
+    facts = {name: read_json(out / f"{name}.json") for name in CASES}
+
+    def found(name):
+        assert "error" not in facts[name], facts[name]["trace"]
+        return facts[name]["found"]
+
+    return found
+
+
+@pytest.mark.parametrize("how", ["full", "lora", "qlora"])
+def test_colocate_trains_with_checked_weights(how, trained):
+    seen = trained(how)
+    spent, found = seen["spent"], seen["found"]
+    assert {"write", "sync", "score", "train"} <= {name for name, seconds in spent.items() if seconds > 0}
+    assert seen["scores_once"], "prompts are computed once beside vLLM, too"
+    assert [f["step"] for f in found] == [1, 2]
+    assert max(f["max"] for f in found) < 1e-3
+    assert min(f["tokens"] for f in found) > 10
+    if how != "full":
+        assert (seen["layers"], seen["moved"]) == (28, 0), "the base under an adapter stands still"
+        assert seen["handed"] == [3, False], "the adapter by itself: at the start and after each step"
+
+
+def test_questions_are_chosen_and_held_out_ones_asked(trained):
+    """With rows that have pictures and rows that have none; validation changes no step, and what vLLM wrote
+    for a replaced question is scored as that question's answer"""
+    plain, watched = trained("questions")
+    keys = ("reward", "loss", "questions/spread", "questions/extra", "completions/mean_length")
+    assert [[h[k] for k in keys] for h in plain] == [[h[k] for k in keys] for h in watched]
+    assert sum(h["questions/extra"] for h in plain) and all("validate/accuracy" in h for h in watched)
+    assert max(h["sampling/sampling_logp_difference/max"] for h in plain) < 1e-3
+
+
+def test_a_broken_sync_is_noticed(trained):
+    assert "after step 1 vLLM's log-probabilities are" in trained("broken_sync")
+
+
+def test_other_prompts_are_noticed(trained):
+    "Without `one_per_image` vLLM would read other prompts, and the first batch says so"
+    assert "vLLM reads other tokens than the trainer in 16 of 16 prompts" in trained("other_prompts")
+
 
 def in_process(body):
     "Run code that starts vLLM in a Python of its own: two engines in one process get in each other's way"
@@ -398,77 +442,17 @@ def in_process(body):
             "-c",
             f"""if True:
         import json, sys
-        from specs_nb import world
-        from specs_nb.core import GRPOStage, VLLMConfig, SpecsError, count_seconds
-        from specs_nb.formats import FORMATS
+        sys.path.insert(0, {str(HERE)!r})
+        from train_case import BESIDE, EAGER, FMT, GRPO, ROWS as rows
+        from specs_nb.core import GRPOStage, VLLMConfig
         from specs_nb.grpo import grpo_trainer, train_grpo
-        FMT, GRPO, BESIDE, rows = FORMATS["think_answer"], {GRPO}, {BESIDE}, world.rows("train", 16)
-        EAGER, ROOM = {ROOM.get("options", {})}, {ROOM}
+        ROOM = {ROOM}
         {body}""",
         ],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
-
-
-@pytest.mark.parametrize("how", ["", "lora=True, lora_rank=4", "qlora=True, lora_rank=4"])
-def test_colocate_trains_with_checked_weights(how, tmp_path):
-    out = in_process(f"""
-        stage = GRPOStage(steps=2, {how + ', ' if how else ''}trainer={{**GRPO, **BESIDE}})
-        beside = VLLMConfig(sync_every=1, options=EAGER)
-        t = grpo_trainer("tiny", rows, {str(tmp_path)!r}, stage, FMT, vllm=beside)
-        clock = count_seconds()
-        t.train()
-        print("SPENT", json.dumps(clock.turn()))
-        found = next(c.found for c in t.callback_handler.callbacks if type(c).__name__ == "SyncCheck")
-        from specs_nb.models import load_model
-        was = dict(load_model("tiny")[0].named_parameters())
-        named = t.accelerator.unwrap_model(t.model).named_parameters()
-        base = {{k.replace("base_model.model.", "").replace("base_layer.", ""): p
-                for k, p in named if "base_layer.weight" in k}}
-        moved = [k for k, p in base.items() if p.shape == was[k].shape and not (p == was[k]).all()]
-        print("ROWS", "scoring" in t._tried, t._why["scoring"])
-        print("MOVED", len(base), len(moved))
-        handed = getattr(t, "handover", None)
-        print("HANDED", json.dumps(handed and [handed.number, handed.merged]))
-        print("FOUND", json.dumps(found))""")
-    assert out.returncode == 0, out.stderr[-3000:]
-    spent = json.loads(out.stdout.split("SPENT")[1].strip().splitlines()[0])
-    assert {"write", "sync", "score", "train"} <= {name for name, seconds in spent.items() if seconds > 0}
-    found = json.loads(out.stdout.split("FOUND")[1].strip().splitlines()[0])
-    assert "ROWS True None" in out.stdout, "prompts are computed once beside vLLM, too"
-    assert (
-        [f["step"] for f in found] == [1, 2]
-        and max(f["max"] for f in found) < 1e-3
-        and min(f["tokens"] for f in found) > 10
-    )
-    if how:
-        layers, moved = map(int, out.stdout.split("MOVED")[1].split()[:2])
-        assert layers == 28 and moved == 0, "the base under an adapter stands still"
-        handed = json.loads(out.stdout.split("HANDED")[1].strip().splitlines()[0])
-        assert handed == [3, False], "the adapter by itself: at the start and after each step"
-
-
-def test_questions_are_chosen_and_held_out_ones_asked(tmp_path):
-    """With rows that have pictures and rows that have none; validation changes no step, and what vLLM wrote
-    for a replaced question is scored as that question's answer"""
-    out = in_process(f"""
-        from specs_nb.core import QuestionSampling, Validation
-        mixed = [r if i % 3 else {{**r, "images": []}} for i, r in enumerate(rows)]
-        for every in (0, 1):
-            stage = GRPOStage(steps=2, sampling=QuestionSampling(True, 0.1, 2.0),
-                              validate=Validation(every=every), trainer={{**GRPO, **BESIDE}})
-            known = {{r["id"]: 0.5 for r in mixed}}
-            train_grpo("tiny", mixed[:12], f"{tmp_path}/{{every}}", stage, FMT, vllm=VLLMConfig(sync_every=1),
-                       rates=known, held=mixed[12:] if every else None)
-            print("HISTORY", open(f"{tmp_path}/{{every}}/history.json").read().replace("\\n", " "))""")
-    assert out.returncode == 0, out.stderr[-3000:]
-    plain, watched = (json.loads(l[8:]) for l in out.stdout.splitlines() if l.startswith("HISTORY"))
-    keys = ("reward", "loss", "questions/spread", "questions/extra", "completions/mean_length")
-    assert [[h[k] for k in keys] for h in plain] == [[h[k] for k in keys] for h in watched]
-    assert sum(h["questions/extra"] for h in plain) and all("validate/accuracy" in h for h in watched)
-    assert max(h["sampling/sampling_logp_difference/max"] for h in plain) < 1e-3
 
 
 def test_training_with_a_model_fond_of_images(tmp_path):
@@ -520,31 +504,6 @@ def test_training_with_a_model_fond_of_images(tmp_path):
     assert said["ENDED"] == "0 False" and said["AGAIN"] == "1"
 
 
-def test_a_broken_sync_is_noticed(tmp_path):
-    out = in_process(f"""
-        from trl.generation.vllm_generation import VLLMGeneration
-        VLLMGeneration.sync_weights = lambda self: None
-        stage = GRPOStage(steps=2, trainer={{**GRPO, **BESIDE}})
-        try: train_grpo("tiny", rows, {str(tmp_path)!r}, stage, FMT, vllm=VLLMConfig(options=EAGER))
-        except SpecsError as e: print("SAID", e)""")
-    assert "SAID after step 1 vLLM's log-probabilities are" in out.stdout, (
-        out.stdout[-1000:] + out.stderr[-3000:]
-    )
-
-
-def test_other_prompts_are_noticed(tmp_path):
-    "Without `one_per_image` vLLM would read other prompts, and the first batch says so"
-    out = in_process(f"""
-        import specs_nb.engines.vllm_sync as v
-        v.one_per_image = lambda ids, processor: ids
-        stage = GRPOStage(steps=2, trainer={{**GRPO, **BESIDE}})
-        try: train_grpo("tiny", rows, {str(tmp_path)!r}, stage, FMT, vllm=VLLMConfig(options=EAGER))
-        except SpecsError as e: print("SAID", e)""")
-    assert "SAID vLLM reads other tokens than the trainer in 16 of 16 prompts" in out.stdout, (
-        out.stdout[-1000:] + out.stderr[-3000:]
-    )
-
-
 def test_server_mode_is_refused_without_its_server():
     from specs_nb.engines.vllm_sync import before_vllm
 
@@ -562,32 +521,3 @@ def test_server_mode_is_refused_without_its_server():
                 ),
                 "tiny",
             )
-
-
-# ---- the pipeline
-
-
-def test_run_up_to_pairs(tmp_path):
-    "GRPO-zero with vLLM beside it and pairs from vLLM, from the command line"
-    out = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from specs_nb.pipeline import main; sys.exit(main())",
-            "pairs",
-            "-c",
-            "smoke",
-            "--run-dir",
-            tmp_path / "run",
-            "engine=vllm",
-            "zero.trainer.use_vllm=true",
-            *(["vllm.options.enforce_eager=true"] if CARD else []),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-3000:]
-    assert (tmp_path / "run/pairs/pairs.parquet").exists() and "vLLM" in (
-        tmp_path / "run/pairs/samples/engine.txt"
-    ).read_text()

@@ -3,7 +3,6 @@ tools/check.py vllm` runs this in the environment of `make vllm`"""
 
 import json
 import os
-import random
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -59,12 +58,12 @@ TRAINS = """if True:
 
 
 def in_process(body, folder):
-    "What code that trains with vLLM says: it runs in a Python of its own, on a port that nobody else has"
+    "What code that trains with vLLM says: it runs in a Python of its own"
     out = subprocess.run(
         [sys.executable, "-c", TRAINS.replace("@FOLDER", str(folder)) + body],
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "MASTER_PORT": str(random.randint(30000, 39999))},
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-3000:]
     lines = [l for l in out.stdout.splitlines() if l.startswith("SAID ")]
@@ -153,7 +152,6 @@ def test_one_engine_answers_for_all(trained, capsys, monkeypatch):
     """Base, two adapters of different ranks, the first again: greedy tokens and log-probabilities are those
     of the models in transformers, and vLLM starts once; once more for the weights that 4 bits have rounded,
     which two adapters share; and for what must be merged, which is said"""
-    monkeypatch.setenv("MASTER_PORT", str(random.randint(30000, 39999)))
     rows, starts = world.rows("test", 6), []
     start = g._start_vllm
     monkeypatch.setattr(g, "_start_vllm", lambda *a: (starts.append(a[-1]), start(*a))[1])
@@ -180,7 +178,6 @@ def test_one_engine_answers_for_all(trained, capsys, monkeypatch):
 
 def test_an_adapter_that_vllm_refuses_is_merged(trained, tmp_path, capsys, monkeypatch):
     "A layer without a place in vLLM's model: noticed when the adapter is handed over, and merged"
-    monkeypatch.setenv("MASTER_PORT", str(random.randint(30000, 39999)))
     monkeypatch.setattr(g, "not_taken", lambda *a: "vLLM's model has no place for it")
     rows = world.rows("test", 2)
     engine = g.VLLM(trained["zero"], {}, {})
@@ -211,7 +208,7 @@ def test_a_run_with_lora_starts_an_engine_a_stage(tmp_path):
         ],
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "MASTER_PORT": str(random.randint(30000, 39999))},
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-3000:]
     starts = [l for l in (out.stdout + out.stderr).splitlines() if "vLLM starts" in l]
