@@ -461,6 +461,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'specs_nb/engines/models.py'),
                                          'specs_nb.engines.models._new_adapter': ( 'engines/models.html#_new_adapter',
                                                                                    'specs_nb/engines/models.py'),
+                                         'specs_nb.engines.models._no_embeddings': ( 'engines/models.html#_no_embeddings',
+                                                                                     'specs_nb/engines/models.py'),
                                          'specs_nb.engines.models._on_base': ('engines/models.html#_on_base', 'specs_nb/engines/models.py'),
                                          'specs_nb.engines.models._others': ('engines/models.html#_others', 'specs_nb/engines/models.py'),
                                          'specs_nb.engines.models._qwen': ('engines/models.html#_qwen', 'specs_nb/engines/models.py'),
