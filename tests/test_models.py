@@ -156,6 +156,34 @@ def test_a_frozen_tower_is_not_computed_backward(tmp_path, pay, monkeypatch):
         torch.testing.assert_close(mine[n], theirs[n], **close)
 
 
+def watched(trainer):
+    "A list that fills with whether the tower's output asked for gradients, as the trainer trains"
+    asked, tower = [], trainer.model.get_base_model().model.visual
+    look = lambda module, args, out: asked.append(torch.is_grad_enabled() and out.pooler_output.requires_grad)
+    tower.register_forward_hook(look)
+    return asked
+
+
+@pytest.mark.parametrize("stage", ["zero", "coldstart"])
+def test_a_frozen_tower_rests_as_long_as_is_trained(tmp_path, pay, stage):
+    "`train` turns checkpointing on anew, and the tower would be read again and computed backward for nothing"
+    from specs_nb.coldstart import coldstart_trainer
+    from specs_nb.distill import read_pairs
+    from specs_nb.grpo import grpo_trainer
+
+    if stage == "zero":
+        settings = {**GRPO, "gradient_checkpointing": True}
+        how = GRPOStage(steps=1, fast=False, lora=True, lora_rank=4, trainer=settings)
+        trainer = grpo_trainer("tiny", rows(4), tmp_path, how, FMT)
+    else:
+        settings = {**DPO, "gradient_checkpointing": True, "max_steps": 1}
+        how = ColdStartStage(lora=True, lora_rank=4, trainer=settings)
+        trainer = coldstart_trainer("tiny", read_pairs(pairs(2, True, tmp_path)), tmp_path, how)
+    asked = watched(trainer)
+    trainer.train()
+    assert asked and not any(asked)
+
+
 def test_4_bit_stages_go_on_with_one_adapter(tmp_path, pay):
     """Cold start, then GRPO, both in 4 bits: the second trains the first one's adapter, and each merged model
     is what was trained"""

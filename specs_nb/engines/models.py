@@ -1077,11 +1077,16 @@ def _new_adapter(config, model):
     )
 
 
+def _no_embeddings():
+    "What a resting part answers where its input embeddings are looked for"
+
+
 def rest_eyes(
     model,  # that a trainer has wrapped
 ):
-    """Let gradients end before a vision tower that isn't trained: for checkpointing, the trainer made its
-    input ask for them, so that all of it would be computed backward for nothing."""
+    """Let gradients end before a vision tower that isn't trained. For checkpointing, transformers makes the
+    tower's input ask for them, when the trainer is made and once more when it begins to train: all of the tower
+    would be computed backward for nothing."""
     from transformers import PreTrainedModel
 
     for part in model.modules():
@@ -1094,6 +1099,7 @@ def rest_eyes(
         for key, hook in list(getattr(first, "_forward_hooks", {}).items()):
             if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
                 del first._forward_hooks[key]
+        part.get_input_embeddings = _no_embeddings  # none can be hooked again
 
 # %% ../../nbs/engines/20_models.ipynb #c23210d2
 def check_eyes(

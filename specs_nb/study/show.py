@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['BOX', 'WORDS', 'GRPO_CURVES', 'MARGIN_CURVES', 'LOGP_CURVES', 'Page', 'Text', 'verdicts', 'answers_card', 'pair_card',
-           'curves', 'score_bars', 'bill']
+           'curves', 'splits_taken', 'score_bars', 'bill']
 
 # %% ../../nbs/study/45_show.ipynb #ae9025d2
 import html
 from dataclasses import dataclass
 
-from ..analysis import METRICS, MODELS, SPLITS
+from ..analysis import METRICS, MODELS, SPLITS, value_at
 from ..formats import FORMATS
 from ..grading import grade
 from .report import INK, LOOKS, data_uri, draw_chart, duration, lines
@@ -121,26 +121,42 @@ def curves(
             series[name] = look, points
     return draw_chart(lines("curves", title, series))
 
+# %% ../../nbs/study/45_show.ipynb #5b0c81fa
+def splits_taken(
+    metrics: dict,  # eval/metrics.json
+    metric: str = "strict",  # a key of `METRICS`
+) -> list:  # of names, in the order of `SPLITS`
+    "The tests that at least one model took; runs older than a test don't have it."
+    measured = lambda split: any(value_at(metrics, m, split, metric).get("mean") is not None for m in MODELS)
+    return [split for split in SPLITS if measured(split)]
+
+
+def _bars_of(values):
+    "Places, heights and error bars, in per cent; no bar where nothing was measured"
+    there = [(i, v) for i, v in enumerate(values) if v.get("mean") is not None]
+    below = [100 * (v["mean"] - v["lo"]) for _, v in there]
+    above = [100 * (v["hi"] - v["mean"]) for _, v in there]
+    return [i for i, _ in there], [100 * v["mean"] for _, v in there], [below, above]
+
 # %% ../../nbs/study/45_show.ipynb #9a6bff45
 def score_bars(
     metrics: dict,  # eval/metrics.json
     metric: str = "strict",  # a key of `METRICS`: format, accuracy or strict
 ):  # a matplotlib figure
-    "One group of bars a test, one bar a model, with 95 % intervals."
+    "One group of bars a test that was taken, one bar a model, with 95 % intervals."
     from matplotlib.figure import Figure
 
     ax = Figure(figsize=(6.4, 2.8), layout="constrained").add_subplot()
     models = [m for m in MODELS if m in metrics]
+    splits = splits_taken(metrics, metric)
     width = 0.8 / len(models)
     for i, model in enumerate(models):
-        values = [metrics[model][split][metric] for split in SPLITS]
-        heights = [100 * v["mean"] for v in values]
-        ends = [[100 * (v["mean"] - v["lo"]) for v in values], [100 * (v["hi"] - v["mean"]) for v in values]]
-        places = [group + (i - (len(models) - 1) / 2) * width for group in range(len(SPLITS))]
+        places, heights, ends = _bars_of([value_at(metrics, model, s, metric) for s in splits])
+        places = [group + (i - (len(models) - 1) / 2) * width for group in places]
         ax.bar(
             places, heights, 0.92 * width, yerr=ends, color=LOOKS[model][0], label=MODELS[model], ecolor=INK
         )
-    ax.set_xticks(range(len(SPLITS)), SPLITS.values())
+    ax.set_xticks(range(len(splits)), [SPLITS[s] for s in splits])
     ax.set_ylabel("%")
     ax.set_ylim(0, 100)
     ax.set_title(METRICS[metric], loc="left", fontsize=11)
