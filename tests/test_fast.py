@@ -126,8 +126,8 @@ def test_a_batch_without_pictures_after_one_with(monkeypatch):
 
     model, processor = load_model("tiny")
     how, asks = g.Sampling(temperature=0.0, max_new_tokens=24), [FMT.instruction] * 4
-    ids = lambda: [c.ids for (c,) in g.draw(model, processor, rows(4, eyes=False), asks, how)]
-    g.draw(model, processor, rows(4), asks, how)
+    ids = lambda: [c.ids for (c,) in g.draw_completions(model, processor, rows(4, eyes=False), asks, how)]
+    g.draw_completions(model, processor, rows(4), asks, how)
     mine = ids()
     monkeypatch.setattr(g, "_writes", {(model.config.model_type, model.dtype): False})
     assert mine == ids(), "as generate has it"

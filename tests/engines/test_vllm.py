@@ -167,7 +167,7 @@ def test_bias_is_scored_alike(hf, engine, rows):
     drawn = hf.sample(rows[:2], asks(rows[:2]), g.Sampling(), 0)
     ids = [[c.ids for c in d] for d in drawn]
     free, bound = (
-        g.score(hf.model, hf.processor, rows[:2], asks(rows[:2]), ids, bias=b)
+        g.score_tokens(hf.model, hf.processor, rows[:2], asks(rows[:2]), ids, bias=b)
         for b in (None, {drawn[0][0].ids[0] + 1: -100.0})
     )
     assert all(b >= f - 1e-6 for f, b in zip(free[0][0], bound[0][0])) and free != bound
