@@ -141,6 +141,10 @@ _THING = (
 
 def _chooses(text, letter):
     "Does the sentence choose the letter that stands in it?"
+    if re.match(
+        r"(?i:some(?:one|body)|they|he|she|people|(?:\w+ ){1,3}(?:said|says|claim(?:s|ed)|told))\b", text
+    ):
+        return False  # what others say
     head = re.split(r",?\s+(?:because|since|as|due to)\b", text)[0]
     words = re.findall(r"[A-Za-z']+", re.sub(rf"\b{letter}\b", " ", head).lower())
     if all(w in _CHOOSING for w in words) or not words:
@@ -192,14 +196,14 @@ def _rather_than(text, choices):
 
 
 _ENDS = re.compile(
-    r"(?:^|[.,;:!]\s+|\n)(?:(?:so|thus|therefore|hence),? )?(?:the )?(?:final |correct )?answer(?: is|:)\s*"
+    r"(?:^|[.,;!]\s+|\n)(?:(?:so|thus|therefore|hence),? )?(?:the )?(?:final |correct )?answer(?: is|:)\s*"
     r"\(?([A-J])\)?[.!]?$",
     re.I,
 )
 _UNDECIDED = re.compile(
     r"\b(?:answers?|choos\w+|choice|options?|pick\w*|select\w*|go(?:ing)?"
     r" with|if|unless|whether|would|sure|either"
-    r"|maybe|perhaps|might|could|wrong|suppos\w*|assum\w*|claim\w*|says?|said|someone|key|book)\b",
+    r"|maybe|perhaps|might|could|wrong|suppos\w*|assum\w*|claim\w*|says?|said|someone|key|book|doubt\w*|true|believe|think)\b",
     re.I,
 )
 
@@ -1056,7 +1060,7 @@ def _stated(text):
         text = m["value"]
     if text.count("$") == 2:
         text = re.sub(r"\$([^$]+)\$", r"\1", text).strip()
-    return text
+    return re.sub(r"^(?:located )?at (?=\()", "", text)  # it is at (3, -2)
 
 # %% ../../nbs/inputs/14_compare.ipynb #6a7efdf0
 def _leaf(gold, said, a, b, tol=None, precision=None):

@@ -247,7 +247,7 @@ _ROUGHLY = re.compile(r"(?:approximately|about|around|roughly|approx\.?|≈|大�
 def _asked_unit(question):
     "The unit in which a question wants its answer, or None"
     if re.search(r"\bradians?\b|弧度", question):
-        return None
+        return "rad" if re.search(r"\bin radians?[.?]?$", question) else None
     found = {next(x for x in m.groups() if x).strip() for m in _ASKS_UNIT.finditer(question)}
     found = {u for u in found if unit_of(u) and not _NO_ASKED_UNIT.fullmatch(u)}
     if not found and _ASKS_DEGREES.search(question):

@@ -566,7 +566,8 @@ def read_number(
     text = re.sub(r"^(?:[A-Za-z](?:_\w)? ?= ?|[=≈] ?|\\approx ?)", "", _tidy(text))
     text = re.sub(r"^(?:minus|negative) (?=[\d.$\\])", "-", text, flags=re.I)
     text = re.sub(r"^(?:USD|US ?\$|EUR|GBP) ?(?=\d)", lambda m: _MONEY[m[0][:2]], text)
-    text = re.sub(r"^(\d{1,4}) (?:in|out of) ([1-9]\d{0,5})$", r"\1/\2", text)  # one in 4
+    if (m := re.fullmatch(r"(\d{1,4}) (?:in|out of) (\d{1,6})", text)) and 0 < int(m[1]) < int(m[2]):
+        text = f"{m[1]}/{m[2]}"  # 1 in 4
     if (m := _NUMBER.fullmatch(text)) and (read := _fraction(m)):
         sign, (value, places), tail = "-" in m["sign"] + m["sign2"], read, (m["tail"] + m["cur"])
         if "-" in m["sign"] and m["sign2"]:
@@ -896,7 +897,8 @@ def _grade_code(p, g, name):
         if name == kind and (a := read(said)) and (b := read(gold)):
             return same(a, b), f"compared as {kind}"
     if name == "a code" and (m := re.fullmatch(r"[a-z' ]{3,60} (?:is|reads|says) (\S+)", p, re.I)):
-        if _code_key(m[1]) == _code_key(gold) and not _DENIED.search(p) and not _CHANGED.search(p):
+        head = p[: m.start(1)]
+        if _code_key(m[1]) == _code_key(gold) and not _DENIED.search(head) and not _CHANGED.search(head):
             return True, "said in a sentence"
     if name == "a date" and re.search(r"[A-Za-z]{3}", p):
         return None, "a date among words"
