@@ -141,6 +141,10 @@ _THING = (
 
 def _chooses(text, letter):
     "Does the sentence choose the letter that stands in it?"
+    if re.match(
+        r"(?i:some(?:one|body)|they|he|she|people|(?:\w+ ){1,3}(?:said|says|claim(?:s|ed)|told))\b", text
+    ):
+        return False  # what others say
     head = re.split(r",?\s+(?:because|since|as|due to)\b", text)[0]
     words = re.findall(r"[A-Za-z']+", re.sub(rf"\b{letter}\b", " ", head).lower())
     if all(w in _CHOOSING for w in words) or not words:
@@ -158,7 +162,10 @@ def _last_said(text, choices):
     if choices and first and (same := _by_text(first[1], choices)):
         return same if not _others_said(text, same, choices) else ()
     m = re.fullmatch(
-        r"(?:[^.!]{1,80}\b(?:is|are|was|were|shows?|be)\s+)?((?:the |an? )?[^.!]+?)(?: one)?[.!]?", text, re.S
+        r"(?:[^.!]{1,80}\b(?:is|are|was|were|shows?|be)(?: called| named| known as)?\s+)?((?:the |an?"
+        r" )?[^.!]+?)(?: one)?[.!]?",
+        text,
+        re.S,
     )
     if not choices or not m or not (same := _by_text(m[1], choices)):
         return ()
@@ -172,6 +179,43 @@ def _others_said(text, same, choices):
     return any(f" {plain_words(c)} " in said for c in others)
 
 # %% ../../nbs/inputs/14_compare.ipynb #91944ac8
+_RATHER = re.compile(
+    r"(?:it (?:is|was) )?(?P<a>[^,.;]+?),? (?:not|rather than|instead of) (?P<b>[^,.;]+)", re.I
+)
+_NOT_BUT = re.compile(r"(?:it (?:is|was) )?not (?P<b>[^,.;]+?),? but (?P<a>[^,.;]+)", re.I)
+
+
+def _rather_than(text, choices):
+    "The choice of `Darwin, not Lamarck` or `not south but north`, where both are choices' own words"
+    text = text.rstrip(" .!")
+    m = _NOT_BUT.fullmatch(text) or _RATHER.fullmatch(text)
+    if not choices or not m:
+        return ()
+    yes, no = _by_text(m["a"], choices), _by_text(m["b"], choices)
+    return yes if len(yes) == len(no) == 1 and yes != no else ()
+
+
+_ENDS = re.compile(
+    r"(?:^|[.,;!]\s+|\n)(?:(?:so|thus|therefore|hence),? )?(?:the )?(?:final |correct )?answer(?: is|:)\s*"
+    r"\(?([A-J])\)?[.!]?$",
+    re.I,
+)
+_UNDECIDED = re.compile(
+    r"\b(?:answers?|choos\w+|choice|options?|pick\w*|select\w*|go(?:ing)?"
+    r" with|if|unless|whether|would|sure|either"
+    r"|maybe|perhaps|might|could|wrong|suppos\w*|assum\w*|claim\w*|says?|said|someone|key|book|doubt\w*|true|believe|think)\b",
+    re.I,
+)
+
+
+def _ends_in_answer(text, choices):
+    "The letter of a last clause `the answer is (C)`, where nothing before it names an answer or is undecided"
+    m = _ENDS.search(text) if choices and len(text) <= 500 else None
+    if not m or not m[1].isupper() or ord(m[1]) - 65 >= len(choices) or _UNDECIDED.search(text[: m.start()]):
+        return ()
+    return (m[1],)
+
+
 def read_letters(
     text: str,  # unwrapped
     choices=None,  # the choices' texts, A first
@@ -190,6 +234,8 @@ def read_letters(
         return _labelled(m[1], m[2], choices)  # B (blue)
     if (m := _TIGHT.fullmatch(text)) and choices and ord(m[1]) - 65 < len(choices):
         return _labelled(m[1], m[2], choices)
+    if chosen := _rather_than(text, choices) or _ends_in_answer(text, choices):
+        return chosen
     if _DENIED.search(text):
         return ()
     if same := _by_value(text, choices) or _last_said(text, choices):
@@ -220,6 +266,14 @@ def _gold_letters(g, choices):
     return found if found and all(ord(c) - 65 < len(choices or "A" * 26) for c in found) else ()
 
 # %% ../../nbs/inputs/14_compare.ipynb #1b45ef54
+def _only_said(p, gold, choices):
+    "Do the words of the gold choice stand in a sentence, and those of no other choice, denied by nothing?"
+    if not choices or len(gold) != 1 or _DENIED.search(p) or len(p) > 300:
+        return False
+    words = plain_words(choices[ord(gold[0]) - 65])
+    return len(words) > 1 and f" {words} " in f" {plain_words(p)} " and not _others_said(p, gold, choices)
+
+
 def _grade_choice(p, g, choices=None, **kw):
     gold = _gold_letters(unwrap(g), choices)
     if gold is None:
@@ -236,6 +290,8 @@ def _grade_choice(p, g, choices=None, **kw):
         named = tuple(dict.fromkeys(_CAPITAL.findall(re.sub(_NO_LETTER, "", p))))
         if named == gold and not _DENIED.search(p):
             return None, "the letter stands among words that a rule can't read"
+        if _only_said(p, gold, choices):
+            return None, "the choice's words stand among others that a rule can't read"
         return False, "no choice can be read"
     if len(said) != len(gold):
         return False, f"names {len(set(said))} choices, not {len(gold)}"
@@ -535,10 +591,19 @@ def _labels(text):
     return None if all(re.fullmatch(r"x\d", k) for k in labels) else labels
 
 # %% ../../nbs/inputs/14_compare.ipynb #1a5a19f8
+_PAIR = re.compile(r"\(([A-Za-z]), ?([A-Za-z])\) ?= ?\(([^(),]+),([^(),]+)\)")  # (x, y) = (3, 8)
+_ORDERED = re.compile(r"-?[\d./]+(?:(?: ?< ?-?[\d./]+)+|(?: ?> ?-?[\d./]+)+)")  # 2 < 5 < 9
+
+
 def _grade_multi(p, g, **kw):
-    gold, said = read_multi(g), read_multi(p)
+    gold = read_multi(g)
     if not gold:
         return None, "the gold answer has no parts"
+    if m := _PAIR.fullmatch(unwrap(p)):
+        p = f"{m[1]} = {m[3]}, {m[2]} = {m[4]}"
+    elif not gold[0][0] and _ORDERED.fullmatch(unwrap(p)):
+        p = re.sub(r"[<>]", ",", unwrap(p))
+    said = read_multi(p)
     if not said:
         return False, "no parts can be read"
     if len(gold) != len(said):
@@ -579,6 +644,9 @@ def _is_ratio(g):
 
 # %% ../../nbs/inputs/14_compare.ipynb #cdf0ef74
 def _grade_ratio(p, g):
+    if m := re.fullmatch(r"(?:the |their )?ratio( of [a-z ]+)? is (\d.*)", p, re.I):
+        same, why = _grade_ratio(m[2], g)
+        return (None, "a rule can't tell which is named first") if same and m[1] else (same, why)
     gold, said = _ratio(g), _ratio(p) if re.search(r":|\\colon|\bto\b|比", p) else None
     if said is None and len(gold) == 2:
         a, b = (read_number(x) for x in gold)
@@ -730,8 +798,19 @@ def scale_boxes(
 # %% ../../nbs/inputs/14_compare.ipynb #09d40534
 def _unlike(a, b):
     "Two nouns, neither of which is a unit or holds the other?"
+    if unit_of(a) or unit_of(b):
+        return False
     a, b = (x.casefold().removesuffix("s") for x in (a, b))
     return a not in b and b not in a and not unit_of(a) and not unit_of(b)
+
+
+def _unit_or_thing(a, b):
+    "Is one noun a unit, and the other a word that no table has?"
+    first, second = a.casefold(), b.casefold()
+    plain = re.compile(r"units?|in total|altogether")
+    if plain.fullmatch(first) or plain.fullmatch(second) or first in second or second in first:
+        return False
+    return bool(unit_of(a)) is not bool(unit_of(b))
 
 
 def _grade_number(p, g, tol=None, precision=None, **kw):
@@ -747,6 +826,8 @@ def _grade_number(p, g, tol=None, precision=None, **kw):
         return False, other
     if (a := _THINGS.fullmatch(text)) and (b := _THINGS.fullmatch(g)) and _unlike(a[2], b[2]):
         return None if a[1] == b[1] else False, f"{a[2]}, not {b[2]}"
+    if a and b and a[1] == b[1] and _unit_or_thing(a[2], b[2]):
+        return None, f"{a[2]}, not {b[2]}"
     if said := find_number(text) or _concluded(text, find_number):
         return same_number(said, gold, tol, precision), "compared as numbers"
     if m := re.fullmatch(r"(-?\d+),(\d{1,2})", text):
@@ -792,6 +873,8 @@ def _other_name(p, g):
 # %% ../../nbs/inputs/14_compare.ipynb #4ed4e81e
 def _grade_latex(p, g, tol=None, precision=None, **kw):
     p, g = _stated(unwrap(p)), unwrap(g)
+    if g.count("$") == 2 and g.startswith("$"):
+        g = g.replace("$", "")  # $2\sqrt{5}$ cm
     if code_of(g) or statement(g) or _infinity(g):
         return _grade_text(p, g)
     if _is_ratio(g):
@@ -808,6 +891,8 @@ def _grade_latex(p, g, tol=None, precision=None, **kw):
     p, g = _as_symbols(p, g)
     if is_words(g) and not _structured(g):
         return _grade_text(p, g)
+    if "=" in p and "=" not in g and not re.search(r"[<>≤≥≠,;]", p) and not _letters(p):
+        p = p.rpartition("=")[2].strip()  # 2^{10} = 1024
     p, g, other = _without_units(p, g)
     if other:
         return False, other
@@ -819,6 +904,7 @@ def _grade_latex(p, g, tol=None, precision=None, **kw):
     if a and a.unit and unit_of(a.unit)[0] == "angle" and re.search(r"π|\\pi(?![a-z])|\bpi\b", g):
         p, a = rf"\frac{{{a.value.numerator} \pi}}{{{180 * a.value.denominator}}}", None
     if (column := _as_point(g)) and not re.search(r"\\begin", p):
+        p = re.sub(r"^<([^<>]*,[^<>]*)>$", r"(\1)", p)
         return _grade_tuple(_as_point(p, True) or p, column)
     return _by_algebra(re.sub(r"^(?:≈|\\approx)\s*", "", p), g, a, b, tol, precision)
 
@@ -956,7 +1042,7 @@ def _without_units(p, g):
 # %% ../../nbs/inputs/14_compare.ipynb #c5f6c73e
 _STATES = re.compile(
     r"(?P<what>(?:[A-Za-z'-]+,? ){1,10}?)(?:is|are|equals|was|will be|must be)(?: equal to| exactly|"
-    r" just|:)? "
+    r" just| at| located at|:)? "
     r"(?P<value>\S.*)",
     re.S,
 )
@@ -974,7 +1060,7 @@ def _stated(text):
         text = m["value"]
     if text.count("$") == 2:
         text = re.sub(r"\$([^$]+)\$", r"\1", text).strip()
-    return text
+    return re.sub(r"^(?:located )?at (?=\()", "", text)  # it is at (3, -2)
 
 # %% ../../nbs/inputs/14_compare.ipynb #6a7efdf0
 def _leaf(gold, said, a, b, tol=None, precision=None):
@@ -1070,7 +1156,7 @@ def _structured(g):
         and len(split_parts(g, ";", words=False)) > 1
     ):
         return _grade_multi  # 12; 15 answers two questions
-    if "\\begin" not in g and (len(split_parts(g)) > 1 or re.search(r"\\pm|±", g)):
+    if "\\begin" not in g and not _as_point(g) and (len(split_parts(g)) > 1 or re.search(r"\\pm|±", g)):
         return _grade_set
 
 # %% ../../nbs/inputs/14_compare.ipynb #5583eed0

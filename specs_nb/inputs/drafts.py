@@ -19,7 +19,7 @@ from ..core import DataConfig, nearest
 from ..data import decode, find_choices, plain_choices, shrink, to_png
 from ..formats import FORMATS, boxed
 from .compare import KINDS, explain_grade, kind_of, read_boxes, read_letters, scale_boxes
-from .parsers import UNITS, clean, read_number, unwrap
+from .parsers import UNITS, clean, read_number, unit_of, unwrap
 
 # %% ../../nbs/inputs/30_drafts.ipynb #a43002a6
 class Drop(Exception):
@@ -216,9 +216,55 @@ _ASKS_AMOUNT = re.compile(
 )
 
 
+# the unit that a question wants; `in in` and degrees (of an angle or Celsius) are left alone
+_ASKS_UNIT = re.compile(
+    r"\(unit:? ?(?P<a>[^()\d]{1,30})\)|[（(]单位[：:] ?(?P<b>[^()（）]{1,10})[)）]"
+    r"|\bin (?P<c>[^\W\d]{2,12}(?:/[^\W\d]{1,6})?(?:\^[23])?|(?:square|cubic) [a-z]{1,12})(?=[?.;)]|$)"
+    r"|\bnearest (?P<d>[a-z]{2,12})(?=[?.;)]|$)"
+    r"|\bhow many"
+    r" (?P<e>(?:milli|centi|kilo)?(?:met(?:er|re)|gram|lit(?:er|re))s|hours|minutes|years|months|cm|mm|km"
+    r"|kg|ml|mL)\b",
+    re.I,
+)
+_NO_ASKED_UNIT = re.compile(
+    r"(?i:in|degrees?|cents?|pounds?|min|second|g|h|s|t|percent|total|days?|ones)|个|%"
+)
+_ASKS_DEGREES = re.compile(
+    r"\b(?:measure of (?:the )?(?:\w+ )?(?:angle|∠|\\angle)|how many degrees)|m"
+    r" ?(?:∠|\\angle)|∠\w+的?度数|角的?度数"
+)
+_ASKS_ORDER = re.compile(
+    r"\brespectively\b|\b(?:from|in) (?:the )?(?:order\b(?!"
+    r" to)|(?:least|smallest|lowest|greatest|largest|highest|biggest"
+    r"|shortest|longest|youngest|oldest|earliest|latest|left|top|ascending|descending|increasing|decreasing|chronological)\b)"
+    r"|\b(?:values? of|find|determine|solve for) \$?[a-z]\$? and \$?[a-z]\$?(?=["
+    r" ,.?]|$)|从[小大左上]到|由[小大左上][到至]|依次|分别",
+    re.I,
+)
+_ROUGHLY = re.compile(r"(?:approximately|about|around|roughly|approx\.?|≈|大约|约为?)\s*(?=[$€£¥\d])", re.I)
+
+
+def _asked_unit(question):
+    "The unit in which a question wants its answer, or None"
+    if re.search(r"\bradians?\b|弧度", question):
+        return "rad" if re.search(r"\bin radians?[.?]?$", question) else None
+    found = {next(x for x in m.groups() if x).strip() for m in _ASKS_UNIT.finditer(question)}
+    found = {u for u in found if unit_of(u) and not _NO_ASKED_UNIT.fullmatch(u)}
+    if not found and _ASKS_DEGREES.search(question):
+        return "°"
+    return found.pop() if len(found) == 1 else None
+
+
 def _as_asked(question, answer):
-    "(answer, kind), by the question where the answer could be two things: 35 %, a ratio, a room"
+    """(answer, kind), by the question where the answer could be two things: 35 %, a ratio, a room, an ordered
+    list"""
+    if (m := _ROUGHLY.match(answer)) and read_number(answer[m.end() :]):
+        answer = answer[m.end() :]
     bare = answer.strip("$ ")
+    if re.fullmatch(r"-?\d+(?:\.\d+)?", bare) and (unit := _asked_unit(question)):
+        return f"{bare} {unit}", "number"
+    if not re.search(r"[{}\\]", bare) and _ASKS_ORDER.search(question) and _kind(answer) == "set":
+        return answer, "multi"
     if re.fullmatch(r"[1-9]\d*(?:\.\d+)?", bare) and _ASKS_PERCENT.search(question):
         return f"{bare}%", "number"
     if re.fullmatch(r"\d{1,2}:\d\d(?::\d\d)?", bare) and _ASKS_RATIO.search(question):

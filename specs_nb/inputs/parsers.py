@@ -184,7 +184,36 @@ franc    franc 1
 hkd      港元 1 港币 1
 mass     斤 500
 year     year 1 年 1 month 1/12 月 1/12
-count    个 1"""
+count    个 1
+year     decade 10 century 100 centuries 100
+volume   gallon 473176473/125000000 cl 1/100 cL 1/100 dl 1/10 dL 1/10
+mass     oz 45359237/1600000 ounce 45359237/1600000
+energy   kWh 3600000 cal 523/125 kcal 4184
+data     kB 1000 KB 1000 MB 1000000 GB 1000000000 TB 1000000000000
+area     hectare 10000 acre 316160658/78125"""
+
+_PREFIXES = {"p": -12, "n": -9, "μ": -6, "µ": -6, "m": -3, "k": 3, "M": 6, "G": 9}
+# what may stand before a unit; pm is a time, and mm, ms and kg are in the table
+_PREFIXED = {
+    "m": ("length", "nμµ", 1),
+    "g": ("mass", "nμµ", 1),
+    "s": ("time", "nμµ", 1),
+    "L": ("volume", "nμµ", 1),
+    "N": ("force", "μµmM", 1),
+    "J": ("energy", "nμµmMG", 1),
+    "W": ("power", "nμµmMG", 1),
+    "V": ("voltage", "nμµkM", 1),
+    "A": ("current", "pnμµk", 1),
+    "Ω": ("resistance", "mMG", 1),
+    "Hz": ("frequency", "mMG", 1),
+    "Pa": ("pressure", "mG", 1),
+    "mol": ("amount", "nμµmk", 1),
+    "eV": ("energy", "mkMG", Fraction(1602176634, 10**28)),
+    "F": ("capacitance", "pnμµm", 1),
+    "H": ("inductance", "nμµm", 1),
+    "T": ("field", "nμµm", 1),
+    "C": ("charge", "pnμµm", 1),
+}
 
 # %% ../../nbs/inputs/11_parsers.ipynb #01c41d5c
 def _units(table):
@@ -195,6 +224,10 @@ def _units(table):
             # 1 is a litre
             if dim == "length":
                 units[f"{name}^2"], units[f"{name}^3"] = ("area", factor**2), ("volume", factor**3 * 1000)
+    for base, (dim, prefixes, size) in _PREFIXED.items():
+        for prefix in prefixes:
+            units[prefix + base] = dim, size * Fraction(10) ** _PREFIXES[prefix]
+    units["eV"] = _PREFIXED["eV"][::2]
     return units
 
 
@@ -219,6 +252,7 @@ _UNIT_SPELLINGS = [
         (r" ?([/·*⋅]) ?", r"\1"),
         (r" \^", "^"),
         (r"\^?\{(-?\d)\}", r"^\1"),
+        (r"^(k?m) ?s\^-1$", r"\1/s"),  # ms^{-1} is a speed
     )
 ]
 
@@ -381,6 +415,23 @@ def _counted(value, places, tail):
     return Number(value, places, "个") if _COUNTED.fullmatch(tail) else None
 
 # %% ../../nbs/inputs/11_parsers.ipynb #b6c9b837
+_NO_FIRST_UNIT = re.compile(r"in|A|a|second")  # 4 in total, 5 A students, a second try
+_AFTER_UNIT = re.compile(
+    r"(?i:long|wide|tall|high|deep|thick|away|apart|old|ago|later|each|total|altogether|up|down|left|right"
+    r"|upwards?|downwards?|leftward|rightward"
+    r"|in (?:total|all|length|width|height|depth|diameter)|to the (?:left|right)"
+    r"|(?:of|per|for) .+)"
+)
+
+
+def _first_unit(unit):
+    "The unit before words that only say where or how: `cm` of `cm long`; or None"
+    name, _, rest = unit.partition(" ")
+    if not rest or not unit_of(name) or _NO_FIRST_UNIT.fullmatch(name) or not _AFTER_UNIT.fullmatch(rest):
+        return None
+    return None if _NO_UNIT.search(unit) or _CHANGED.search(rest) else name
+
+
 def _with_unit(value, places, tail):
     if not tail:
         return Number(value, places)
@@ -392,6 +443,8 @@ def _with_unit(value, places, tail):
     unit = m["unit"].strip().rstrip(".") if not tail.startswith(".") else tail
     if unit_of(unit):
         return Number(value, places, unit)
+    if first := _first_unit(unit):
+        return Number(value, places, first)
     if han := re.match("[百千万亿]+", tail):
         value, tail = value * prod(_HAN_SCALES[c] for c in han[0]), tail[han.end() :]
         return _with_unit(value, None, tail)
@@ -498,6 +551,9 @@ def _compound(text):
     return Number(sum(v * u[1] for v, u, _ in parts) / sizes[0], None, parts[0][2])
 
 # %% ../../nbs/inputs/11_parsers.ipynb #7bb6146d
+_MONEY = {"US": "$", "EU": "€", "GB": "£"}
+
+
 def read_number(
     text: str,  # unwrapped
 ) -> Number:  # or None
@@ -509,6 +565,9 @@ def read_number(
         return None
     text = re.sub(r"^(?:[A-Za-z](?:_\w)? ?= ?|[=≈] ?|\\approx ?)", "", _tidy(text))
     text = re.sub(r"^(?:minus|negative) (?=[\d.$\\])", "-", text, flags=re.I)
+    text = re.sub(r"^(?:USD|US ?\$|EUR|GBP) ?(?=\d)", lambda m: _MONEY[m[0][:2]], text)
+    if (m := re.fullmatch(r"(\d{1,4}) (?:in|out of) (\d{1,6})", text)) and 0 < int(m[1]) < int(m[2]):
+        text = f"{m[1]}/{m[2]}"  # 1 in 4
     if (m := _NUMBER.fullmatch(text)) and (read := _fraction(m)):
         sign, (value, places), tail = "-" in m["sign"] + m["sign2"], read, (m["tail"] + m["cur"])
         if "-" in m["sign"] and m["sign2"]:
@@ -750,7 +809,7 @@ _CODES = {
     "a date": r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}",
     "a clock time": r"\d{1,2}:\d\d(?::\d\d)?(?: ?[apAP]\.?[mM]\b\.?)?|\d{1,2} ?[apAP]\.?[mM]\b\.?",
     "a range of times": r"\d{1,2}:\d\d(?: ?[ap]m)? ?(?:-|to) ?\d{1,2}:\d\d(?: ?[ap]m)?",
-    "a range": r"\$?\d[\d.,]*%? ?(?:-|to) ?\$?\d[\d.,]*(?: ?[A-Za-z%°]+(?:/[A-Za-z]+)?)?",
+    "a range": r"\$?\d(?:[\d.,]*[\d%])?%? ?(?:-|to) ?\$?\d[\d.,]*(?! ?i$)(?: ?[A-Za-z%°]+(?:/[A-Za-z]+)?)?",
     "a number with more than one point": r"(?![1-9]\d{0,2}(?:\.\d{3})+$)\d+(?:\.\d+){2,}",
     "a code": (
         r"[A-Z]{1,4}-\d+[A-Z]?|[A-Z]{2,4} ?\d{1,6}|[A-Z]\d{1,6}|\d{1,6}[A-DF-Z]|\d{1,3}E\d{1,3}"
@@ -837,6 +896,10 @@ def _grade_code(p, g, name):
     for kind, read, same in (("a date", read_date, same_date), ("a clock time", read_clock, same_clock)):
         if name == kind and (a := read(said)) and (b := read(gold)):
             return same(a, b), f"compared as {kind}"
+    if name == "a code" and (m := re.fullmatch(r"[a-z' ]{3,60} (?:is|reads|says) (\S+)", p, re.I)):
+        head = p[: m.start(1)]
+        if _code_key(m[1]) == _code_key(gold) and not _DENIED.search(head) and not _CHANGED.search(head):
+            return True, "said in a sentence"
     if name == "a date" and re.search(r"[A-Za-z]{3}", p):
         return None, "a date among words"
     if name == "a code" and _code_key(said).replace("-", "") == _code_key(gold).replace("-", ""):
@@ -932,6 +995,7 @@ def _told(p, g):
 
 def _lists(p, g):
     "Compare lists of words, or None where the gold answer is none"
+    p, g = (t[1:-1] if re.fullmatch(r"\[[^\[\]]+\]", t) else t for t in (p, g))  # [Rent, Food]
     split = lambda t: [plain_words(s) for s in re.split(r",? and |[,;&、，]|和|与|及", t) if s.strip()]
     gold, said = split(g), split(p)
     if len(gold) < 2 or not all(0 < len(w.split()) <= 3 for w in gold) or re.search(r"\d", g):
