@@ -381,8 +381,8 @@ def coldstart_trainer(
 
 
 def _borrowed(model):
-    """A second object that shares the weights: TRL would load them again, and once training starts, `reference_once`
-    no longer needs it"""
+    """A second object that shares the weights: TRL would load them again, and
+    `reference_once` no longer needs it once training starts"""
     import copy
 
     return copy.copy(model) if rank()[1] == 1 and not hasattr(model, "peft_config") else None
