@@ -88,8 +88,8 @@ STAGES = dict(
 def read_run(
     run_dir: Path,  # a run folder with eval/metrics.json
 ) -> dict:  # name, config, metrics, stages, history, answers, look
-    """Everything the report needs from a run, with empty values for missing files; raises `SpecsError` if there
-    are no metrics yet."""
+    """Everything the report needs from a run, with empty values for missing files; raises `SpecsError` if
+    there are no metrics yet."""
     import yaml
 
     run = Path(run_dir)
@@ -162,8 +162,8 @@ def paired_difference(
     a: dict,  # question's id → score of one model
     b: dict,  # the same of the other
 ) -> dict:  # mean, lo, hi, n of a - b; detectable: what could have been seen
-    """How far `a` is ahead of `b` on the questions that both answered, with a 95 % interval; scores are shares
-    between 0 and 1."""
+    """How far `a` is ahead of `b` on the questions that both answered, with a 95 % interval; scores are
+    shares between 0 and 1."""
     import numpy as np
 
     d = [a[i] - b[i] for i in a if i in b]
