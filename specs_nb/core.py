@@ -29,21 +29,21 @@ from typing import get_args, get_origin
 
 # %% ../nbs/method/00_core.ipynb #3359b672
 class SpecsError(Exception):
-    "Something the user can mend: the message says what is wrong and what to do"
+    "A mistake that the user can fix: the message says what is wrong and what to do"
 
 
 def nearest(
     word: str,  # what was written
     known,  # what is known
 ) -> str:  # `did you mean …?` or a list
-    "A hint at the nearest known name."
+    "A hint that names the nearest known name."
     close = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
 
 # %% ../nbs/method/00_core.ipynb #8290a940
 @dataclass
 class DataConfig:
-    "Which questions"
+    "Which questions to train and test on"
 
     # `world` (drawn), a folder, `orsta`, `virl39k`, `mathvista` or `datasets`; see `sources`
     source: str = "world"
@@ -60,7 +60,7 @@ class DataConfig:
     # `with` or `without` keeps rows that have images, or have none; `any` wants all alike
     images: str = "any"
     max_pixels: int = 40_000_000  # of one image; a larger one is not decoded
-    shrink_to: int = 0  # pixels; a larger image is made so small. 0: images stay as they are
+    shrink_to: int = 0  # pixels; larger images are shrunk to this. 0: never shrink
     # `drop` counts them, `stop` ends the run at the first; `auto`: stop in a folder of your own, else drop
     bad_rows: str = "auto"
     # [lo, hi]: keep questions that a model answers this often
@@ -69,7 +69,7 @@ class DataConfig:
     pass_rate_samples: int = 0
     # folders or files of benchmarks: what resembles them isn't trained on
     decontaminate: list[str] = field(default_factory=list)
-    # what resembling means: either is enough
+    # what counts as resembling; either one is enough
     decontaminate_by: list[str] = field(default_factory=lambda: ["image", "question"])
     # a grader of your own, `module:function` of (prediction, row); empty: by the rules
     grader: str = ""
@@ -78,9 +78,9 @@ class DataConfig:
     format: str = "think_answer"  # the response format that is trained, see `formats.FORMATS`
     # formats of the OOD test
     ood_formats: list[str] = field(default_factory=lambda: ["reason_final", "boxed", "headings", "json"])
-    # a system message in front of every question, in training, answering and evaluation alike; empty: none
+    # a system message before every question, in training, sampling and evaluation; empty: none
     system: str = ""
-    # what the model's chat template is given besides, everywhere: {enable_thinking: false}
+    # further arguments of the model's chat template, everywhere: {enable_thinking: false}
     chat_template_kwargs: dict = field(default_factory=dict)
     seed: int = 0  # stream of questions
 
@@ -92,7 +92,7 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    "Which model, and how it is loaded"
+    "Which model to use, and how to load it"
 
     path: str = "tiny"  # `tiny` (embedded), a folder, or a hub name
     dtype: str = "float32"  # of the weights
@@ -121,7 +121,7 @@ class QuestionSampling:
 
 @dataclass
 class Validation:
-    "Greedy answers to held-out questions while GRPO trains"
+    "Greedy evaluation on held-out questions during GRPO"
 
     every: int = 0  # steps from one look to the next; 0: none
     rows: int = 64  # questions that are held out of the training rows
@@ -132,7 +132,7 @@ class Validation:
 def grpo_trainer_defaults(
     learning_rate: float,  # of AdamW
 ) -> dict:  # fields of TRL's GRPOConfig
-    "GRPO's settings for the embedded model: 8 questions a step, 8 rollouts each."
+    "GRPO's settings for the embedded model: 8 questions per step, 8 rollouts each."
     return dict(
         per_device_train_batch_size=64,
         num_generations=8,
@@ -182,14 +182,14 @@ class GRPOStage:
 
 @dataclass
 class DistillStage:
-    "Self-distillation: which pairs are made"
+    "Self-distillation: how preference pairs are made"
 
     n_prompts: int = 400  # questions to answer
     n_samples: int = 8  # answers of each model to each question
     max_pairs: int = 240  # pairs to keep, spread over the questions
     max_new_tokens: int = 128
     temperature: float = 1.0
-    batch_size: int = 128  # completions in flight
+    batch_size: int = 128  # completions generated at a time
     corruptions: list[str] = field(
         default_factory=lambda: [
             "drop_all_tags",
@@ -199,8 +199,8 @@ class DistillStage:
             "shift_tags",
         ]
     )
-    mend: bool = True  # mend a right answer with a mendable format (the paper's format supplement)
-    check_consistency: bool = True  # drop chosen answers whose reasoning says something else
+    mend: bool = True  # repair the format of right answers where possible (the paper's format supplement)
+    check_consistency: bool = True  # drop chosen answers whose reasoning contradicts them
     teacher: str = "zero"  # whose answers are chosen: `zero`, `base`, or another model's folder or name
     rejected: str = "base"  # whose answers are spoilt: the same names
     # in what chosen and rejected differ: `form`, `answer` (wrong, but in form) or `both`
@@ -218,7 +218,7 @@ class ColdStartStage:
     start: str = ""  # `from` in a file: a model that is there already, taken instead of training the stage
     loss: str = "dpo+sft"  # `dpo+sft`, `dpo`, `sft`, `dpo+kl`, `dpo_norm+sft`, or `none`: no cold start
     lam: float = 1.0  # λ, weight of what is added to DPO (SFT or KL); the paper's is 1
-    fast: bool = True  # ask the reference once a pair and encode a pair's image once; false: TRL as it is
+    fast: bool = True  # compute the reference once per pair and encode its image once; false: plain TRL
     lora: bool = True  # train a LoRA adapter and keep it as one; false trains all weights
     qlora: bool = False  # LoRA on a model held in 4 bits, see `models`; implies an adapter
     lora_rank: int = 16
@@ -242,12 +242,12 @@ class ColdStartStage:
 
 @dataclass
 class EvalStage:
-    "Which questions each model is asked, how often"
+    "How each model is evaluated"
 
     n_samples: int = 4  # sampled answers to each question
     max_new_tokens: int = 128
     temperature: float = 1.0
-    batch_size: int = 128  # completions in flight
+    batch_size: int = 128  # completions generated at a time
     greedy: bool = True  # one greedy answer to each question besides the sampled ones
     # ask every question in each of `data.ood_formats`; false: in one of them, in turn
     all_formats: bool = False
@@ -300,7 +300,7 @@ class Config:
     # installed
     report_to: str | list[str] = "auto"
     samples: int = 10  # steps of GRPO between looks at a few completions, kept with their images; 0: none
-    # a finished stage keeps its checkpoints; else they go, for they are no result
+    # true: a finished stage keeps its checkpoints; false: they are removed
     keep_checkpoints: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -326,7 +326,7 @@ def merge(
     values: dict,  # nested, as YAML gives it
     where: str = "",  # path of `config` in the whole, for messages
 ):  # a new instance of the same class
-    "`config` with `values` in place; raises `SpecsError` for an unknown key or a value of the wrong type."
+    "A copy of `config` with `values` set; raises `SpecsError` for an unknown key or a value of the wrong type."
     if not isinstance(values, dict):
         raise SpecsError(
             f"{where or 'the configuration'} must be a mapping of keys to values, not {values!r}"
@@ -368,7 +368,7 @@ def _typed(value, kind, old, path):
 
 
 def _quotes(value, kinds):
-    "What a shell does to braces, and YAML to a date, is mended by quotes"
+    "A hint to use quotes, which keep the shell from expanding braces and YAML from reading a date"
     whole = {get_origin(k) or k for k in kinds}
     if isinstance(value, str) and value and whole & {dict, list}:
         return ". On a command line the whole of it stands in quotes: 'key={name: value}', 'key=[one, two]'"
@@ -428,7 +428,7 @@ PART = (
 def parts(
     data: DataConfig,  # with `sources`
 ) -> list:  # of (name, share of the rows from 0 to 1, a `DataConfig` for it alone)
-    "The sources of a mixture; raises `SpecsError` for an entry that can't be one."
+    "The sources of a mixture; raises `SpecsError` for an invalid entry."
     if data.sources and (data.source != "world" or data.path or data.subset or data.columns):
         raise SpecsError(
             "data.sources names several sources: leave data.source, path, subset and columns to its entries"
@@ -645,7 +645,7 @@ def _loader():
 def read_yaml(
     text: str,  # of a file, or a value of the command line
 ):  # what YAML makes of it: dictionaries, lists, numbers, texts or None
-    "Read YAML; raises `SpecsError` for what is none, and for a key that stands twice in one mapping."
+    "Read YAML; raises `SpecsError` for invalid YAML and for a key that occurs twice in one mapping."
     import yaml
 
     try:
@@ -687,8 +687,8 @@ def load_config(
     file: str = None,  # a YAML file, or the name of one of `builtin_configs`
     overrides=(),  # texts such as `zero.steps=3`
 ) -> Config:  # checked
-    """Defaults, then `file`, then `overrides`; raises `SpecsError` for what is unknown, unreadable or out of
-    range."""
+    """Apply defaults, then `file`, then `overrides`; raises `SpecsError` for unknown, unreadable or invalid
+    values."""
     config = Config()
     if file:
         path = builtin_configs().get(RENAMED.get(str(file), str(file)), Path(file))
@@ -714,7 +714,7 @@ def load_config(
 def atomic(
     path,  # the file to write
 ):  # yields the path of a neighbour to write to
-    "Write a file so that it is whole or not there."
+    "Write a file so that it is either complete or absent."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
@@ -798,7 +798,7 @@ class Run:
 def fingerprint(
     *parts,  # what JSON can say
 ) -> str:  # 16 hex digits
-    "A short checksum of values, the same for the same values."
+    "A short checksum, equal for equal values."
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -888,7 +888,7 @@ TESTS = ("data.test", "data.n_test", "data.ood_formats")
 def why_execution(
     key: str,  # path in the configuration
 ) -> str:  # the reason in `EXECUTION`; empty for a key that changes results
-    "Why a key leaves results as they are."
+    "Why changing a key doesn't change results."
     return next((why for pattern, why in EXECUTION.items() if fnmatch.fnmatchcase(key, pattern)), "")
 
 # %% ../nbs/method/00_core.ipynb #811137f6
@@ -896,7 +896,7 @@ def flat(
     values: dict,  # nested, as `asdict` gives a configuration or a part of it
     where: str = "",  # path of `values` in the whole
 ) -> dict:  # path → value, without the keys of execution
-    "What of a configuration changes results, as a flat table."
+    "The part of a configuration that changes results, as a flat table."
     out = {}
     for key, value in values.items():
         path = f"{where}.{key}".lstrip(".")
@@ -939,7 +939,7 @@ def differences(
     now: dict,  # the same, later
     most: int = 5,  # so many are named
 ) -> str:  # such as `zero.steps 20 → 30, seed 0 → 1`
-    "In which keys two tables differ, in words."
+    "Describe the keys in which two tables differ."
     before, now = (json.loads(json.dumps(t, default=str)) for t in (before, now))
     keys = [k for k in {**before, **now} if k not in before or k not in now or before[k] != now[k]]
 
@@ -984,7 +984,7 @@ def peak_memory_gb(
 
 # %% ../nbs/method/00_core.ipynb #318aee08
 def versions() -> dict:  # package → version
-    "What the numbers of a run depend on."
+    "The package versions on which the numbers of a run depend."
     from importlib.metadata import PackageNotFoundError, version
 
     out = {"python": sys.version.split()[0]}
@@ -1015,7 +1015,7 @@ def folder_bytes(
 def in_words(
     size: int,  # bytes
 ) -> str:  # such as `1.2 GB`
-    "A size for people."
+    "A size in readable units."
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 10 else f"{size:.1f} {unit}"
@@ -1043,7 +1043,7 @@ PHASES = (
 
 
 class Clock:
-    "Seconds by phase; whichever phase is innermost has the clock"
+    "Measures seconds by phase; only the innermost phase is timed"
 
     def __init__(
         self,
@@ -1086,8 +1086,8 @@ def count_seconds(
 def phase(
     name: str,  # of `PHASES`
 ):
-    """What runs within belongs to a phase, until an inner phase takes over; also a decorator. Without a clock
-    it does nothing."""
+    """Code inside this context counts towards a phase, except within an inner phase; also a decorator. Without
+    a clock it does nothing."""
     import threading
 
     if not _counting or _counting[0].thread != threading.get_ident():
@@ -1116,7 +1116,7 @@ def fill_up(
 def spent_on(
     by: dict,  # seconds by phase
 ) -> str:  # such as `write 12 s, train 5 s`
-    "Where the time went, the longest first; what is below a hundredth is left out."
+    "How the time splits into phases, longest first, without phases below one percent."
     total = sum(by.values())
     longest = sorted((name for name in by if by[name] >= 0.01 * total), key=lambda name: -by[name])
     return ", ".join(f"{name} {by[name]:.{0 if by[name] >= 10 else 1}f} s" for name in longest)
@@ -1124,8 +1124,8 @@ def spent_on(
 # %% ../nbs/method/00_core.ipynb #a3175e50
 @dataclass
 class Stage:
-    """One stage of a run: a folder with files and a `stage.json`. Of what another fingerprint left nothing is
-    ever removed."""
+    """One stage of a run: a folder with files and a `stage.json`. Results of another fingerprint are never
+    deleted."""
 
     dir: Path  # the stage's folder
     key: str  # fingerprint of what its result follows from
@@ -1157,7 +1157,7 @@ class Stage:
         return f"{', '.join(self.missing)} is missing" if self.missing else "done"
 
     def _changed(self, before):
-        "Which inputs differ from those in stage.json"
+        "The inputs that differ from those in stage.json"
         if not self.inputs:
             return "its configuration or an input has changed"
         if before is None:
@@ -1207,7 +1207,7 @@ class Stage:
         return to
 
     def drop_checkpoints(self):
-        "Remove the checkpoints of a stage that is done, and say so: its model is the result."
+        "Remove the checkpoints of a finished stage, whose result is its model, and print that."
         import shutil
 
         folder = self.dir / "checkpoints"
@@ -1222,7 +1222,7 @@ class Stage:
         )
 
     def tick(self):
-        "Note the time spent so far, so that a cut-off run keeps count."
+        "Record the time spent so far, so that an interrupted run keeps it."
         write_json(self.dir / "stage.json", {**self.info, **self._spent()})
 
     def go_on(self):
@@ -1259,7 +1259,7 @@ class Stage:
 
 # %% ../nbs/method/00_core.ipynb #6c5f572b
 class Interrupted(Exception):
-    "A stop was asked for, and what was done is saved"
+    "A signal asked for a stop, and all work so far is saved"
 
 
 _asked = []
@@ -1305,7 +1305,7 @@ from contextlib import contextmanager
 
 
 class _Worker(multiprocessing.context.SpawnProcess):
-    "A process that can be ended although it ignores SIGTERM"
+    "A process that can be terminated although it ignores SIGTERM"
 
     grace = 0  # seconds between asking and killing
 
@@ -1333,7 +1333,7 @@ class _Spawn(multiprocessing.context.SpawnContext):
 
 
 def patient():
-    "For a worker: leave Ctrl-C and SIGTERM to the first process, and end when it is gone."
+    "For a worker: leave Ctrl-C and SIGTERM to the main process, and exit when that is gone."
     import signal
     import threading
     from multiprocessing import connection, parent_process
@@ -1389,7 +1389,7 @@ def worker_pool(
 
 # %% ../nbs/method/00_core.ipynb #7246b28e
 class Progress:
-    "A progress bar with the stage's name and a few values; on a pipe, a line now and then"
+    "A progress bar with the stage's name and a few values; on a pipe, an occasional line"
 
     def __init__(
         self,
@@ -1413,7 +1413,7 @@ class Progress:
         n: int = 1,  # steps further
         **values,  # shown behind
     ):
-        "Go on by `n` steps."
+        "Advance by `n` steps."
         if values:
             self.bar.set_postfix(
                 {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in values.items()}, refresh=False
