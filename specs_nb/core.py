@@ -326,7 +326,7 @@ def merge(
     values: dict,  # nested, as YAML gives it
     where: str = "",  # path of `config` in the whole, for messages
 ):  # a new instance of the same class
-    "A copy of `config` with `values` set; raises `SpecsError` for an unknown key or a value of the wrong type."
+    "A copy of `config` with `values` set; raises `SpecsError` for an unknown key or a wrong type."
     if not isinstance(values, dict):
         raise SpecsError(
             f"{where or 'the configuration'} must be a mapping of keys to values, not {values!r}"
@@ -1086,8 +1086,8 @@ def count_seconds(
 def phase(
     name: str,  # of `PHASES`
 ):
-    """Code inside this context counts towards a phase, except within an inner phase; also a decorator. Without
-    a clock it does nothing."""
+    """Code inside this context counts towards a phase, except within an inner phase; also a decorator.
+    Without a clock it does nothing."""
     import threading
 
     if not _counting or _counting[0].thread != threading.get_ident():
