@@ -371,7 +371,7 @@ def coldstart_trainer(
         and borrowed is not None
     ):
         raise SpecsError(
-            "coldstart.fast can't ask the reference beforehand under FSDP or DeepSpeed in one process: set"
+            "coldstart.fast can't compute the reference first under FSDP or DeepSpeed in one process: set"
             " coldstart.fast=false"
         )
     if config.loss == "dpo+kl":

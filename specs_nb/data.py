@@ -122,7 +122,7 @@ def load_image(
     try:
         return decode(Path(path).read_bytes(), max_pixels).image
     except (OSError, ValueError) as e:
-        raise SpecsError(f"{row}: the image {path} can't be read ({e}): mend it, or remove the row") from None
+        raise SpecsError(f"{row}: the image {path} can't be read ({e}): repair it, or remove the row") from None
 
 # %% ../nbs/method/11_data.ipynb #44dac4b6
 def unique_ids(
@@ -175,7 +175,7 @@ def read_row(
             raise SpecsError(f"{where}: the image {p} lies outside {folder}")
     choices = plain_choices([str(c) for c in d.get("choices") or d.get("options") or ()]) or None
     if not isinstance(d["question"], str):
-        raise SpecsError(f"{where}: its question is no text but of type {type(d['question']).__name__}")
+        raise SpecsError(f"{where}: its question must be a text, not of type {type(d['question']).__name__}")
     return dict(
         id=str(d.get("id", where)),
         question=d["question"],

@@ -232,7 +232,7 @@ def read_pairs(
 def pairs_card(
     path: Path,  # pairs.parquet
 ) -> str:  # Markdown with the hub's metadata
-    "A data set's card for pairs: how many, from which sources, how they were spoilt."
+    "A data set's card for pairs: how many, from which sources, how they were corrupted."
     import pyarrow.parquet as pq
 
     from specs_nb import __version__

@@ -297,7 +297,7 @@ def evaluate(
 ) -> dict:  # model → split → metric → mean, lo, hi, n
     "Sample, grade and write; raises `SpecsError` if there are no questions."
     if not all(rows for rows, _ in tests.values()):
-        raise SpecsError("a test split has no rows: raise data.n_test or mend the test file")
+        raise SpecsError("a test split has no rows: raise data.n_test or add rows to the test file")
     c = config
     draw, greedy = Sampling(c.n_samples, c.temperature, c.max_new_tokens, c.batch_size, logps=True), Sampling(
         1, 0.0, c.max_new_tokens, c.batch_size, logps=True

@@ -284,7 +284,7 @@ def _well_formed(text, fmt):
 # %% ../nbs/method/20_formats.ipynb #dbad7eda
 def drop_all_tags(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # without any tag
     "Remove all tags; raises `ValueError` if `text` is not well-formed."
     return "\n".join(_well_formed(text, fmt))
@@ -292,7 +292,7 @@ def drop_all_tags(
 # %% ../nbs/method/20_formats.ipynb #a58a470c
 def drop_answer_tags(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # with think tags alone
     "Remove the answer tags; raises `ValueError` if `text` is not well-formed."
     reasoning, answer = _well_formed(text, fmt)
@@ -301,7 +301,7 @@ def drop_answer_tags(
 # %% ../nbs/method/20_formats.ipynb #bf10113c
 def drop_think_tags(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # with answer tags alone
     "Remove the think tags; raises `ValueError` if `text` is not well-formed."
     reasoning, answer = _well_formed(text, fmt)
@@ -310,7 +310,7 @@ def drop_think_tags(
 # %% ../nbs/method/20_formats.ipynb #3a81200b
 def plain_answer(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # with `Answer: …` for the answer tags
     "Replace the answer tags by words; raises `ValueError` if `text` is not well-formed."
     reasoning, answer = _well_formed(text, fmt)
@@ -319,7 +319,7 @@ def plain_answer(
 # %% ../nbs/method/20_formats.ipynb #7bec9686
 def shift_tags(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # with the answer inside the reasoning
     """Move the closing think tag behind the answer; raises `ValueError` if `text` is not well-formed."""
     reasoning, answer = _well_formed(text, fmt)
@@ -333,7 +333,7 @@ PAPER_CORRUPTIONS = {
 # %% ../nbs/method/20_formats.ipynb #b7c813b7
 def unclosed_answer(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # without the last tag
     "Leave out the last tag, as if the model stopped early; raises `ValueError` if `text` is not well-formed."
     _well_formed(text, fmt)
@@ -342,7 +342,7 @@ def unclosed_answer(
 # %% ../nbs/method/20_formats.ipynb #937ef785
 def unopened_think(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # without the first tag
     "Leave out the first tag; raises `ValueError` if `text` is not well-formed."
     _well_formed(text, fmt)
@@ -351,7 +351,7 @@ def unopened_think(
 # %% ../nbs/method/20_formats.ipynb #d56063ec
 def trailing_words(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # with words after the last tag
     "Add words after the answer; raises `ValueError` if `text` is not well-formed."
     _well_formed(text, fmt)
@@ -360,7 +360,7 @@ def trailing_words(
 # %% ../nbs/method/20_formats.ipynb #1c78521c
 def repeated_answer(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # with the answer twice
     "Repeat the answer; raises `ValueError` if `text` is not well-formed."
     answer = _well_formed(text, fmt)[1]
@@ -369,7 +369,7 @@ def repeated_answer(
 # %% ../nbs/method/20_formats.ipynb #56de0ae5
 def fenced(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # in a Markdown fence
     "Wrap the text in a code fence; raises `ValueError` if `text` is not well-formed."
     _well_formed(text, fmt)
@@ -378,7 +378,7 @@ def fenced(
 # %% ../nbs/method/20_formats.ipynb #f53d301a
 def capital_tags(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # with `<THINK>` for `<think>` and so on
     "Write the tags in capitals; raises `ValueError` if `text` is not well-formed."
     reasoning, answer = _well_formed(text, fmt)

@@ -49,7 +49,7 @@ def group_advantages(
 def clipped_loss(
     logp,  # log-probabilities now, (n_completions, n_tokens)
     old_logp,  # log-probabilities when sampled, same shape
-    advantages,  # one a completion, (n_completions,)
+    advantages,  # one per completion, (n_completions,)
     mask,  # 1 for tokens of the completion, same shape as logp
     low: float = 0.2,  # ε_low
     high: float = 0.28,  # ε_high
@@ -103,7 +103,7 @@ def _no_evaluation(values, where):
 # %% ../nbs/method/40_grpo.ipynb #e48ef7f9
 def trainer_config(
     cls,  # `GRPOConfig` or `DPOConfig`
-    values: dict,  # what stands under `trainer:`
+    values: dict,  # the keys under `trainer:`
     where: str,  # path in the configuration, for messages
     **ours,  # what the stage decides; `values` win
 ):  # an instance of `cls`
@@ -247,7 +247,7 @@ def watcher(
                 control.should_save = control.should_training_stop = True
 
         def on_save(self, args, state, control, model=None, **kw):
-            wait_for_ranks()  # for what the others write
+            wait_for_ranks()  # for what other processes write
             if not is_main():
                 return
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -300,7 +300,7 @@ def last_checkpoint(
         ]
         if not bad:
             return str(p)
-        print(f"{p.parent.parent.name}: {p.name} is damaged ({', '.join(bad)}), and passed over")
+        print(f"{p.parent.parent.name}: {p.name} is damaged ({', '.join(bad)}), so it is skipped")
 
 # %% ../nbs/method/40_grpo.ipynb #15c75e7f
 def quiet(

@@ -169,7 +169,7 @@ def look_at(
     seed: int = 0,  # of the stage
     stage: str = "zero",  # its name
     pairs: bool = True,  # right answers of this model are needed for pairs
-    batch_size: int = 256,  # completions in flight
+    batch_size: int = 256,  # completions generated at a time
     load: dict | None = None,  # keywords of `load_model`
     **how,  # threads, engine, options: see `answer_all`
 ) -> dict:  # counts

@@ -326,7 +326,7 @@ def taken(
                 f" ({type(e).__name__}): download it, and name its folder"
             ) from None
     if not (folder / "config.json").exists():
-        raise SpecsError(f"{name}.from is {start}, and there is no config.json in it: it is no whole model")
+        raise SpecsError(f"{name}.from is {start}, which lacks a config.json: it isn't a whole model")
     out.unlink(missing_ok=True)
     out.symlink_to(folder.resolve())
     return {"from": start}
@@ -535,7 +535,7 @@ def _number_of(text):
 
 def check_values(
     cls,  # `GRPOConfig` or `DPOConfig`
-    values: dict,  # what stands under `trainer:`
+    values: dict,  # the keys under `trainer:`
     where: str,  # path in the configuration, for messages
     build: bool = True,  # let TRL check how values go together; False where several processes share them
 ):
@@ -595,14 +595,14 @@ def check_names(
         check_trainer_keys(GRPOConfig, getattr(config, name).trainer, f"{name}.trainer")
         if "chat_template_kwargs" in getattr(config, name).trainer:
             raise SpecsError(
-                f"{name}.trainer.chat_template_kwargs would hold in this stage alone: set"
-                " data.chat_template_kwargs, which holds wherever the model is asked"
+                f"{name}.trainer.chat_template_kwargs would apply to this stage only: set"
+                " data.chat_template_kwargs, which applies everywhere"
             )
         check_values(GRPOConfig, getattr(config, name).trainer, f"{name}.trainer", build)
         resolve_rewards(getattr(config, name).rewards)
         need_accuracy(getattr(config, name), name)
         if _asks_judge(getattr(config, name)) and not config.judge.models:
-            raise SpecsError(f"{name}.rewards asks a judge, and judge.models names none")
+            raise SpecsError(f"{name}.rewards asks a judge, but judge.models names none")
     check_trainer_keys(DPOConfig, config.coldstart.trainer, "coldstart.trainer")
     check_values(DPOConfig, config.coldstart.trainer, "coldstart.trainer", build)
     for f in (config.data.format, *config.data.ood_formats):
@@ -855,7 +855,7 @@ def _add_run_options(s, home):
         default="",
         metavar="COMMAND",
         help=(
-            "start each stage by it: 'torchrun --nproc_per_node 8', ddp, fsdp2, zero2, zero3, 'srun"
+            "start each stage with it: 'torchrun --nproc_per_node 8', ddp, fsdp2, zero2, zero3, 'srun"
             " torchrun …'"
         ),
     )
@@ -863,9 +863,9 @@ def _add_run_options(s, home):
         "--fleet",
         default="",
         metavar="ADDRESS",
-        help="answer questions by a Ray cluster: local, auto, or ray://host:10001",
+        help="answer questions on a Ray cluster: local, auto, or ray://host:10001",
     )
-    s.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the file")
+    s.add_argument("overrides", nargs="*", metavar="key=value", help="values that override the file")
 
 
 def _add_model_option(s):
@@ -874,14 +874,14 @@ def _add_model_option(s):
 
 
 def _add_push_options(s):
-    s.add_argument("--repo", required=True, metavar="OWNER/NAME", help="where to")
+    s.add_argument("--repo", required=True, metavar="OWNER/NAME", help="repository to upload to")
     _add_model_option(s)
     s.add_argument("--pairs", action="store_true", help="the pairs as a data set, not a model")
-    s.add_argument("--public", action="store_true", help="for everyone to see; private otherwise")
+    s.add_argument("--public", action="store_true", help="make it public (private otherwise)")
 
 
 def _add_export_options(s):
-    s.add_argument("--out", required=True, metavar="FOLDER", help="where to")
+    s.add_argument("--out", required=True, metavar="FOLDER", help="folder to write to")
     _add_model_option(s)
     s.add_argument(
         "--dtype",
@@ -903,8 +903,8 @@ def _add_others(sub):
     "Commands that inspect existing files and need no configuration"
     s = c = sub.add_parser(
         "compare",
-        help="one page for several runs",
-        description="One page for several runs; the first is what the others are compared with.",
+        help="one report for several runs",
+        description="One report for several runs; the others are compared with the first.",
     )
     s.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     s.add_argument(
@@ -912,20 +912,20 @@ def _add_others(sub):
     )
     s = sub.add_parser(
         "bench",
-        help="benchmarks through lmms-eval, of a served model",
+        help="benchmark a served model with lmms-eval",
         description=(
-            "Benchmarks through lmms-eval, of a model that a server answers for: see docs/benchmarks.md."
+            "Benchmark a served model with lmms-eval: see docs/benchmarks.md."
         ),
     )
     s.add_argument(
         "--url", default="http://localhost:8000/v1", help="of the server (http://localhost:8000/v1)"
     )
-    s.add_argument("--model", required=True, help="as the server knows it")
+    s.add_argument("--model", required=True, help="its name at the server")
     s.add_argument(
         "--tasks",
         required=True,
         metavar="A,B",
-        help="such as mathvista,mmmu; a word that isn't one shows all",
+        help="such as mathvista,mmmu; an unknown name lists all",
     )
     s.add_argument(
         "--out", default="runs/bench", metavar="DIR", help="a new folder for the results (runs/bench)"
@@ -935,13 +935,13 @@ def _add_others(sub):
         "--grader",
         default="",
         metavar="MODULE:FUNCTION",
-        help="a grader of your own beside theirs; tasks written by write_task carry theirs",
+        help="your own grader beside theirs; tasks written by write_task carry theirs",
     )
     s.add_argument("--python", metavar="FILE", help="the Python of lmms-eval's environment")
     s.add_argument("--limit", type=int, metavar="N", help="questions of each task")
     d = sub.add_parser(
         "clean",
-        help="list what was set aside, and remove it",
+        help="list folders that were set aside, and remove them",
         description=(
             "List the folders of stages that no longer fitted their configuration (zero.before-1, …), and"
             " remove them if you say so."

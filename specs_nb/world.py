@@ -166,7 +166,7 @@ class Question:
 def lettered(
     choices,  # texts
 ) -> str:  # such as `(A) red (B) blue`
-    "Choices with their letters, as they stand in a question."
+    "Choices with their letters, as they appear in a question."
     return " ".join(f"({chr(65 + i)}) {c}" for i, c in enumerate(choices))
 
 # %% ../nbs/method/10_world.ipynb #82b0e7ea
