@@ -1162,8 +1162,8 @@ class Stage:
         return f"changed: {differences(before, self.inputs)}"
 
     def begin(self):
-        """Mark the stage as begun; results of another fingerprint are set aside, those of this one are kept and
-        continued."""
+        """Mark the stage as begun; results of another fingerprint are set aside, those of this one are kept
+        and continued."""
         if self.info.get("key") not in (None, self.key):
             self.set_aside()
         info, now = self.info, versions()

@@ -122,7 +122,7 @@ def load_image(
     try:
         return decode(Path(path).read_bytes(), max_pixels).image
     except (OSError, ValueError) as e:
-        raise SpecsError(f"{row}: the image {path} can't be read ({e}): repair it, or remove the row") from None
+        raise SpecsError(f"{row}: the image {path} can't be read ({e}): fix it, or remove the row") from None
 
 # %% ../nbs/method/11_data.ipynb #44dac4b6
 def unique_ids(
