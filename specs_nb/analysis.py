@@ -19,8 +19,8 @@ def generalization_factor(
     g_ood: float,  # gain out of distribution, same unit
     beta: float = 2.0,  # weight of the OOD gain
 ) -> float:  # same unit
-    """F-β of two gains, the paper's Generalization Factor; 0 where a gain is zero or negative, None where one
-    isn't known."""
+    """The paper's Generalization Factor, an F-β of two gains; 0 if a gain is zero or negative, None if one is
+    unknown."""
     if g_id is None or g_ood is None:
         return None
     if g_id <= 0 or g_ood <= 0:
@@ -32,7 +32,7 @@ def value_at(
     metrics: dict,  # from `evaluate`; parts of it may be missing
     *path,  # model, split, metric
 ) -> dict:  # mean, lo, hi, n; empty where there is nothing
-    "A value of the metrics, wherever the path ends."
+    "Look up a value in the metrics; empty if any part of the path is missing."
     for key in path:
         metrics = (metrics or {}).get(key)
     return metrics or {}
@@ -43,7 +43,7 @@ def gf_table(
     metric: str = "strict",  # which one
     ood: str = "ood_format",  # which split is out of distribution
 ) -> dict:  # model → gf_raw, gf_gain, gain_id, gain_ood
-    """Both readings of the Generalization Factor for each model but the base, and the gains; a model without
+    """Both versions of the Generalization Factor and the gains of each model except the base; a model without
     the values is left out."""
 
     def at(model, split):
@@ -88,8 +88,8 @@ STAGE_TITLES = dict(
 def read_run(
     run_dir: Path,  # a run folder with eval/metrics.json
 ) -> dict:  # name, config, metrics, stages, history, answers, look
-    """What the report needs of a run, missing files as empty values; raises `SpecsError` if there are no
-    metrics yet."""
+    """Everything the report needs from a run, with empty values for missing files; raises `SpecsError` if
+    there are no metrics yet."""
     import yaml
 
     run = Path(run_dir)
@@ -145,7 +145,7 @@ def detectable(
     sd: float,  # standard deviation of the differences
     n: int,  # how many: seeds, or questions
     alpha: float = 0.05,  # level of the test; with m contrasts, alpha / m is on the safe side
-    power: float = 0.8,  # share of experiments that shall find it
+    power: float = 0.8,  # power: the share of experiments that should find it
 ) -> float:  # smallest difference, in the unit of `sd`; None with one
     "Minimal detectable effect of a paired t test."
     from scipy.optimize import brentq
@@ -163,7 +163,7 @@ def paired_difference(
     b: dict,  # the same of the other
 ) -> dict:  # mean, lo, hi, n of a - b; detectable: what could have been seen
     """How far `a` is ahead of `b` on the questions that both answered, with a 95 % interval; scores are
-    shares."""
+    shares between 0 and 1."""
     import numpy as np
 
     d = [a[i] - b[i] for i in a if i in b]
@@ -193,7 +193,7 @@ def comparisons(
 # %% ../nbs/method/71_analysis.ipynb #5b2e4d27
 def percent(
     x,  # a share, or None
-    sign=False,  # a difference: show the sign
+    sign=False,  # for a difference: show the sign
 ) -> str:  # such as 62.5, +3.1, −0.4, –
     "A share in percent, without the percent sign."
     if x is None:
@@ -233,7 +233,7 @@ def title(
 def difference(
     d: dict,  # from `paired_difference`
 ) -> str:  # the difference and what it shows
-    "A difference in words; one that shows nothing says what could have been seen."
+    "A difference in words; if it shows nothing, the text names what could have been detected."
     if d["mean"] is None:
         return "no question was answered by both"
     told = f"{percent(d['mean'], True)} points {interval(d, True)}: "
@@ -252,7 +252,7 @@ def spent(
     stages: dict,  # stage → its stage.json
     model: str,  # zero or final
 ) -> dict:  # steps of GRPO, steps of the cold start, tokens, seconds; None where a stage didn't note it
-    "What a model cost, all stages before it included."
+    "What a model cost, including all stages before it."
 
     def total(key, which):
         noted = [stages.get(s, {}).get(key) for s in which]
@@ -273,7 +273,7 @@ def cold_start_worth(
     stages: dict,  # stage → its stage.json
     d: dict,  # final − GRPO-zero, from `paired_difference`
 ) -> str:  # a sentence or two
-    "Whether the cold start was worth it, or why this run can't tell."
+    "Whether the cold start was worth it, or why this run can't show it."
     a, b = spent(stages, "final"), spent(stages, "zero")
     # steps of the cold start are another kind of step: tokens and seconds weigh them
     known = [k for k in a if k != "steps of the cold start" and None not in (a[k], b[k])]

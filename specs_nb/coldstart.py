@@ -33,8 +33,8 @@ def dpo_loss(
     rejected,  # the same of the rejected ones
     ref_chosen,  # log π_ref of the chosen answers, (n_pairs,)
     ref_rejected,  # the same of the rejected ones
-    beta: float = 0.1,  # β, how far from the reference a reward reaches
-):  # one loss a pair, (n_pairs,)
+    beta: float = 0.1,  # β, scales the rewards; smaller values allow moving further from the reference
+):  # one loss per pair, (n_pairs,)
     "DPO's loss of each pair."
     import torch.nn.functional as F
 
@@ -57,7 +57,7 @@ def norm_loss(
     n_chosen,  # tokens of the chosen answers, (n_pairs,)
     n_rejected,  # the same of the rejected ones
     beta: float = 0.1,  # β, of log-ratios per token
-):  # one loss a pair, (n_pairs,)
+):  # one loss per pair, (n_pairs,)
     "DPO's loss of each pair with log-ratios averaged over the answer's tokens."
     import torch.nn.functional as F
 
@@ -83,8 +83,8 @@ LOSSES = {
 
 # %% ../nbs/method/60_coldstart.ipynb #f771939f
 def _read_reference(path, key):
-    """The reference's log-probabilities of a run that was interrupted, (n_pairs, 2), or None: not there, of
-    something else, damaged"""
+    """The stored reference log-probabilities of an interrupted run, (n_pairs, 2), or None if the file is
+    missing, damaged or belongs to another run"""
     try:
         found = read_json(path) or {}
     except SpecsError:
@@ -122,11 +122,11 @@ def _ask_reference(trainer):
 def reference_once(
     trainer,  # a `DPOTrainer` that has not trained yet
     path: Path,  # the file that keeps what was computed
-    key: str,  # of the model and the pairs: what a file with another key says doesn't hold
+    key: str,  # of the model and the pairs; a file with another key is ignored
 ) -> (
     bool
 ):  # whether it could be done: not with a reference that moves, nor with weights spread over processes
-    "Compute the reference's log-probabilities before training, once a pair, and let the trainer read them."
+    "Compute reference log-probabilities once per pair before training, and make the trainer use them."
     from accelerate.utils import broadcast_object_list
 
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.args.sync_ref_model:
@@ -140,7 +140,7 @@ def reference_once(
     for name, column in zip(names, zip(*logps)):
         trainer.train_dataset = trainer.train_dataset.add_column(name, list(column))
     trainer._set_signature_columns_if_needed()
-    trainer._signature_columns = list({*trainer._signature_columns, *names})  # else Trainer drops them
+    trainer._signature_columns = list({*trainer._signature_columns, *names})  # otherwise Trainer drops them
     trainer.data_collator = partial(_with_reference, names=names, collate=collate)
     trainer.precompute_ref_logps = True
     return True
@@ -160,7 +160,7 @@ def _same_halves(x):
 
 
 def _encode_once(encode):
-    "`get_image_features` that computes a half and doubles it"
+    "`get_image_features` that encodes one half of the batch and duplicates the result"
     import torch
 
     double = lambda x: torch.cat([x, x]) if isinstance(x, torch.Tensor) else [*x, *x]
@@ -172,7 +172,7 @@ def _encode_once(encode):
             return encode(*args, **kw)
         out = encode(*map(half, args), **{k: half(v) for k, v in kw.items()})
         if isinstance(out, tuple):
-            return encode(*args, **kw)  # asked for a plain tuple: nobody here does
+            return encode(*args, **kw)  # a plain tuple was asked for, which our code never does
         deep = getattr(out, "deepstack_features", None)
         more = {} if deep is None else {"deepstack_features": [double(x) for x in deep]}
         return type(out)(pooler_output=double(out.pooler_output), **more)
@@ -181,7 +181,7 @@ def _encode_once(encode):
 
 
 class _ProcessOnce:
-    "A processor that prepares the same image with the same prompt once"
+    "A processor that processes an image once if both halves of a batch have the same prompts and images"
 
     def __init__(self, processor):
         self.processor = processor
@@ -203,7 +203,7 @@ class _ProcessOnce:
 
 def share_images(
     trainer,  # a `DPOTrainer`
-) -> bool:  # whether the model has eyes
+) -> bool:  # whether the model reads images
     "Prepare and encode the image of a pair once instead of once for each answer."
     eyes = [m for m in trainer.model.modules() if hasattr(type(m), "get_image_features")]
     if not eyes or not hasattr(trainer.data_collator, "processor"):
@@ -217,7 +217,7 @@ def share_images(
 def answers_only(
     trainer,  # a `DPOTrainer`
 ):
-    "Compute logits at the answers' tokens alone, on a CPU too."
+    "Compute logits only for the answers' tokens, on a CPU too."
     from unittest.mock import patch
 
     from trl.trainer import utils
@@ -306,7 +306,7 @@ def fitting_pairs(
     model,  # of transformers
     processor,  # its processor or tokenizer
 ):  # a `datasets.Dataset`
-    "The pairs that the model can read whole; raises `SpecsError` if there is none."
+    "The pairs that fit into the model's context; raises `SpecsError` if none does."
     say = print if is_main() else (lambda text: None)
     answers, template = ("chosen", "rejected"), chat_of(processor)["kwargs"] or {}
     return drop_long(pairs, processor, context_of(model), 0, "coldstart", answers, say=say, **template)
@@ -321,8 +321,8 @@ def coldstart_trainer(
     callbacks=(),  # of the trainer
     **load,  # keywords of `load_model`
 ):  # a `DPOTrainer`
-    """TRL's DPOTrainer for one of `LOSSES`, with LoRA or without; with `config.fast` the reference is asked
-    here, once a pair."""
+    """TRL's DPOTrainer for one of `LOSSES`, with or without LoRA; `config.fast` computes the reference
+    here, once per pair."""
     from transformers import set_seed
     from trl import DPOConfig, DPOTrainer
 
@@ -371,7 +371,7 @@ def coldstart_trainer(
         and borrowed is not None
     ):
         raise SpecsError(
-            "coldstart.fast can't ask the reference beforehand under FSDP or DeepSpeed in one process: set"
+            "coldstart.fast can't compute the reference first under FSDP or DeepSpeed in one process: set"
             " coldstart.fast=false"
         )
     if config.loss == "dpo+kl":
@@ -381,8 +381,8 @@ def coldstart_trainer(
 
 
 def _borrowed(model):
-    """A second object over the same weights: TRL would load them again, and `reference_once` has done with it
-    before a step is taken"""
+    """A second object that shares the weights: TRL would load them again, and
+    `reference_once` no longer needs it once training starts"""
     import copy
 
     return copy.copy(model) if rank()[1] == 1 and not hasattr(model, "peft_config") else None
@@ -406,7 +406,7 @@ def train_coldstart(
     tick=None,  # called at each checkpoint
     **load,  # keywords of `load_model`
 ) -> dict:  # facts for stage.json
-    "Train the cold start (the paper's stage 2) and save it whole; raises `SpecsError` if there are no pairs."
+    "Train the cold start (the paper's stage 2) and save it; raises `SpecsError` if there are no pairs."
     ds, out = read_pairs(pairs), Path(out)
     if not len(ds):
         raise SpecsError(f"{pairs} holds no pair: look at stage.json beside it for what was dropped")

@@ -29,21 +29,21 @@ from typing import get_args, get_origin
 
 # %% ../nbs/method/00_core.ipynb #3359b672
 class SpecsError(Exception):
-    "Something the user can mend: the message says what is wrong and what to do"
+    "A mistake that the user can fix: the message says what is wrong and what to do"
 
 
 def nearest(
     word: str,  # what was written
     known,  # what is known
 ) -> str:  # `did you mean …?` or a list
-    "A hint at the nearest known name."
+    "A hint that names the nearest known name."
     close = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
 
 # %% ../nbs/method/00_core.ipynb #8290a940
 @dataclass
 class DataConfig:
-    "Which questions"
+    "Which questions to train and test on"
 
     # `world` (drawn), a folder, `orsta`, `virl39k`, `mathvista` or `datasets`; see `sources`
     source: str = "world"
@@ -54,33 +54,33 @@ class DataConfig:
     split: str = "train"  # split of a `datasets` set
     # our column → theirs, dots go inside: {answer: solution, id: meta.id}
     columns: dict[str, str] = field(default_factory=dict)
-    test: str = ""  # folder or file of the ID test; empty: the source's own, else rows held out of it
+    test: str = ""  # folder or file of the ID test; empty: the source's own, or rows held out of it
     n_train: int = 4000  # questions to train from
     n_test: int = 200  # questions of each test split
-    # `with` or `without` keeps rows that have images, or have none; `any` wants all alike
+    # `with` keeps only rows with images, `without` only rows without, `any` both
     images: str = "any"
     max_pixels: int = 40_000_000  # of one image; a larger one is not decoded
-    shrink_to: int = 0  # pixels; a larger image is made so small. 0: images stay as they are
-    # `drop` counts them, `stop` ends the run at the first; `auto`: stop in a folder of your own, else drop
+    shrink_to: int = 0  # pixels; larger images are shrunk to this. 0: never shrink
+    # `drop` counts them, `stop` ends the run at the first; `auto`: stop for your own folder, otherwise drop
     bad_rows: str = "auto"
     # [lo, hi]: keep questions that a model answers this often
     pass_rate: list = field(default_factory=list)
-    # 0: the set's own rates; else measured with the base model, so many answers each
+    # 0: use the data set's rates; otherwise the number of answers per question that measure the base model
     pass_rate_samples: int = 0
-    # folders or files of benchmarks: what resembles them isn't trained on
+    # folders or files of benchmarks: rows that resemble them aren't trained on
     decontaminate: list[str] = field(default_factory=list)
-    # what resembling means: either is enough
+    # what counts as resembling; either one is enough
     decontaminate_by: list[str] = field(default_factory=lambda: ["image", "question"])
     # a grader of your own, `module:function` of (prediction, row); empty: by the rules
     grader: str = ""
-    # coordinates of boxes that are asked for: `pixels` of the picture, or `thousand`ths of its sides
+    # coordinates of bounding boxes: `pixels` of the picture, or `thousand`ths of its sides
     boxes: str = "pixels"
     format: str = "think_answer"  # the response format that is trained, see `formats.FORMATS`
     # formats of the OOD test
     ood_formats: list[str] = field(default_factory=lambda: ["reason_final", "boxed", "headings", "json"])
-    # a system message in front of every question, in training, answering and evaluation alike; empty: none
+    # a system message before every question, in training, sampling and evaluation; empty: none
     system: str = ""
-    # what the model's chat template is given besides, everywhere: {enable_thinking: false}
+    # further arguments of the model's chat template, everywhere: {enable_thinking: false}
     chat_template_kwargs: dict = field(default_factory=dict)
     seed: int = 0  # stream of questions
 
@@ -92,14 +92,14 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    "Which model, and how it is loaded"
+    "Which model to use, and how to load it"
 
     path: str = "tiny"  # `tiny` (embedded), a folder, or a hub name
     dtype: str = "float32"  # of the weights
-    # attention implementation; `auto` takes FlashAttention 2 where there is a GPU and the package
+    # attention implementation; `auto` uses FlashAttention 2 if there is a GPU and the package
     attn: str = "sdpa"
-    liger: str = "auto"  # Liger's kernels: `auto` where they are, `need`, `none`
-    # of the final stage's whole weights, as written; `auto`: bfloat16 above 1 GB in float32, else as trained
+    liger: str = "auto"  # Liger's kernels: `auto` (if installed), `need`, `none`
+    # in which the final stage's weights are saved; `auto`: bfloat16 above 1 GB in float32, else as trained
     save_dtype: str = "auto"
 
 # %% ../nbs/method/00_core.ipynb #3eb07c85
@@ -107,11 +107,11 @@ class ModelConfig:
 class QuestionSampling:
     "Which questions a step of GRPO asks"
 
-    # draw questions by how often they are answered right, most often those near one half; false: TRL's order
+    # draw questions by their pass rate, most often those near one half; false: TRL's order
     by_pass_rate: bool = False
-    # how often a question that is always or never answered right is drawn, against one at one half
+    # weight of a question that is always or never answered right, relative to one at one half
     floor: float = 0.1
-    # further answers, as a share of a step's: they replace groups that are all right or all wrong
+    # budget of additional answers, as a share of a step's, to replace groups all right or all wrong
     refill: float = 0.0
 
     @property
@@ -121,18 +121,18 @@ class QuestionSampling:
 
 @dataclass
 class Validation:
-    "Greedy answers to held-out questions while GRPO trains"
+    "Greedy evaluation on held-out questions during GRPO"
 
-    every: int = 0  # steps from one look to the next; 0: none
-    rows: int = 64  # questions that are held out of the training rows
-    keep: str = "last"  # whose weights the stage keeps: `last`, or `best`, the earlier one of equals
-    patience: int = 0  # looks without a better one after which the stage ends; 0: all steps are taken
+    every: int = 0  # steps between evaluations; 0: no validation
+    rows: int = 64  # questions held out of the training rows
+    keep: str = "last"  # which weights the stage keeps: `last` or `best` (of equal steps, the earlier)
+    patience: int = 0  # evaluations without improvement after which the stage ends; 0: never
 
 # %% ../nbs/method/00_core.ipynb #7b7d0501
 def grpo_trainer_defaults(
     learning_rate: float,  # of AdamW
 ) -> dict:  # fields of TRL's GRPOConfig
-    "GRPO's settings for the embedded model: 8 questions a step, 8 rollouts each."
+    "GRPO's settings for the embedded model: 8 questions per step, 8 rollouts each."
     return dict(
         per_device_train_batch_size=64,
         num_generations=8,
@@ -149,28 +149,27 @@ def grpo_trainer_defaults(
 class GRPOStage:
     "GRPO, for GRPO-zero and for the final model"
 
-    # `from` in a file: a model that is there already, taken instead of training the stage; not for `final`
+    # `from` in a file: an existing model to use instead of training the stage; not for `final`
     start: str = ""
     steps: int = 12  # optimizer steps
-    # a question with a longer prompt, in tokens, is left out; 0: what the model's context has room for
+    # questions with longer prompts, in tokens, are left out; 0: the limit is the model's context
     max_prompt_tokens: int = 0
     # name → weight; they pay 0.5 and 1, as in the paper's final stage
     rewards: dict[str, float] = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})
-    lora: bool = False  # train a LoRA adapter and keep it as one; false trains all weights
+    lora: bool = False  # train and save a LoRA adapter; false trains all weights
     qlora: bool = False  # LoRA on a model held in 4 bits, see `models`; implies an adapter
     lora_rank: int = 16
-    lora_alpha: int = 0  # the adapter's part is scaled by alpha / rank; 0: twice the rank
-    lora_dropout: float = 0.0  # share of the adapter's inputs that is dropped in training
+    lora_alpha: int = 0  # the adapter's output is scaled by alpha / rank; 0: twice the rank
+    lora_dropout: float = 0.0  # share of the adapter's inputs dropped during training
     # names of layers that get an adapter, such as [q_proj, v_proj]; empty: all projections of the language
     # model
     lora_targets: list = field(default_factory=list)
     lora_tower: bool = False  # the linear layers of the vision tower get an adapter too
-    # a prompt and its image are computed once for all its answers, see `fast`; false: TRL as it is
+    # compute a prompt and its image once for all its answers, see `fast`; false: plain TRL
     fast: bool = True
-    # prompts and answers that go through the model at a time, in tokens, see `fast`; 0: the whole batch
+    # tokens of prompts and answers per forward pass, see `fast`; 0: the whole batch
     tokens_per_microbatch: int = 0
-    # questions that the model is asked before it is trained, to see whether there is anything to learn; 0:
-    # none
+    # questions asked before training, to see whether there is anything to learn; 0: none
     look: int = 64
     # which questions a step asks, see `sampling`
     sampling: QuestionSampling = field(default_factory=QuestionSampling)
@@ -182,14 +181,14 @@ class GRPOStage:
 
 @dataclass
 class DistillStage:
-    "Self-distillation: which pairs are made"
+    "Self-distillation: how preference pairs are made"
 
     n_prompts: int = 400  # questions to answer
     n_samples: int = 8  # answers of each model to each question
     max_pairs: int = 240  # pairs to keep, spread over the questions
     max_new_tokens: int = 128
     temperature: float = 1.0
-    batch_size: int = 128  # completions in flight
+    batch_size: int = 128  # completions generated at a time
     corruptions: list[str] = field(
         default_factory=lambda: [
             "drop_all_tags",
@@ -199,31 +198,30 @@ class DistillStage:
             "shift_tags",
         ]
     )
-    mend: bool = True  # mend a right answer with a mendable format (the paper's format supplement)
-    check_consistency: bool = True  # drop chosen answers whose reasoning says something else
+    mend: bool = True  # repair the format of right answers where possible (the paper's format supplement)
+    check_consistency: bool = True  # drop chosen answers whose reasoning contradicts them
     teacher: str = "zero"  # whose answers are chosen: `zero`, `base`, or another model's folder or name
-    rejected: str = "base"  # whose answers are spoilt: the same names
-    # in what chosen and rejected differ: `form`, `answer` (wrong, but in form) or `both`
+    rejected: str = "base"  # whose answers are corrupted and rejected: the same names
+    # how chosen and rejected differ: `form`, `answer` (wrong, but in format) or `both`
     differ: str = "form"
-    # least share of words that the two reasonings have in common, so that a pair's sides are of one style; 0:
-    # any
+    # minimum share of words that the two reasonings have in common, so that their style is the same; 0: any
     alike: float = 0.5
-    formats: list[str] = field(default_factory=list)  # formats that pairs ask for besides the trained one
+    formats: list[str] = field(default_factory=list)  # further formats that pairs ask for
 
 # %% ../nbs/method/00_core.ipynb #87cfa6a9
 @dataclass
 class ColdStartStage:
     "Cold start: DPO + λ·SFT on the pairs"
 
-    start: str = ""  # `from` in a file: a model that is there already, taken instead of training the stage
+    start: str = ""  # `from` in a file: an existing model to use instead of training the stage
     loss: str = "dpo+sft"  # `dpo+sft`, `dpo`, `sft`, `dpo+kl`, `dpo_norm+sft`, or `none`: no cold start
-    lam: float = 1.0  # λ, weight of what is added to DPO (SFT or KL); the paper's is 1
-    fast: bool = True  # ask the reference once a pair and encode a pair's image once; false: TRL as it is
-    lora: bool = True  # train a LoRA adapter and keep it as one; false trains all weights
+    lam: float = 1.0  # λ, weight of the SFT or KL term; 1 in the paper
+    fast: bool = True  # compute the reference once per pair and encode its image once; false: plain TRL
+    lora: bool = True  # train and save a LoRA adapter; false trains all weights
     qlora: bool = False  # LoRA on a model held in 4 bits, see `models`; implies an adapter
     lora_rank: int = 16
-    lora_alpha: int = 0  # the adapter's part is scaled by alpha / rank; 0: twice the rank
-    lora_dropout: float = 0.0  # share of the adapter's inputs that is dropped in training
+    lora_alpha: int = 0  # the adapter's output is scaled by alpha / rank; 0: twice the rank
+    lora_dropout: float = 0.0  # share of the adapter's inputs dropped during training
     # names of layers that get an adapter, such as [q_proj, v_proj]; empty: all projections of the language
     # model
     lora_targets: list = field(default_factory=list)
@@ -242,33 +240,33 @@ class ColdStartStage:
 
 @dataclass
 class EvalStage:
-    "Which questions each model is asked, how often"
+    "How each model is evaluated"
 
     n_samples: int = 4  # sampled answers to each question
     max_new_tokens: int = 128
     temperature: float = 1.0
-    batch_size: int = 128  # completions in flight
-    greedy: bool = True  # one greedy answer to each question besides the sampled ones
-    # ask every question in each of `data.ood_formats`; false: in one of them, in turn
+    batch_size: int = 128  # completions generated at a time
+    greedy: bool = True  # one more, greedy answer to each question
+    # ask every question in each of `data.ood_formats`; false: alternate between them
     all_formats: bool = False
 
 
 @dataclass
 class JudgeConfig:
-    "Models that judge what the rules can't; off while none is named"
+    "Models that judge what the rules can't; none by default"
 
-    url: str = "http://localhost:8000/v1"  # any OpenAI-compatible endpoint; this is where vLLM serves
-    # names that the endpoint knows, or mappings with model, url and key_env; several vote
+    url: str = "http://localhost:8000/v1"  # any OpenAI-compatible endpoint; the default is vLLM's
+    # names at the endpoint, or mappings with model, url and key_env; several vote
     models: list = field(default_factory=list)
-    key_env: str = ""  # environment variable that holds the key; empty: none is needed
-    concurrency: int = 8  # requests side by side
-    timeout: float = 60.0  # seconds for a whole reply
-    retries: int = 3  # further tries of a request that failed
-    backoff: float = 0.5  # seconds before the first of them; doubles each time
-    reply_tokens: int = 1024  # longest reply; a judge that thinks needs more
+    key_env: str = ""  # environment variable with the API key; empty: no key
+    concurrency: int = 8  # parallel requests
+    timeout: float = 60.0  # seconds for a complete reply
+    retries: int = 3  # retries of a failed request
+    backoff: float = 0.5  # seconds before the first retry; doubles each time
+    reply_tokens: int = 1024  # maximum length of a reply; a reasoning model needs more
     max_calls: int = 20000  # budget in requests; 0: no limit
     max_tokens: int = 0  # budget in tokens of prompts and replies; 0: no limit
-    cache: str = ""  # file of verdicts and spendings; empty: judge.sqlite in the run folder
+    cache: str = ""  # file of verdicts and usage; empty: judge.sqlite in the run folder
     calibrate: int = 50  # answers of each kind on which judge and rules are compared; 0: none
 
 
@@ -276,15 +274,15 @@ class JudgeConfig:
 class VLLMConfig:
     "vLLM, in this process or as a server"
 
-    # servers, for `engine: server`; a model is looked for on each
+    # servers, for `engine: server`; each model is looked up on all of them
     urls: list[str] = field(default_factory=lambda: ["http://localhost:8000/v1"])
-    concurrency: int = 64  # requests to a server side by side
+    concurrency: int = 64  # parallel requests to a server
     max_model_len: int = 0  # longest prompt with its answer, in tokens; 0: the model's own
     gpu_memory: float = 0.9  # share of the GPU's memory that vLLM takes
-    tensor_parallel: int = 1  # GPUs that hold one model together
+    tensor_parallel: int = 1  # GPUs that share one model
     # GRPO with vLLM: steps between checks that it has the trainer's weights; 0: only at the first step
     sync_every: int = 20
-    # mean difference of log-probabilities a token that is too much; 0: by dtype
+    # mean difference of log-probabilities per token that stops the run; 0: by dtype
     sync_tolerance: float = 0.0
     options: dict = field(default_factory=dict)  # any other keyword of `vllm.LLM`
 
@@ -294,13 +292,13 @@ class Config:
     "A whole run"
 
     seed: int = 0  # of everything
-    threads: int = 1  # CPU threads of a process; 0 leaves it to torch. One is fastest for a tiny model
-    workers: int = 2  # processes that sample and evaluate side by side; 1 for a model that fills the GPU
-    # tracker: `trackio`, `tensorboard`, `wandb`, several, or `none`; `auto` takes trackio where it is
+    threads: int = 1  # CPU threads per process; 0 lets torch decide. One is fastest for a tiny model
+    workers: int = 2  # parallel processes for sampling and evaluation; 1 for a model that fills the GPU
+    # tracker: `trackio`, `tensorboard`, `wandb`, several, or `none`; `auto` uses trackio if
     # installed
     report_to: str | list[str] = "auto"
-    samples: int = 10  # steps of GRPO between looks at a few completions, kept with their images; 0: none
-    # a finished stage keeps its checkpoints; else they go, for they are no result
+    samples: int = 10  # GRPO steps after which a few completions are saved with their images; 0: never
+    # true: a finished stage keeps its checkpoints; false: they are removed
     keep_checkpoints: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -312,8 +310,7 @@ class Config:
     )
     eval: EvalStage = field(default_factory=EvalStage)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
-    # who answers in `pairs` and `eval`: `transformers`, `vllm`, `server`; `auto` takes vLLM where it is
-    # installed
+    # what generates in `pairs` and `eval`: `transformers`, `vllm`, `server`; `auto`: vLLM if installed
     engine: str = "auto"
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
@@ -326,7 +323,7 @@ def merge(
     values: dict,  # nested, as YAML gives it
     where: str = "",  # path of `config` in the whole, for messages
 ):  # a new instance of the same class
-    "`config` with `values` in place; raises `SpecsError` for an unknown key or a value of the wrong type."
+    "A copy of `config` with `values` set; raises `SpecsError` for an unknown key or a wrong type."
     if not isinstance(values, dict):
         raise SpecsError(
             f"{where or 'the configuration'} must be a mapping of keys to values, not {values!r}"
@@ -368,7 +365,7 @@ def _typed(value, kind, old, path):
 
 
 def _quotes(value, kinds):
-    "What a shell does to braces, and YAML to a date, is mended by quotes"
+    "A hint to use quotes, which keep the shell from expanding braces and YAML from reading a date"
     whole = {get_origin(k) or k for k in kinds}
     if isinstance(value, str) and value and whole & {dict, list}:
         return ". On a command line the whole of it stands in quotes: 'key={name: value}', 'key=[one, two]'"
@@ -428,7 +425,7 @@ PART = (
 def parts(
     data: DataConfig,  # with `sources`
 ) -> list:  # of (name, share of the rows from 0 to 1, a `DataConfig` for it alone)
-    "The sources of a mixture; raises `SpecsError` for an entry that can't be one."
+    "The sources of a mixture; raises `SpecsError` for an invalid entry."
     if data.sources and (data.source != "world" or data.path or data.subset or data.columns):
         raise SpecsError(
             "data.sources names several sources: leave data.source, path, subset and columns to its entries"
@@ -613,7 +610,7 @@ def check(
         for path, ok, message in _sense(name, getattr(config, name)):
             _need(ok, f"{path} {message}")
     _check_data(config.data)
-    _need(not config.final.start, "final.from says nothing: the final stage goes on from coldstart.from")
+    _need(not config.final.start, "final.from has no effect: the final stage starts from coldstart.from")
     for i, (_, _, part) in enumerate(parts(config.data)):
         part = dataclasses.replace(part, ood_formats=config.data.ood_formats)
         try:
@@ -645,7 +642,7 @@ def _loader():
 def read_yaml(
     text: str,  # of a file, or a value of the command line
 ):  # what YAML makes of it: dictionaries, lists, numbers, texts or None
-    "Read YAML; raises `SpecsError` for what is none, and for a key that stands twice in one mapping."
+    "Read YAML; raises `SpecsError` for invalid YAML and for a key that occurs twice in one mapping."
     import yaml
 
     try:
@@ -687,8 +684,8 @@ def load_config(
     file: str = None,  # a YAML file, or the name of one of `builtin_configs`
     overrides=(),  # texts such as `zero.steps=3`
 ) -> Config:  # checked
-    """Defaults, then `file`, then `overrides`; raises `SpecsError` for what is unknown, unreadable or out of
-    range."""
+    """Apply defaults, then `file`, then `overrides`; raises `SpecsError` for unknown, unreadable or invalid
+    values."""
     config = Config()
     if file:
         path = builtin_configs().get(RENAMED.get(str(file), str(file)), Path(file))
@@ -714,7 +711,7 @@ def load_config(
 def atomic(
     path,  # the file to write
 ):  # yields the path of a neighbour to write to
-    "Write a file so that it is whole or not there."
+    "Write a file so that it is either complete or absent."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
@@ -798,7 +795,7 @@ class Run:
 def fingerprint(
     *parts,  # what JSON can say
 ) -> str:  # 16 hex digits
-    "A short checksum of values, the same for the same values."
+    "A short checksum, equal for equal values."
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -888,7 +885,7 @@ TESTS = ("data.test", "data.n_test", "data.ood_formats")
 def why_execution(
     key: str,  # path in the configuration
 ) -> str:  # the reason in `EXECUTION`; empty for a key that changes results
-    "Why a key leaves results as they are."
+    "Why changing a key doesn't change results."
     return next((why for pattern, why in EXECUTION.items() if fnmatch.fnmatchcase(key, pattern)), "")
 
 # %% ../nbs/method/00_core.ipynb #811137f6
@@ -896,7 +893,7 @@ def flat(
     values: dict,  # nested, as `asdict` gives a configuration or a part of it
     where: str = "",  # path of `values` in the whole
 ) -> dict:  # path → value, without the keys of execution
-    "What of a configuration changes results, as a flat table."
+    "The part of a configuration that changes results, as a flat table."
     out = {}
     for key, value in values.items():
         path = f"{where}.{key}".lstrip(".")
@@ -939,7 +936,7 @@ def differences(
     now: dict,  # the same, later
     most: int = 5,  # so many are named
 ) -> str:  # such as `zero.steps 20 → 30, seed 0 → 1`
-    "In which keys two tables differ, in words."
+    "Describe the keys in which two tables differ."
     before, now = (json.loads(json.dumps(t, default=str)) for t in (before, now))
     keys = [k for k in {**before, **now} if k not in before or k not in now or before[k] != now[k]]
 
@@ -984,7 +981,7 @@ def peak_memory_gb(
 
 # %% ../nbs/method/00_core.ipynb #318aee08
 def versions() -> dict:  # package → version
-    "What the numbers of a run depend on."
+    "The package versions on which the numbers of a run depend."
     from importlib.metadata import PackageNotFoundError, version
 
     out = {"python": sys.version.split()[0]}
@@ -1015,7 +1012,7 @@ def folder_bytes(
 def in_words(
     size: int,  # bytes
 ) -> str:  # such as `1.2 GB`
-    "A size for people."
+    "A size in readable units."
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 10 else f"{size:.1f} {unit}"
@@ -1043,11 +1040,11 @@ PHASES = (
 
 
 class Clock:
-    "Seconds by phase; whichever phase is innermost has the clock"
+    "Measures seconds by phase; only the innermost phase is timed"
 
     def __init__(
         self,
-        before: dict | None = None,  # seconds by phase of an earlier attempt, which are gone on with
+        before: dict | None = None,  # seconds by phase of an earlier attempt, to continue from
     ):
         import threading
 
@@ -1075,7 +1072,7 @@ _counting = []  # the clock that runs, if one does
 
 
 def count_seconds(
-    before: dict | None = None,  # seconds by phase of an earlier attempt, which are gone on with
+    before: dict | None = None,  # seconds by phase of an earlier attempt, to continue from
 ) -> Clock:  # it runs until another one is started
     "Start a clock: from here on every `phase` of this thread counts."
     _counting[:] = [Clock(before)]
@@ -1086,8 +1083,8 @@ def count_seconds(
 def phase(
     name: str,  # of `PHASES`
 ):
-    """What runs within belongs to a phase, until an inner phase takes over; also a decorator. Without a clock
-    it does nothing."""
+    """Code inside this context counts towards a phase, except within an inner phase; also a decorator.
+    Without a clock it does nothing."""
     import threading
 
     if not _counting or _counting[0].thread != threading.get_ident():
@@ -1116,7 +1113,7 @@ def fill_up(
 def spent_on(
     by: dict,  # seconds by phase
 ) -> str:  # such as `write 12 s, train 5 s`
-    "Where the time went, the longest first; what is below a hundredth is left out."
+    "How the time splits into phases, longest first, without phases below one percent."
     total = sum(by.values())
     longest = sorted((name for name in by if by[name] >= 0.01 * total), key=lambda name: -by[name])
     return ", ".join(f"{name} {by[name]:.{0 if by[name] >= 10 else 1}f} s" for name in longest)
@@ -1124,8 +1121,8 @@ def spent_on(
 # %% ../nbs/method/00_core.ipynb #a3175e50
 @dataclass
 class Stage:
-    """One stage of a run: a folder with files and a `stage.json`. Of what another fingerprint left nothing is
-    ever removed."""
+    """One stage of a run: a folder with files and a `stage.json`. Results of another fingerprint are never
+    deleted."""
 
     dir: Path  # the stage's folder
     key: str  # fingerprint of what its result follows from
@@ -1157,7 +1154,7 @@ class Stage:
         return f"{', '.join(self.missing)} is missing" if self.missing else "done"
 
     def _changed(self, before):
-        "Which inputs differ from those in stage.json"
+        "The inputs that differ from those in stage.json"
         if not self.inputs:
             return "its configuration or an input has changed"
         if before is None:
@@ -1165,8 +1162,8 @@ class Stage:
         return f"changed: {differences(before, self.inputs)}"
 
     def begin(self):
-        """Mark the stage as begun; what another fingerprint left is set aside, what this one left is kept and
-        gone on with."""
+        """Mark the stage as begun; results of another fingerprint are set aside, those of this one are kept
+        and continued."""
         if self.info.get("key") not in (None, self.key):
             self.set_aside()
         info, now = self.info, versions()
@@ -1207,7 +1204,7 @@ class Stage:
         return to
 
     def drop_checkpoints(self):
-        "Remove the checkpoints of a stage that is done, and say so: its model is the result."
+        "Remove the checkpoints of a finished stage, whose result is its model, and print that."
         import shutil
 
         folder = self.dir / "checkpoints"
@@ -1222,7 +1219,7 @@ class Stage:
         )
 
     def tick(self):
-        "Note the time spent so far, so that a cut-off run keeps count."
+        "Record the time spent so far, so that an interrupted run keeps it."
         write_json(self.dir / "stage.json", {**self.info, **self._spent()})
 
     def go_on(self):
@@ -1259,7 +1256,7 @@ class Stage:
 
 # %% ../nbs/method/00_core.ipynb #6c5f572b
 class Interrupted(Exception):
-    "A stop was asked for, and what was done is saved"
+    "A signal asked for a stop, and all work so far is saved"
 
 
 _asked = []
@@ -1305,7 +1302,7 @@ from contextlib import contextmanager
 
 
 class _Worker(multiprocessing.context.SpawnProcess):
-    "A process that can be ended although it ignores SIGTERM"
+    "A process that can be terminated although it ignores SIGTERM"
 
     grace = 0  # seconds between asking and killing
 
@@ -1333,7 +1330,7 @@ class _Spawn(multiprocessing.context.SpawnContext):
 
 
 def patient():
-    "For a worker: leave Ctrl-C and SIGTERM to the first process, and end when it is gone."
+    "For a worker: leave Ctrl-C and SIGTERM to the main process, and exit when that is gone."
     import signal
     import threading
     from multiprocessing import connection, parent_process
@@ -1384,12 +1381,12 @@ def worker_pool(
     except BrokenProcessPool:
         raise SpecsError(
             f"{stage}: a process at work was killed, perhaps for its memory. {kept}; the same command goes on"
-            " from there, and with fewer workers (workers=1, or --workers 1 of a grid) it takes less"
+            " from there, and fewer workers (workers=1, or --workers 1 of a grid) need less memory"
         ) from None
 
 # %% ../nbs/method/00_core.ipynb #7246b28e
 class Progress:
-    "A progress bar with the stage's name and a few values; on a pipe, a line now and then"
+    "A progress bar with the stage's name and a few values; on a pipe, an occasional line"
 
     def __init__(
         self,
@@ -1413,7 +1410,7 @@ class Progress:
         n: int = 1,  # steps further
         **values,  # shown behind
     ):
-        "Go on by `n` steps."
+        "Advance by `n` steps."
         if values:
             self.bar.set_postfix(
                 {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in values.items()}, refresh=False

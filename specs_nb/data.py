@@ -24,7 +24,7 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 class Picture(NamedTuple):
-    "An image as it is stored, and decoded"
+    "An image in its stored form, decoded on demand"
 
     data: bytes  # PNG, JPEG or WEBP, RGB
     image: object  # the same as a PIL image
@@ -34,7 +34,7 @@ class Picture(NamedTuple):
 def to_png(
     img,  # a PIL image
 ) -> bytes:  # of a PNG file
-    "Encode without loss."
+    "Encode an image as PNG, without loss."
     out = io.BytesIO()
     img.save(out, "PNG")
     return out.getvalue()
@@ -44,7 +44,7 @@ def decode(
     data: bytes,  # an image file's contents
     max_pixels: int = MAX_PIXELS,  # refuse a larger one before it is decoded
 ) -> Picture:  # RGB, upright, on white
-    "Decode an image from outside; raises `ValueError` that says why it can't be used."
+    "Decode an untrusted image; raises a `ValueError` that says why it can't be used."
     import warnings
 
     from PIL import Image
@@ -93,7 +93,7 @@ def shrink(
     picture: Picture,  # as decoded
     pixels: int,  # it may have; 0: any number
 ) -> Picture:  # the same, or a smaller one of the same shape
-    "A picture with at most so many pixels; a JPEG stays one, everything else becomes PNG."
+    "Shrink a picture to a maximum number of pixels; a JPEG stays a JPEG, all else becomes PNG."
     w, h = picture.image.size
     if not pixels or w * h <= pixels:
         return picture
@@ -118,17 +118,17 @@ def load_image(
     row: str,  # what to call the row in a message
     max_pixels: int = MAX_PIXELS,  # refuse a larger one
 ):  # a PIL image, RGB
-    "Read an image; raises `SpecsError` that names file and row."
+    "Read an image; raises a `SpecsError` that names the file and row."
     try:
         return decode(Path(path).read_bytes(), max_pixels).image
     except (OSError, ValueError) as e:
-        raise SpecsError(f"{row}: the image {path} can't be read ({e}): mend it, or remove the row") from None
+        raise SpecsError(f"{row}: the image {path} can't be read ({e}): fix it, or remove the row") from None
 
 # %% ../nbs/method/11_data.ipynb #44dac4b6
 def unique_ids(
     rows,  # of the schema, one after the other
 ):  # yields the same rows, each with an id of its own
-    "Rows whose ids differ: what comes again with a known id gets a number behind it."
+    "Yield rows with unique ids; a repeated id gets a number appended."
     seen, counts = set(), {}
     for row in rows:
         first = name = str(row["id"])
@@ -145,7 +145,7 @@ _OWN_LABEL = re.compile(r"\s*\(?([A-Ja-j])\s*[.):．：、]\s*(?=\S)")
 def plain_choices(
     choices: list,  # texts, A first
 ) -> list:  # the same texts without labels
-    "Choices without the labels that they bring, if each has the letter of its place."
+    "Choices without their own labels, if each has the letter of its position."
     found = [_OWN_LABEL.match(c) for c in choices]
     if len(choices) < 2 or not all(m and m[1].upper() == chr(65 + i) for i, m in enumerate(found)):
         return choices
@@ -157,7 +157,7 @@ def read_row(
     folder: Path,  # images are found below it
     where: str,  # file and line, for messages
 ) -> dict:  # a row of the schema
-    "One line of a `.jsonl` as a row; raises `SpecsError` that says what is wrong with it."
+    "Read one line of a `.jsonl`; raises a `SpecsError` that says what is wrong with it."
     try:
         d = json.loads(line)
     except ValueError as e:
@@ -175,7 +175,7 @@ def read_row(
             raise SpecsError(f"{where}: the image {p} lies outside {folder}")
     choices = plain_choices([str(c) for c in d.get("choices") or d.get("options") or ()]) or None
     if not isinstance(d["question"], str):
-        raise SpecsError(f"{where}: its question is no text but of type {type(d['question']).__name__}")
+        raise SpecsError(f"{where}: its question must be a text, not of type {type(d['question']).__name__}")
     return dict(
         id=str(d.get("id", where)),
         question=d["question"],
@@ -193,7 +193,7 @@ def read_folder(
     n: int,  # at most so many
     seed: int = 0,  # stream of questions of the world
 ) -> list:  # rows of the schema
-    """The rows of a split; empty if a folder has no file for one of the two further tests. Raises
+    """Read the rows of a split; empty if a folder lacks one of the two optional test files. Raises
     `SpecsError` for missing, empty or broken data."""
     if source == "world":
         return world.rows(split, n, seed)
@@ -226,7 +226,7 @@ def pixel_digest(
 def row_key(
     row: dict,  # of the schema
 ) -> tuple:  # equal for equal questions on equal pixels
-    "What makes two rows the same question."
+    "A key that is equal for two rows with the same question and pictures."
     return " ".join(row["question"].lower().split()), tuple(map(pixel_digest, row["images"]))
 
 
@@ -234,7 +234,7 @@ def without(
     rows: list,  # of the schema
     others: list,  # rows that must not be among them
 ) -> list:  # what is left of `rows`
-    "`rows` without those that are in `others`."
+    "`rows` without those that also occur in `others`."
     seen = set(_keys(others))
     keep = [i for i, k in enumerate(_keys(rows)) if k not in seen]
     return rows.pick(keep) if isinstance(rows, Rows) else [rows[i] for i in keep]
@@ -266,7 +266,7 @@ def write_rows(
     path: Path,  # an Arrow file
     batch: int = 64,  # rows in memory at a time
 ) -> int:  # rows written
-    "Write rows to an Arrow file as they come: whole or not there."
+    "Write rows to an Arrow file one after the other; the file appears only when it is complete."
     import pyarrow as pa
 
     n, some, schema = 0, [], features().arrow_schema
@@ -291,7 +291,7 @@ def write_rows(
 
 # %% ../nbs/method/11_data.ipynb #5974e479
 class Rows(Sequence):
-    "Rows of the schema in an Arrow file: each is read when it is asked for"
+    "Rows of the schema in an Arrow file, each read on demand"
 
     def __init__(
         self,
@@ -372,7 +372,7 @@ def prompt_text(
     row: dict,  # of the schema
     instruction: str,  # of the format that is asked for
 ) -> str:  # what the user says
-    "The user's words for a row."
+    "The text of a row's prompt."
     q = row["question"]
     if row["choices"] and "(A)" not in q and not find_choices(q)[0]:
         q = f"{q} {world.lettered(row['choices'])}"
@@ -395,7 +395,7 @@ def grpo_dataset(
     format: str,  # the format's name, for the rewards
     system: str = "",  # a system message in front of each question; empty: none
 ):  # a `datasets.Dataset`
-    "Rows as TRL's GRPO wants them; a row without pictures has an empty list of them."
+    "Rows in the form that TRL's GRPO expects; a row without pictures has an empty list."
     from datasets import Dataset, Features, Image, List, Value
 
     message = List({"role": Value("string"), "content": Value("string")})

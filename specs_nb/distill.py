@@ -24,8 +24,8 @@ from .inputs.judge import JUDGED_KINDS, calibrate, calibration_table, in_bulk
 # %% ../nbs/method/50_distill.ipynb #1a4cad7a
 def mend(
     text: str,  # a completion in any form
-) -> tuple:  # (reasoning, answer), or None if one of them can't be told
-    "Reasoning and answer of a completion that doesn't keep the format."
+) -> tuple:  # (reasoning, answer), or None if one of them isn't found
+    "Extract reasoning and answer from a completion that breaks the format."
     parts = next((p for f in FORMATS.values() if (p := f.parse(text))), None)
     if not parts:
         at, answer = announced(text)
@@ -33,9 +33,9 @@ def mend(
             return None
         parts = text[:at], answer
     reasoning = strip_tags(parts[0]).strip().removesuffix("Answer:").strip()
-    lines = [l for l in reasoning.splitlines() if not l.startswith("```")]  # a fence is no thought
+    lines = [l for l in reasoning.splitlines() if not l.startswith("```")]  # a code fence isn't reasoning
     while lines and lines[-1].strip() in ("", parts[1]):
-        lines.pop()  # nor is the answer, said twice
+        lines.pop()  # nor is a repeated answer
     reasoning = "\n".join(lines).strip()
     return (reasoning, parts[1]) if reasoning else None
 
@@ -44,11 +44,11 @@ def check_answer(
     text: str,  # a completion; None: there is none
     row: dict,  # the question's row
     format,  # the format that was asked for
-    mending: bool = True,  # mend what can be mended
+    mending: bool = True,  # repair the format where possible
     check_consistency: bool = True,  # drop reasoning that contradicts its answer
     ask=None,  # a judge's `ask(task, **texts)`, see `judge.in_bulk`
 ) -> tuple:  # (verdict, (reasoning, answer) or None)
-    "What becomes of a completion as a chosen answer."
+    "Decide whether a completion can be a chosen answer, and why not."
     if text is None:
         return "unanswered", None
     parts = format.parse(text)
@@ -79,7 +79,7 @@ def check_answer(
 def wrong_parts(
     text: str,  # a completion that `check_answer` called wrong
     format,  # the format that is trained
-) -> tuple:  # (reasoning, answer), or None if they can't be told
+) -> tuple:  # (reasoning, answer), or None if they aren't found
     "Reasoning and answer of a wrong completion, if they can be written in the format."
     parts = format.parse(text) or mend(text)
     return parts if parts and format.parse(format.render(*parts)) else None
@@ -100,7 +100,7 @@ def likeness(
     a: str,  # a reasoning
     b: str,  # another one
 ) -> float:  # 0: no word in common, 1: the same words in the same order
-    "The share of words that two texts have in common."
+    "The share of words that two texts have in common, in the same order."
     import difflib
 
     return difflib.SequenceMatcher(None, a.split(), b.split(), autojunk=False).ratio()
@@ -111,7 +111,7 @@ def match(
     rejected: list,  # and of the other side
     least: float = 0.5,  # likeness of the reasonings that a pair needs
 ) -> list:  # of ((reasoning, answer), (reasoning, answer)): the most alike first, each used once
-    "Couples of answers to one question whose reasonings are of one style."
+    "Pair the answers to one question whose reasonings are most alike."
     found = []
     for i, (a, _) in enumerate(chosen):
         for j, (b, _) in enumerate(rejected):
@@ -126,7 +126,7 @@ def match(
 
 # %% ../nbs/method/50_distill.ipynb #cbea7d0b
 def _spoil(parts, asked, trained, corruption, differ):
-    "What was done to the rejected side, and its text"
+    "The name of the corruption, and the text of the rejected side"
     if differ == "answer":
         return "wrong_answer", asked.render(*parts)
     if asked is not trained:
@@ -149,7 +149,7 @@ def pair_up(
     formats=(),  # further formats that pairs ask for
     system: str = "",  # a system message in front of each question; empty: none
 ):  # yields rows with prompt, chosen, rejected, corruption
-    "Pairs one by one, spread over formats and corruptions."
+    "Yield pairs one by one, alternating formats and corruptions."
     asked = [format, *formats]
     for n, (i, k) in enumerate(turns):
         turn, place = divmod(n, len(asked))
@@ -176,7 +176,7 @@ def make_pairs(
     formats=(),  # further formats that pairs ask for
     system: str = "",  # a system message in front of each question; empty: none
 ) -> list:  # of rows with prompt, chosen, rejected, corruption
-    "Pairs, spread over questions, formats and corruptions."
+    "All pairs, spread over questions, formats and corruptions."
     turns = take_turns([min(len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)], max_pairs, seed)
     return list(pair_up(rows, turns, chosen, rejected, format, corruptions, differ, formats, system))
 
@@ -232,7 +232,7 @@ def read_pairs(
 def pairs_card(
     path: Path,  # pairs.parquet
 ) -> str:  # Markdown with the hub's metadata
-    "A data set's card for pairs: how many, from which sources, how they were spoilt."
+    "A data set's card for pairs: how many, from which sources, how they were corrupted."
     import pyarrow.parquet as pq
 
     from specs_nb import __version__
@@ -260,7 +260,7 @@ def push_pairs(
     api=None,  # a `huggingface_hub.HfApi`; None: the user's own
     private: bool = True,  # who may see it
 ) -> str:  # the repository
-    "Put pairs on the hub as a data set; raises `SpecsError` if they can't be read, or the hub refuses."
+    "Upload pairs to the hub as a data set; raises `SpecsError` if they can't be read or the hub refuses."
     card = pairs_card(path)
     if api is None:
         from huggingface_hub import HfApi
@@ -311,7 +311,7 @@ def judged_cases(
     texts: list,  # for each row its completions
     format,  # the format that was asked for
 ) -> list:  # of (task, texts, verdict of the rules), for `judge.calibrate`
-    "What a judge could be asked about completions, and what the rules say."
+    "Questions about completions for a judge, each with the verdict of the rules."
     cases = []
     for r, (reasoning, answer) in (
         (r, parts) for r, ts in zip(rows, texts) for t in ts if t and (parts := format.parse(t) or mend(t))
@@ -404,7 +404,7 @@ def kept_by_kind(
     path: Path,  # samples.parquet of the stage
     model: str,  # whose answers are chosen
 ) -> dict:  # kind → right answers, those that were kept, and their share
-    """Of the right answers to each kind of question, how many may become pairs: a filter must not favour a
+    """How many right answers to each kind of question may become pairs; the filter should not favour one
     kind."""
     import pyarrow.parquet as pq
 
@@ -433,7 +433,7 @@ from .core import phase
 
 @phase("score")
 def _choose(rows, texts, sides, format, c, seed, path, ask):
-    "Verdicts by model, the turns of pairs, and for each side row → (reasoning, answer)s; writes all samples"
+    "Verdicts by model, the selected pairs, and per side row → (reasoning, answer)s; writes all samples"
     counts, verdicts = {}, {}
 
     def judged(side):
@@ -461,7 +461,7 @@ def _choose(rows, texts, sides, format, c, seed, path, ask):
 
 
 def _couples(rows, texts, sides, format, c, ask, wanted):
-    "For each wanted row its number and the couples that could become pairs"
+    "For each wanted row, its number and the couples of answers that could become pairs"
     for i, both in enumerate(zip(texts[sides["chosen"]], texts[sides["rejected"]])):
         if i not in wanted:
             continue
@@ -477,7 +477,7 @@ def _couples(rows, texts, sides, format, c, ask, wanted):
 
 
 def _apart(chosen, rejected):
-    "The rejected side in the rotation in which answers meet themselves least"
+    "Rotate the rejected side so that as few answers as possible are paired with themselves"
     return min(
         (rejected[k:] + rejected[:k] for k in range(len(rejected))),
         key=lambda r: sum(a == b for a, b in zip(chosen, r)),
@@ -485,7 +485,7 @@ def _apart(chosen, rejected):
 
 
 def _look(side, text, row, format, c, ask):
-    "Verdict on a completion, and the (reasoning, answer) that it can give to its side, or None"
+    "Verdict on a completion, and the (reasoning, answer) that it contributes to its side, or None"
     if side == "chosen":
         return check_answer(text, row, format, c.mend, c.check_consistency, ask)
     verdict, parts = check_answer(text, row, format, True, False, ask)

@@ -38,7 +38,7 @@ def pass_at_k(
 
 # %% ../nbs/method/70_evaluate.ipynb #074a710d
 def bootstrap(
-    values,  # one number a question, (n_questions,); None is left out
+    values,  # one number per question, (n_questions,); None is left out
     n: int = 2000,  # resamples
     seed: int = 0,  # of the resampling
     level: float = 0.95,  # share of means inside the interval
@@ -93,7 +93,7 @@ SHARES = ("format", "accuracy", "strict", "passk", "no_opinion", "truncated")
 def ends_of(
     metric: str,  # name of a metric
 ) -> tuple:  # smallest and largest possible value, or None
-    "Between which values a metric lies."
+    "The smallest and the largest possible value of a metric."
     return (0, 1) if metric in SHARES or metric.startswith(("pass@", "greedy_")) else None
 
 # %% ../nbs/method/70_evaluate.ipynb #8c22019f
@@ -105,7 +105,7 @@ def splits(
     compositional: list = (),  # rows of the compositional test, may be empty
     all_formats: bool = False,  # each question in every one of `ood_formats`; else in one of them, in turn
 ) -> dict:  # split → (rows, name of the format for each)
-    "The tests as rows with the format that each is asked in."
+    "The test splits: rows, each with the format in which it is asked."
     out = {"id": (test, [format] * len(test)), "ood_format": in_formats(test, ood_formats, all_formats)}
     for name, rows in dict(ood_visual=visual, compositional=compositional).items():
         if rows:
@@ -118,7 +118,7 @@ def in_formats(
     formats: list,  # names
     every: bool = False,  # each row in every format; else in one of them, in turn
 ) -> tuple:  # (rows, name of the format for each)
-    "Rows with the formats that they are asked in."
+    "Rows, each with the format in which it is asked."
     n, k = len(rows), len(formats)
     if not every:
         return rows, [formats[i % k] for i in range(n)]
@@ -134,7 +134,7 @@ def grade_answer(
     format: str,  # name of the format that was asked for
     ask=None,  # a judge's `ask(task, **texts)`
 ) -> dict:  # format, accuracy, strict: True, False or None
-    "What a completion is worth; `None` where nobody has an opinion."
+    "Grade a completion; `None` if neither rules nor judge have an opinion."
     if text is None:
         return dict(format=None, accuracy=None, strict=None)
     parts, answer = FORMATS[format].parse(text), answer_in(text, format)
@@ -148,7 +148,7 @@ def answer_in(
     text: str,  # a completion, or None
     format: str,  # name of the format that was asked for
 ) -> str:  # the answer as written, or None
-    "The answer of a completion, whatever form it stands in."
+    "The answer of a completion, in whatever format it is given."
     if text is None:
         return None
     parts = FORMATS[format].parse(text)
@@ -178,7 +178,7 @@ def token_counter(
 def variety(
     one: list,  # `measure`s of the answers to one question
 ) -> dict:  # distinct, entropy (bits), distinct_right
-    "How different the answers to a question are; None where there are none, or none is graded."
+    "How different the answers to a question are; None if there are none, or none is graded."
     said = Counter(plain_words(s["answer"] or "") for s in one if s["text"] is not None)
     n, graded = said.total(), [s for s in one if s["accuracy"] is not None]
     if not n:
@@ -198,11 +198,11 @@ def measure(
     row: dict,  # the question's row
     format: str,  # name of the format that was asked for
     tokens: int = None,  # of the text
-    most: int = 0,  # that it could have
+    most: int = 0,  # the token limit
     ask=None,  # a judge's `ask(task, **texts)`
     surprise: float = None,  # mean of -log p over its tokens, nats
 ) -> dict:  # text, answer, `grade_answer`, words, tokens, truncated, surprise
-    "All that is known of one completion."
+    "Everything we measure about one completion."
     return dict(
         text=text,
         answer=answer_in(text, format),
@@ -217,7 +217,7 @@ def measure(
 def question_value(
     one: list,  # `measure`s of the answers to one question, or `grade_answer`s with `words`
 ) -> dict:  # metric → value, or None where nothing is known
-    "What a question says in each metric."
+    "The value of one question in each metric."
 
     def mean(key):
         v = [s[key] for s in one if s[key] is not None]
@@ -240,7 +240,7 @@ def question_value(
 def bounds(
     one: list,  # `grade_answer`s of the answers to one question
 ) -> dict:  # accuracy and strict, with each answer without opinion counted as wrong, and as right
-    "Between which values the truth lies, whoever would grade what has no grade."
+    "Lower and upper bounds of accuracy and strict, with ungraded answers counted as wrong and as right."
     out = {}
     for key in ("accuracy", "strict"):
         grades = [s[key] for s in one]
@@ -253,18 +253,18 @@ def bounds(
 def powers(
     n: int,  # samples
 ) -> list:  # 1, 2, 4, … up to n, and to 64
-    "The k of pass@k."
+    "The values of k in pass@k."
     return [2**i for i in range(7) if 2**i <= n]
 
 # %% ../nbs/method/70_evaluate.ipynb #cd160e74
 class Values:
-    "Values of many questions, by metric"
+    "The values of many questions, by metric"
 
     def __init__(self):
         self.columns, self.n = {}, 0
 
     def add(self, values: dict):  # from `question_value`
-        "One question more."
+        "Add one question."
         for k in {**self.columns, **values}:
             if k not in self.columns:
                 self.columns[k] = array("d", [math.nan]) * self.n
@@ -295,9 +295,9 @@ def evaluate(
     second=None,  # a `judge.Judge` for what the rules can't decide
     **how,  # workers, load, threads: see `answer_all`
 ) -> dict:  # model → split → metric → mean, lo, hi, n
-    "Sample and score; raises `SpecsError` if there is nothing to ask."
+    "Sample, grade and write; raises `SpecsError` if there are no questions."
     if not all(rows for rows, _ in tests.values()):
-        raise SpecsError("a test split has no rows: raise data.n_test or mend the test file")
+        raise SpecsError("a test split has no rows: raise data.n_test or add rows to the test file")
     c = config
     draw, greedy = Sampling(c.n_samples, c.temperature, c.max_new_tokens, c.batch_size, logps=True), Sampling(
         1, 0.0, c.max_new_tokens, c.batch_size, logps=True
@@ -328,7 +328,7 @@ def evaluate(
 def difficulties(
     rows,  # of the schema, with a column `difficulty`, `level` or `rate` or none
 ) -> list:  # a text for each row, or None
-    "How hard each question is said to be; rates are told in three bands."
+    "How hard the source rates each question; pass rates are grouped into three bands."
     if isinstance(rows, Rows):
         said = rows.column("difficulty") if "difficulty" in rows.all.column_names else [None] * len(rows)
         return [d or _rate_band(x) for d, x in zip(said, rows.column("rate"))]
@@ -401,7 +401,7 @@ def _score_all(jobs, tests, answers, path, most, ask):
 
 
 def _write_audit(path, looked):
-    "The answers on which the rules and Math-Verify differ, for a person to read; no file if there are none"
+    "Write the answers on which the rules and Math-Verify disagree, for a person to check; no file if none"
     differ = audit((said, r, more) for (said, _), (r, more) in looked.items())
     path.unlink(missing_ok=True)
     if differ:
@@ -470,7 +470,7 @@ def question_values(
 def checkpoints(
     folder: Path,  # a stage's, such as runs/default/coldstart
 ) -> dict:  # step → path, in order
-    "The checkpoints that a stage has kept."
+    "The checkpoints that a stage kept."
     found = {
         int(p.name.split("-")[1]): str(p)
         for p in (Path(folder) / "checkpoints").glob("checkpoint-*")

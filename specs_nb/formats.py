@@ -19,7 +19,7 @@ _ZERO_WIDTH = re.compile("[\u200b-\u200f\u2060\ufeff]")
 def blank(
     text: str,  # a part of a completion
 ) -> bool:  # nothing that can be seen?
-    "Is `text` white space and zero-width characters alone?"
+    "Does `text` consist only of white space and zero-width characters?"
     return not _ZERO_WIDTH.sub("", text).strip()
 
 # %% ../nbs/method/20_formats.ipynb #52e16cfc
@@ -71,8 +71,8 @@ class TagFormat:
 
 # %% ../nbs/method/20_formats.ipynb #be714451
 def _first(values, target, at):
-    """The first index from `at` on where `values` is `target`, or None; in windows that grow, so that a box
-    costs what it is long."""
+    """The first index from `at` on where `values` is `target`, or None; searched in growing windows, so the
+    cost depends on the length of the box."""
     size = 256
     while at < len(values):
         if len(hit := (values[at : at + size] == target).nonzero()[0]):
@@ -82,8 +82,8 @@ def _first(values, target, at):
 
 def boxed(
     text: str,  # any text
-) -> list:  # what stands in each `\boxed{…}`, in order
-    "Contents of all boxes whose braces balance."
+) -> list:  # the content of each `\boxed{…}`, in order
+    "The contents of all boxes with balanced braces."
     if (at := text.find(r"\boxed{")) < 0:
         return []
     import numpy as np
@@ -125,7 +125,7 @@ class BoxedFormat:
             return "a part is empty"
 
     def _unwrap(self, before, after):
-        "Both sides of the box, without dollars that stand around it."
+        "The text on both sides of the box, without surrounding dollar signs."
         before, after = before.strip(), after.strip()
         for mark in ("$$", "$"):
             if before.endswith(mark) and after.startswith(mark):
@@ -245,7 +245,7 @@ class HeadingsFormat:
             return "a part is empty"
 
     def _parts(self, text):
-        "What stands before the first heading, under it, and under the second"
+        "The text before the first heading, under it, and under the second"
         before, _, rest = text.partition(self.heads[0])
         reasoning, _, result = rest.partition(self.heads[1])
         return before, reasoning, result
@@ -284,45 +284,44 @@ def _well_formed(text, fmt):
 # %% ../nbs/method/20_formats.ipynb #dbad7eda
 def drop_all_tags(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # without any tag
-    "Reasoning and answer, but no tag; raises `ValueError` if `text` is not well-formed."
+    "Remove all tags; raises `ValueError` if `text` is not well-formed."
     return "\n".join(_well_formed(text, fmt))
 
 # %% ../nbs/method/20_formats.ipynb #a58a470c
 def drop_answer_tags(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # with think tags alone
-    "The answer stands there without its tags; raises `ValueError` if `text` is not well-formed."
+    "Remove the answer tags; raises `ValueError` if `text` is not well-formed."
     reasoning, answer = _well_formed(text, fmt)
     return f"{fmt.think[0]}{reasoning}{fmt.think[1]}\n{answer}"
 
 # %% ../nbs/method/20_formats.ipynb #bf10113c
 def drop_think_tags(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # with answer tags alone
-    "The reasoning stands there without its tags; raises `ValueError` if `text` is not well-formed."
+    "Remove the think tags; raises `ValueError` if `text` is not well-formed."
     reasoning, answer = _well_formed(text, fmt)
     return f"{reasoning}\n{fmt.answer[0]}{answer}{fmt.answer[1]}"
 
 # %% ../nbs/method/20_formats.ipynb #3a81200b
 def plain_answer(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # with `Answer: …` for the answer tags
-    "Words in place of the answer tags; raises `ValueError` if `text` is not well-formed."
+    "Replace the answer tags by words; raises `ValueError` if `text` is not well-formed."
     reasoning, answer = _well_formed(text, fmt)
     return f"{fmt.think[0]}{reasoning}{fmt.think[1]}\nAnswer: {answer}"
 
 # %% ../nbs/method/20_formats.ipynb #7bec9686
 def shift_tags(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # with the answer inside the reasoning
-    """The closing think tag comes too late, after the answer; raises `ValueError` if `text` is not
-    well-formed."""
+    """Move the closing think tag behind the answer; raises `ValueError` if `text` is not well-formed."""
     reasoning, answer = _well_formed(text, fmt)
     return f"{fmt.think[0]}{reasoning}\n{fmt.answer[0]}{answer}{fmt.answer[1]}{fmt.think[1]}"
 
@@ -334,54 +333,54 @@ PAPER_CORRUPTIONS = {
 # %% ../nbs/method/20_formats.ipynb #b7c813b7
 def unclosed_answer(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # without the last tag
-    "It stops too early; raises `ValueError` if `text` is not well-formed."
+    "Leave out the last tag, as if the model stopped early; raises `ValueError` if `text` is not well-formed."
     _well_formed(text, fmt)
     return text.replace(fmt.answer[1], "")
 
 # %% ../nbs/method/20_formats.ipynb #937ef785
 def unopened_think(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # without the first tag
-    "It begins in the middle of the thought; raises `ValueError` if `text` is not well-formed."
+    "Leave out the first tag; raises `ValueError` if `text` is not well-formed."
     _well_formed(text, fmt)
     return text.replace(fmt.think[0], "")
 
 # %% ../nbs/method/20_formats.ipynb #d56063ec
 def trailing_words(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # with words after the last tag
-    "It goes on talking; raises `ValueError` if `text` is not well-formed."
+    "Add words after the answer; raises `ValueError` if `text` is not well-formed."
     _well_formed(text, fmt)
     return f"{text}\nI hope this helps!"
 
 # %% ../nbs/method/20_formats.ipynb #1c78521c
 def repeated_answer(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # with the answer twice
-    "It says the answer twice; raises `ValueError` if `text` is not well-formed."
+    "Repeat the answer; raises `ValueError` if `text` is not well-formed."
     answer = _well_formed(text, fmt)[1]
     return f"{text}\n{fmt.answer[0]}{answer}{fmt.answer[1]}"
 
 # %% ../nbs/method/20_formats.ipynb #56de0ae5
 def fenced(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # in a Markdown fence
-    "It takes the tags for code; raises `ValueError` if `text` is not well-formed."
+    "Wrap the text in a code fence; raises `ValueError` if `text` is not well-formed."
     _well_formed(text, fmt)
     return f"```xml\n{text}\n```"
 
 # %% ../nbs/method/20_formats.ipynb #f53d301a
 def capital_tags(
     text: str,  # well-formed
-    fmt: TagFormat = _TA,  # the format to spoil
+    fmt: TagFormat = _TA,  # the format to corrupt
 ) -> str:  # with `<THINK>` for `<think>` and so on
-    "It writes the tags in capitals; raises `ValueError` if `text` is not well-formed."
+    "Write the tags in capitals; raises `ValueError` if `text` is not well-formed."
     reasoning, answer = _well_formed(text, fmt)
     (a, b), (c, d) = ([t.upper() for t in pair] for pair in (fmt.think, fmt.answer))
     return f"{a}{reasoning}{b}\n{c}{answer}{d}"
@@ -411,7 +410,7 @@ def strip_tags(
 def find_answer(
     text: str,  # any completion
 ) -> str:  # the answer as written, or None
-    """The answer of a completion, kept to a format or not: a parse, an open tag, a box, `Answer:`, or the
+    """The answer of a completion in any format: parsed, after an open tag, in a box, after `Answer:`, or the
     last line."""
     for f in FORMATS.values():
         if parts := f.parse(text):
@@ -422,7 +421,7 @@ def find_answer(
 def announced(
     text: str,  # a completion that keeps no format
 ) -> tuple:  # (place where its announcement begins, the answer as written); (None, None) without one
-    "The answer and where it begins, with the tag, the box or the words that announce it."
+    "The answer, and the position of the tag, box or words that announce it."
     at, said = None, text
     if m := list(_OPEN.finditer(text)):
         at, said = m[-1].start(), text[m[-1].end() :].split("<")[0].split("[/")[0]

@@ -57,7 +57,7 @@ def grade(
 def load_grader(
     name: str,  # `module:function`
 ):  # a function of (prediction, row)
-    "A grader by name; raises `SpecsError` where there is none."
+    "Load a grader by name; raises `SpecsError` if there is none."
     import importlib
 
     module, colon, attr = str(name).partition(":")
@@ -83,7 +83,7 @@ def grade_row(
     row: dict,
     dense: bool = False,  # boxes: a number from 0 to 1 rather than right or wrong at one overlap
 ):  # True, False, a number from 0 to 1, or None: no opinion
-    "Grade an answer as its row wants it; raises `SpecsError` where a grader of one's own fails."
+    "Grade an answer by its row's rules; raises `SpecsError` if a user's own grader fails."
     how = _how(row.get("grading"))
     if how.get("grader"):
         return _own(how["grader"], prediction, row)
@@ -117,7 +117,7 @@ def _own(name, prediction, row):
 def is_right(
     verdict,  # of `grade_row`
 ):  # True, False or None
-    "A verdict as yes or no: a number is right from 0.5 on."
+    "A verdict as yes or no; a number counts as right from 0.5."
     return None if verdict is None else bool(verdict >= 0.5)
 
 # %% ../nbs/method/21_grading.ipynb #900c32bb
@@ -128,7 +128,7 @@ def second_look(
     prediction: str,  # an answer
     gold: str,  # the right answer
 ) -> tuple:  # (Math-Verify's verdict or None, its reason)
-    "What Math-Verify alone says, with both answers in dollars."
+    "Math-Verify's own verdict, with both answers in dollar signs."
     if why := too_hard(prediction) or too_hard(gold):
         return None, why
     _warm()
@@ -151,7 +151,7 @@ def audit(
     most: int = 200,  # cases to list
     seconds: float = 60,  # to spend at most
 ) -> list:  # of dicts
-    "Answers on which the rules and Math-Verify differ, with both reasons; each answer is looked at once."
+    "Answers on which the rules and Math-Verify disagree, with both reasons; each answer is checked once."
     end, seen, out = time.monotonic() + seconds, set(), []
     for prediction, row, more in cases:
         key = (prediction, row["answer"])
@@ -201,7 +201,7 @@ _JOINT = re.compile(r"and|or|,|;")
 def spans(
     text: str,  # reasoning
 ) -> list:  # of spans as text, in the order of the last sentence that has any
-    "The mathematical spans of the last sentence that has some."
+    "The mathematical spans of the last sentence that has any."
     lines = re.split(r"(?<=[.!?。])\s+(?=[A-Z$\\])|\n+", text.strip())
     for line in reversed(lines[-8:]):
         if found := [next(x for x in m.groups() if x).strip() for m in _IN_DOLLARS.finditer(line)]:
@@ -255,7 +255,7 @@ def consistent(
     kind: str,  # a key of `KINDS`
     choices=None,  # texts of the choices, A first
 ):  # True, False, or None where the reasoning concludes nothing, or nothing that can be compared
-    "Does the reasoning conclude what is answered?"
+    "Does the reasoning conclude with the answer that is given?"
     said = conclusion(reasoning, kind, choices)
     if kind in ("number", "choice"):
         same = said and grade(said, answer, kind, choices)
@@ -276,7 +276,7 @@ def consistent(
 
 
 def _comparable(said, answer, kind):
-    "Are both mathematics of the same structure, that can be read?"
+    "Can both be parsed as mathematics of the same structure?"
     if kind == "interval":
         return bool(read_interval(said) and read_interval(answer))
     a, b = unwrap(said), unwrap(answer)
@@ -302,7 +302,7 @@ def consistent_row(
     # kind, choices and, if it has some, grading; a grader of one's own gets its other columns too
     row: dict,
 ):  # True, False, or None where nothing can be compared
-    "Does the reasoning conclude what is answered, by the row's own grader if it names one?"
+    "Like `consistent`, but with the row's own grader if it names one."
     by_rules = consistent(reasoning, answer, row["kind"], row.get("choices"))
     if not (name := _how(row.get("grading")).get("grader")):
         return by_rules

@@ -49,7 +49,7 @@ def group_advantages(
 def clipped_loss(
     logp,  # log-probabilities now, (n_completions, n_tokens)
     old_logp,  # log-probabilities when sampled, same shape
-    advantages,  # one a completion, (n_completions,)
+    advantages,  # one per completion, (n_completions,)
     mask,  # 1 for tokens of the completion, same shape as logp
     low: float = 0.2,  # ε_low
     high: float = 0.28,  # ε_high
@@ -67,10 +67,10 @@ FIXED = dict(report_to="none", logging_steps=1, disable_tqdm=True, save_strategy
 
 def check_trainer_keys(
     cls,  # `GRPOConfig` or `DPOConfig`
-    values: dict,  # what stands under `trainer:`
+    values: dict,  # the keys under `trainer:`
     where: str,  # path in the configuration, for messages
 ):
-    "Raise `SpecsError` for a key that TRL doesn't have, with the nearest it has."
+    "Raise `SpecsError` for a key that TRL doesn't have; the message names the nearest one."
     import dataclasses
 
     known = {f.name for f in dataclasses.fields(cls) if f.init}
@@ -80,7 +80,7 @@ def check_trainer_keys(
     _no_evaluation(values, where)
 
 
-# what would have TRL evaluate with rows and a metric that a stage doesn't give it
+# keys that make TRL evaluate; a stage gives it neither rows nor a metric for that
 _EVALUATES = ("eval_strategy", "do_eval", "eval_on_start", "load_best_model_at_end")
 
 
@@ -103,11 +103,11 @@ def _no_evaluation(values, where):
 # %% ../nbs/method/40_grpo.ipynb #e48ef7f9
 def trainer_config(
     cls,  # `GRPOConfig` or `DPOConfig`
-    values: dict,  # what stands under `trainer:`
+    values: dict,  # the keys under `trainer:`
     where: str,  # path in the configuration, for messages
     **ours,  # what the stage decides; `values` win
 ):  # an instance of `cls`
-    "TRL's configuration from ours; raises `SpecsError` for an unknown key or a value it refuses."
+    "TRL's configuration from ours; raises `SpecsError` for an unknown key or an invalid value."
     import torch
 
     check_trainer_keys(cls, values, where)
@@ -155,7 +155,7 @@ def without_opinion(
 
 # %% ../nbs/method/40_grpo.ipynb #7ba5b97c
 class _Opinions:
-    "A GRPOTrainer that pays nobody for what isn't known"
+    "A GRPOTrainer that drops completions on which a reward has no opinion"
 
     def _calculate_rewards(self, *args):
         self._said = super()._calculate_rewards(*args)
@@ -171,7 +171,7 @@ class _Opinions:
         return out
 
     def _log_what_was_said(self, metrics):
-        "Means of all that each reward said, where TRL logged those of what was paid."
+        "Log the mean of each reward over all completions; TRL logged it over the kept ones only."
         from trl.trainer.utils import nanstd
 
         for name, values in zip(self.reward_func_names, self._said.T):
@@ -192,7 +192,7 @@ class _Opinions:
 def opinion_trainer(
     cls,  # `trl.GRPOTrainer`, or a class made from it
 ):  # a class made from it, with the same name
-    "The trainer that takes a completion out of its group where a reward that counts has no opinion on it."
+    "The trainer, made to drop a completion from its group if a reward that counts has no opinion on it."
     return type(cls.__name__, (_Opinions, cls), {})
 
 # %% ../nbs/method/40_grpo.ipynb #71391243
@@ -203,8 +203,8 @@ SEALED = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.distcp", "trainer_state.
 def seal(
     folder: Path,  # a checkpoint that is written
 ):
-    """Note the sizes of a checkpoint's files, those of all processes, so that one that was cut short later is
-    seen."""
+    """Record the sizes of a checkpoint's files, those of all processes, so that a file truncated later is
+    noticed."""
     if folder.is_dir():
         write_json(
             folder / "sizes.json",
@@ -247,7 +247,7 @@ def watcher(
                 control.should_save = control.should_training_stop = True
 
         def on_save(self, args, state, control, model=None, **kw):
-            wait_for_ranks()  # for what the others write
+            wait_for_ranks()  # for what other processes write
             if not is_main():
                 return
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -267,7 +267,7 @@ def watcher(
 
 
 def _shown(value):
-    "A logged number for the progress bar; a dash where nothing was paid, which TRL logs as None or NaN."
+    "A logged number for the progress bar; a dash for None or NaN, which TRL logs if nothing was rewarded."
     number = float("nan") if value is None else float(value)
     return number if number == number else "–"
 
@@ -300,7 +300,7 @@ def last_checkpoint(
         ]
         if not bad:
             return str(p)
-        print(f"{p.parent.parent.name}: {p.name} is damaged ({', '.join(bad)}), and passed over")
+        print(f"{p.parent.parent.name}: {p.name} is damaged ({', '.join(bad)}), so it is skipped")
 
 # %% ../nbs/method/40_grpo.ipynb #15c75e7f
 def quiet(
@@ -318,7 +318,7 @@ def quiet(
 def mix_text(
     trainer,  # a `GRPOTrainer`
 ):
-    "Let rows with pictures and rows without stand in one batch; vLLM is still told `None`."
+    "Allow rows with and without pictures in one batch; vLLM still receives `None`."
     tokenize, write = trainer._tokenize_prompts, trainer._generate_single_turn
 
     def with_lists(prompts):
@@ -357,7 +357,7 @@ OUR_PHASES = dict(
 
 @contextlib.contextmanager
 def trls_phases():
-    "Within, what TRL times for its trackers counts as a `core.phase`; also a decorator."
+    "Inside this context, the parts that TRL times count as `core.phase`s; also a decorator."
     from unittest.mock import patch
 
     from trl.extras.profiling import ProfilingContext
@@ -386,7 +386,7 @@ def trls_phases():
 def timed_trainer(
     cls,  # a trainer of TRL, or a class made from one
 ):  # a class made from it, with the same name
-    "The trainer whose parts count as `core.phase`s."
+    "The trainer with its parts counted as `core.phase`s."
     timed = {name: phase(part)(getattr(cls, name)) for name, part in OUR_PHASES.items() if hasattr(cls, name)}
     return type(cls.__name__, (cls,), {**timed, "train": trls_phases()(timed["train"])})
 
@@ -457,7 +457,7 @@ def grpo_trainer(
 
 
 def _rates(out, rates):
-    "What is known of pass rates: by the look before training, by the data where it says nothing"
+    "Known pass rates: measured before training if they were, otherwise from the data"
     look = read_json(Path(out) / "look.json") or {}
     return {**(rates or {}), **(look.get("rates") or {})}
 
@@ -480,7 +480,7 @@ def _fitting(dataset, model, processor, args, stage, most):
 def resume_point(
     trainer,  # of transformers or TRL
 ) -> str:  # the checkpoint's path, or None
-    "The last whole checkpoint, its weights put into the trainer's model."
+    "The last complete checkpoint, after loading its weights into the trainer's model."
     path = last_checkpoint(trainer.args.output_dir)
     if path:
         put_weights(trainer, path)
@@ -491,7 +491,7 @@ def put_weights(
     trainer,  # of transformers or TRL
     path: str,  # a checkpoint
 ) -> bool:  # False: an adapter, or weights in pieces, which the trainer has to read by itself
-    "Put a checkpoint's whole weights into the trainer's model."
+    "Load a checkpoint's full weights into the trainer's model."
     # FSDP and DeepSpeed read their own files
     spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if spread or hasattr(trainer.model, "peft_config") or not (Path(path) / "config.json").exists():
@@ -503,8 +503,8 @@ def put_weights(
 
 
 def _read_weights(model, folder):
-    """Put saved weights into a model, a tensor at a time, so that no rank holds a second model; False if
-    their names can't be told"""
+    """Copy saved weights into a model one tensor at a time, so that no process holds a second model; False if
+    their names can't be matched"""
     import torch
     from safetensors import safe_open
 
@@ -536,13 +536,13 @@ def _read_weights(model, folder):
 
 # %% ../nbs/method/40_grpo.ipynb #1d8c4565
 class _Finished(Exception):
-    "All steps were taken before"
+    "All steps have already been taken"
 
 
 def go_on(
     trainer,  # of transformers or TRL
 ):
-    "Train from the last whole checkpoint, or from the start, to the last step."
+    "Train from the last complete checkpoint, or from the beginning, to the last step."
     from transformers import TrainerCallback
 
     class NoStepMore(TrainerCallback):
@@ -564,7 +564,7 @@ def watch_held_out(
     config,  # a `core.GRPOStage`
     format,  # a format of `formats`
 ):  # the callback of `validate.validator`, which is now in the trainer
-    "Let a trainer ask held-out questions as `config.validate` says."
+    "Make a trainer answer held-out questions at the steps that `config.validate` sets."
     place = accuracy_place(config.rewards)
     accuracy = accuracy_reward if place is None else trainer.reward_funcs[place]
     system = chat_of(trainer.processing_class)["system"]
@@ -578,7 +578,7 @@ def take_best(
     trainer,  # of transformers or TRL, after training
     best,  # a `validate.Best`
 ):
-    "Put the weights of the best step into a trainer's model; raises `SpecsError` if its checkpoint is gone."
+    "Load the best step's weights into a trainer's model; raises `SpecsError` if its checkpoint is gone."
     if best.step in (None, trainer.state.global_step):
         return
     path = Path(trainer.args.output_dir) / f"checkpoint-{best.step}"
@@ -607,7 +607,7 @@ def train_grpo(
     save_dtype: str = "float32",  # of whole weights as written, see `ranks.save_trained`
     **load,  # keywords of `load_model`
 ) -> dict:  # facts for stage.json
-    "Train `start` with GRPO (the paper's stages 1 and 3) and save it whole."
+    "Train `start` with GRPO (the paper's stages 1 and 3) and save the trained model."
     if config.validate.every and held is None:
         rows, held = hold_out(rows, config.validate.rows, f"{stage}.validate")
     trainer = grpo_trainer(start, rows, out, config, format, seed, stage, **load)

@@ -26,7 +26,7 @@ def count(
     format,  # that is trained, of `FORMATS`
     pay,  # (row, its answers) → rewards, None where they have no opinion
 ) -> dict:  # counts
-    "What a model's answers hold for GRPO and for pairs."
+    "Count what GRPO and the pairs could use among a model's answers."
     c = dict.fromkeys(("answers", "kept", "right", "mendable", "graded", "paid", "groups", "spread"), 0)
     c["earned"] = 0.0
     for row, some in zip(rows, texts, strict=True):
@@ -51,7 +51,7 @@ def payer(
     format,  # that is trained
     tokenizer,  # for rewards that count tokens
 ):  # (row, its answers) → rewards, None where one of them has no opinion
-    "A function that pays answers to a question as the trainer would."
+    "A function that rewards answers to a question as the trainer would."
     asked = {
         name: w
         for name, w in rewards.items()
@@ -85,7 +85,7 @@ def _share(k, n):
 def look_words(
     seen: dict,  # from `look_at`
 ) -> str:  # one line
-    "A look in one line."
+    "The result of a look in one line."
     n = seen["answers"]
     return (
         f"{seen['questions']} questions, {n} answers: form kept {_share(seen['kept'], n)}, right"
@@ -97,7 +97,7 @@ def look_words(
 def look_table(
     seen: dict,  # from `look_at`
 ) -> str:  # two lines
-    "A look as a short table."
+    "The result of a look as a short table."
     n = seen["answers"]
     cells = {
         "questions": seen["questions"],
@@ -119,7 +119,7 @@ def stop_words(
     stage: str = "zero",  # its name
     pairs: bool = True,  # right answers of this model are needed for pairs
 ) -> str:  # what to say; empty if training makes sense
-    "Why training makes no sense after a look, and what may help."
+    "Why training would be useless after this look, and what may help."
     if seen["answers"] < ENOUGH:
         return ""
     go_on = f"{stage}.look=0 trains all the same"
@@ -148,7 +148,7 @@ def strict_rates(
     texts: list,  # for each row its answers; None where there is none
     format,  # that is trained, of `FORMATS`
 ) -> dict:  # id → share of answers that are right in the right form, where there is an opinion
-    "How often each question was answered right, as the reward for accuracy sees it; see `sampling`."
+    "How often each question was answered right, judged by the accuracy reward; see `sampling`."
     rates = {}
     for row, some in zip(rows, texts, strict=True):
         said = [t for t in some if t is not None]
@@ -169,11 +169,11 @@ def look_at(
     seed: int = 0,  # of the stage
     stage: str = "zero",  # its name
     pairs: bool = True,  # right answers of this model are needed for pairs
-    batch_size: int = 256,  # completions in flight
+    batch_size: int = 256,  # completions generated at a time
     load: dict | None = None,  # keywords of `load_model`
     **how,  # threads, engine, options: see `answer_all`
 ) -> dict:  # counts
-    "Ask a model before it is trained; raises `SpecsError` if nothing could be learned or paired."
+    "Test a model before training; raises `SpecsError` if nothing could be learned or paired."
     load = load or {}
     t, own, out = config.trainer, derive_seed(seed, "look"), Path(out)
     n = min(config.look, len(rows))

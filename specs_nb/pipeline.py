@@ -58,7 +58,7 @@ def _asks_judge(grpo):
 
 
 def _contents(path):
-    "A folder by what is in it, wherever it lies; a name by itself"
+    "Identify a folder by its contents, wherever it is; a hub name by itself"
     from specs_nb.engines.models import resolve
 
     path = Path(resolve(path))
@@ -74,7 +74,7 @@ def _files(path):
 
 
 def _data_inputs(data):
-    "What training follows from, and what the tests follow from besides"
+    "The data settings on which training depends, and those on which only the tests depend"
     from dataclasses import asdict
 
     from specs_nb.data import FILES
@@ -103,7 +103,7 @@ def _data_inputs(data):
 
 
 def _switched_on(table, name, stage):
-    "A stage's table without what is switched off there: older runs don't have it"
+    "A stage's table without options that are switched off, which older runs don't have"
     off = [] if hasattr(stage, "sampling") and stage.sampling.on else [f"{name}.sampling."]
     off += [] if hasattr(stage, "validate") and stage.validate.every else [f"{name}.validate."]
     table = {k: v for k, v in table.items() if not k.startswith(tuple(off))}
@@ -120,8 +120,8 @@ def _n_held(config):
 
 def inputs(
     config: Config,  # of the run
-) -> dict:  # stage → what its result follows from: path in the configuration → value
-    "What each stage's result follows from, itself and through the stages before it."
+) -> dict:  # stage → the inputs of its result: path in the configuration → value
+    "The settings on which each stage's result depends, directly or through earlier stages."
     from dataclasses import asdict
 
     c, judges = asdict(config), bool(config.judge.models)
@@ -187,7 +187,7 @@ def _engine(c):
 
 @phase("fetch")
 def _train_rows(run):
-    "The rows to train from; those whose pass rate the base model decides are asked once."
+    "The training rows; if they are filtered by the base model's pass rate, it is measured once."
     from specs_nb.inputs.sources import keep_within, load_rows, pass_rates
 
     c, d = run.config, run.config.data
@@ -208,7 +208,7 @@ def _train_rows(run):
 
 
 def _learn_rows(run):
-    "The rows that stages learn from, and those that are held out of all of them for validation"
+    "The rows that stages train on, and those held out of all stages for validation"
     from specs_nb.validate import hold_out
 
     rows, n = _train_rows(run), _n_held(run.config)
@@ -222,7 +222,7 @@ def _held(run, name, held):
 
 
 def _pass_rates(run, rows):
-    "What is known of pass rates before `zero` begins: id → rate, of the data or of the base's answers"
+    "Pass rates known before `zero` begins: id → rate, from the data or the base's answers"
     known = dict((read_json(run.dir / "data/rates.json") or {}).get("rates") or {})
     if hasattr(rows, "column"):
         known |= {
@@ -264,7 +264,7 @@ def _format(c, name=None):
 
 
 def _judge(run):
-    "The run's judge, which can be reached; None without one."
+    "The run's judge, once it has responded; None if none is configured."
     from specs_nb.inputs.judge import open_judge, use_judge
 
     use_judge(run.config.judge, run.dir)
@@ -278,8 +278,8 @@ def look_before(
     run: Run,  # the run
     stage: Stage,  # `zero` or `final`
 ):
-    """Ask the model that a stage begins with, if its `look` says so; left to the first process where there
-    are several."""
+    """Test the model that a stage starts from, if `look` is set; with several processes the first one does
+    it."""
     from specs_nb.engines.ranks import rank
     from specs_nb.look import look_at
 
@@ -311,7 +311,7 @@ def taken(
     start: str,  # a folder, or a name on the hub
     out: Path,  # where the stage's model would lie: becomes a link
 ) -> dict:  # facts
-    "Take a model that is there already for a stage's; raises `SpecsError` if it can't be had."
+    "Use an existing model as a stage's result; raises `SpecsError` if it can't be loaded."
     from specs_nb.engines.models import resolve
 
     folder = Path(resolve(start))
@@ -326,7 +326,7 @@ def taken(
                 f" ({type(e).__name__}): download it, and name its folder"
             ) from None
     if not (folder / "config.json").exists():
-        raise SpecsError(f"{name}.from is {start}, and there is no config.json in it: it is no whole model")
+        raise SpecsError(f"{name}.from is {start}, which lacks a config.json: it isn't a whole model")
     out.unlink(missing_ok=True)
     out.symlink_to(folder.resolve())
     return {"from": start}
@@ -451,7 +451,7 @@ def do_eval(
     names=("base", "zero", "coldstart", "final"),
     only=(),  # names of splits; none: all
 ) -> dict:  # facts
-    "The models on all splits."
+    "Evaluate the models on all splits."
     from specs_nb.data import without
     from specs_nb.evaluate import evaluate, splits
     from specs_nb.inputs.sources import load_rows
@@ -535,11 +535,11 @@ def _number_of(text):
 
 def check_values(
     cls,  # `GRPOConfig` or `DPOConfig`
-    values: dict,  # what stands under `trainer:`
+    values: dict,  # the keys under `trainer:`
     where: str,  # path in the configuration, for messages
     build: bool = True,  # let TRL check how values go together; False where several processes share them
 ):
-    "Raise `SpecsError` for a value that TRL would refuse when its stage begins, or that makes no sense."
+    "Raise `SpecsError` for a value that makes no sense or that TRL would refuse when its stage begins."
     import typing
 
     from specs_nb.grpo import trainer_config
@@ -595,14 +595,14 @@ def check_names(
         check_trainer_keys(GRPOConfig, getattr(config, name).trainer, f"{name}.trainer")
         if "chat_template_kwargs" in getattr(config, name).trainer:
             raise SpecsError(
-                f"{name}.trainer.chat_template_kwargs would hold in this stage alone: set"
-                " data.chat_template_kwargs, which holds wherever the model is asked"
+                f"{name}.trainer.chat_template_kwargs would apply to this stage only: set"
+                " data.chat_template_kwargs, which applies everywhere"
             )
         check_values(GRPOConfig, getattr(config, name).trainer, f"{name}.trainer", build)
         resolve_rewards(getattr(config, name).rewards)
         need_accuracy(getattr(config, name), name)
         if _asks_judge(getattr(config, name)) and not config.judge.models:
-            raise SpecsError(f"{name}.rewards asks a judge, and judge.models names none")
+            raise SpecsError(f"{name}.rewards asks a judge, but judge.models names none")
     check_trainer_keys(DPOConfig, config.coldstart.trainer, "coldstart.trainer")
     check_values(DPOConfig, config.coldstart.trainer, "coldstart.trainer", build)
     for f in (config.data.format, *config.data.ood_formats):
@@ -645,7 +645,7 @@ def run_stages(
     launcher: str = "",  # starts several processes for each stage, see `ranks.launcher_words`
     fleet: str = "",  # Ray cluster that answers for `pairs` and `eval`, see `fleet.connect`
 ) -> dict:  # stage → what was done: `skipped` or the reason it ran
-    "Bring a run up to stage `last`."
+    "Run all stages up to `last` that aren't up to date."
     what, ready = {}, False
     stages = {
         name: Stage(run.dir / name, fingerprint(table), OUTPUTS[name], table)
@@ -696,7 +696,7 @@ def run_stages(
 
 
 def _say_spent(stage):
-    "Where a stage's time went, in a line"
+    "Print how a stage's time splits into phases"
     info = stage.info
     print(f"{stage.dir.name:10} {info['seconds']:.0f} s: {spent_on(info['seconds_by'])}", flush=True)
 
@@ -723,7 +723,7 @@ def run_stage(
     key: str,  # fingerprint of its inputs
     **kw,  # keywords of the stage's function
 ):
-    "One stage alone, if it has not been done: how a grid runs them."
+    "Run a single stage unless it is done; a grid of runs uses this."
     stage = Stage(run.dir / name, key, OUTPUTS[name])
     if stage.done:
         return
@@ -740,7 +740,7 @@ def run_stage(
 
 # %% ../nbs/method/80_pipeline.ipynb #8b2dc9b9
 def _do(name, run, stage, **kw):
-    "A stage's function; when memory runs out, `doctor` says what to lower, and a full disk is told as one."
+    "Run a stage's function; if memory runs out, name the setting to lower; report a full disk as such."
     try:
         return DO[name](run, stage, **kw)
     except (RuntimeError, MemoryError, OSError) as e:
@@ -763,7 +763,7 @@ def _do(name, run, stage, **kw):
 
 
 def _release():
-    "Give back what a stage's models took, before the next stage starts processes of its own."
+    "Free the memory of a stage's models before the next stage starts its own processes."
     import ctypes
     import gc
 
@@ -841,7 +841,7 @@ def parser() -> argparse.ArgumentParser:  # of the `specs` command
 
 
 def _add_run_options(s, home):
-    "What every command takes that works in a run folder"
+    "Options of every command that works in a run folder"
     known = ", ".join(builtin_configs())
     s.add_argument(
         "-c",
@@ -855,7 +855,7 @@ def _add_run_options(s, home):
         default="",
         metavar="COMMAND",
         help=(
-            "start each stage by it: 'torchrun --nproc_per_node 8', ddp, fsdp2, zero2, zero3, 'srun"
+            "start each stage with it: 'torchrun --nproc_per_node 8', ddp, fsdp2, zero2, zero3, 'srun"
             " torchrun …'"
         ),
     )
@@ -863,9 +863,9 @@ def _add_run_options(s, home):
         "--fleet",
         default="",
         metavar="ADDRESS",
-        help="answer questions by a Ray cluster: local, auto, or ray://host:10001",
+        help="answer questions on a Ray cluster: local, auto, or ray://host:10001",
     )
-    s.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the file")
+    s.add_argument("overrides", nargs="*", metavar="key=value", help="values that override the file")
 
 
 def _add_model_option(s):
@@ -874,14 +874,14 @@ def _add_model_option(s):
 
 
 def _add_push_options(s):
-    s.add_argument("--repo", required=True, metavar="OWNER/NAME", help="where to")
+    s.add_argument("--repo", required=True, metavar="OWNER/NAME", help="repository to upload to")
     _add_model_option(s)
     s.add_argument("--pairs", action="store_true", help="the pairs as a data set, not a model")
-    s.add_argument("--public", action="store_true", help="for everyone to see; private otherwise")
+    s.add_argument("--public", action="store_true", help="make it public (private otherwise)")
 
 
 def _add_export_options(s):
-    s.add_argument("--out", required=True, metavar="FOLDER", help="where to")
+    s.add_argument("--out", required=True, metavar="FOLDER", help="folder to write to")
     _add_model_option(s)
     s.add_argument(
         "--dtype",
@@ -900,11 +900,11 @@ OWN_OPTIONS = {
 
 
 def _add_others(sub):
-    "Commands that look at what is there, and need no configuration"
+    "Commands that inspect existing files and need no configuration"
     s = c = sub.add_parser(
         "compare",
-        help="one page for several runs",
-        description="One page for several runs; the first is what the others are compared with.",
+        help="one report for several runs",
+        description="One report for several runs; the others are compared with the first.",
     )
     s.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     s.add_argument(
@@ -912,20 +912,20 @@ def _add_others(sub):
     )
     s = sub.add_parser(
         "bench",
-        help="benchmarks through lmms-eval, of a served model",
+        help="benchmark a served model with lmms-eval",
         description=(
-            "Benchmarks through lmms-eval, of a model that a server answers for: see docs/benchmarks.md."
+            "Benchmark a served model with lmms-eval: see docs/benchmarks.md."
         ),
     )
     s.add_argument(
         "--url", default="http://localhost:8000/v1", help="of the server (http://localhost:8000/v1)"
     )
-    s.add_argument("--model", required=True, help="as the server knows it")
+    s.add_argument("--model", required=True, help="its name at the server")
     s.add_argument(
         "--tasks",
         required=True,
         metavar="A,B",
-        help="such as mathvista,mmmu; a word that isn't one shows all",
+        help="such as mathvista,mmmu; an unknown name lists all",
     )
     s.add_argument(
         "--out", default="runs/bench", metavar="DIR", help="a new folder for the results (runs/bench)"
@@ -935,13 +935,13 @@ def _add_others(sub):
         "--grader",
         default="",
         metavar="MODULE:FUNCTION",
-        help="a grader of your own beside theirs; tasks written by write_task carry theirs",
+        help="your own grader beside theirs; tasks written by write_task carry theirs",
     )
     s.add_argument("--python", metavar="FILE", help="the Python of lmms-eval's environment")
     s.add_argument("--limit", type=int, metavar="N", help="questions of each task")
     d = sub.add_parser(
         "clean",
-        help="list what was set aside, and remove it",
+        help="list folders that were set aside, and remove them",
         description=(
             "List the folders of stages that no longer fitted their configuration (zero.before-1, …), and"
             " remove them if you say so."
@@ -974,7 +974,7 @@ def parse(
 
 # %% ../nbs/method/80_pipeline.ipynb #33a87aaa
 def _stopped(e):
-    "Say how to go on; the exit code that the signal asks for"
+    "Print how to resume; return the exit code for the signal"
     print(
         f"\nspecs: stopped{f': {e}' if str(e) else ''}. The same command goes on from there.", file=sys.stderr
     )

@@ -19,7 +19,7 @@ from .grading import consistent_row, grade_row
 # %% ../nbs/method/22_rewards.ipynb #010faa7d
 def text_of(
     completion,  # a string, or `[{"role": …, "content": …}]`
-) -> str:  # what the model said
+) -> str:  # the text that the model generated
     "The text of a completion, conversational or not."
     if isinstance(completion, str):
         return completion
@@ -32,7 +32,7 @@ def column(
     n: int,  # completions
     name: str = "a column",  # for the message
 ) -> list:  # of length `n`
-    "A column as a list; raises `ValueError` where its length is wrong."
+    "A column as a list; raises `ValueError` if its length is wrong."
     if not isinstance(value, (list, tuple)):
         return [value] * n
     if len(value) != n:
@@ -63,7 +63,7 @@ def format_reward(
     log_metric=None,  # TRL's
     **kw,  # other columns
 ) -> list:  # 0.5 or 0.0 for each completion
-    "Half a point for keeping the format to the letter."
+    "Half a point for following the format exactly."
     names = column(format, len(completions), "format")
     return logged(
         [0.5 if _format(f).parse(text_of(c)) else 0.0 for c, f in zip(completions, names)],
@@ -73,7 +73,7 @@ def format_reward(
 
 # %% ../nbs/method/22_rewards.ipynb #1ef6fc33
 def _parts_kept(text, fmt):
-    "Which parts of the form a text keeps; all of them only if it keeps the whole"
+    "Which parts of the format a text follows; all of them only if it follows the complete format"
     kept = fmt.parse(text) is not None
     if hasattr(fmt, "think"):
         tags = (*fmt.think, *fmt.answer)
@@ -97,7 +97,7 @@ def format_parts_reward(
     log_metric=None,  # TRL's
     **kw,  # other columns
 ) -> list:  # 0.0 to 0.5 for each completion
-    "A share of half a point for each part of the form that is kept."
+    "A share of half a point for each part of the format that the completion follows."
     paid = []
     for c, f in zip(completions, column(format, len(completions), "format")):
         parts = _parts_kept(text_of(c), _format(f))
@@ -114,7 +114,7 @@ def accuracy_reward(
     log_metric=None,  # TRL's
     **kw,  # other columns, `grading` among them: see `grading.grade_row`
 ) -> list:  # 0.0 to 1.0, or None, for each completion
-    """One point for the right answer in the right place, a part of it where grading is dense; `None` for no
+    """One point for the right answer in the right place, partial credit if the grader gives it; `None` for no
     opinion."""
     n = len(completions)
     own = {k: v for k, v in kw.items() if isinstance(v, list) and len(v) == n}
@@ -124,14 +124,14 @@ def accuracy_reward(
     for i, (c, f) in enumerate(zip(completions, column(format, n, "format"))):
         parts = _format(f).parse(text_of(c))
         row = {k: v[i] for k, v in own.items()}
-        # an answer outside of the format is no answer
+        # an answer outside the format counts as no answer
         said = grade_row(parts[1], row, dense=True) if parts else _nothing(row)
         out.append(None if said is None else float(said))
     return logged(out, "accuracy_reward", log_metric)
 
 
 def _nothing(row):
-    "What no answer is worth: nothing, or no opinion where the gold answer can't be read"
+    "The reward for a missing answer: 0, or no opinion if the gold answer can't be read"
     return grade_row("", dict(row, grading=None))
 
 # %% ../nbs/method/22_rewards.ipynb #8ee48390
@@ -143,7 +143,7 @@ def consistency_reward(
     log_metric=None,  # TRL's
     **kw,  # other columns
 ) -> list:  # 1.0, 0.0 or None for each completion
-    "One point where the reasoning concludes what is answered."
+    "One point if the reasoning concludes with the answer that is given."
     n = len(completions)
     own = {k: v for k, v in kw.items() if isinstance(v, list) and len(v) == n}
     own["kind"] = column(kind, n, "kind")
@@ -242,7 +242,7 @@ REWARDS = {
 
 @dataclass
 class Checked:
-    "A reward function from outside, which is named when it returns something that is no list of numbers"
+    "A user's reward function; an error names it if it returns anything but a list of numbers"
 
     func: object  # as it was found
     name: str  # `module:function`
@@ -273,7 +273,7 @@ def _brief(x):
 def load_reward(
     name: str,  # a key of `REWARDS`, or `module:function`
 ):  # a reward function
-    "A reward function by name; raises `SpecsError` where there is none."
+    "A reward function by name; raises `SpecsError` if there is none."
     if name in REWARDS:
         return REWARDS[name]
     module, colon, attr = str(name).partition(":")

@@ -22,7 +22,7 @@ def chances(
     rates: list,  # pass rate of each question, or None where it isn't known
     floor: float = 0.1,  # weight at 0 and 1, against 1 at one half
 ):  # an array that adds up to 1
-    "How likely each question is to be drawn."
+    "The probability of drawing each question."
     import numpy as np
 
     p = np.array([math.nan if r is None else r for r in rates], dtype=float)
@@ -32,7 +32,7 @@ def chances(
 
 # %% ../nbs/method/31_sampling.ipynb #603e4913
 class Questions:
-    "Which questions come next, and what is known of them"
+    "Draws the next questions and keeps their pass rates"
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Questions:
         self.rates = [(known or {}).get(i) for i in self.ids]
 
     def draw(self, n, without=()):
-        "Numbers of at most `n` different questions."
+        "Draw the numbers of at most `n` different questions."
         import numpy as np
 
         p = chances(self.rates if self.config.by_pass_rate else [None] * len(self.ids), self.config.floor)
@@ -56,7 +56,7 @@ class Questions:
         return luck.choice(len(p), n, replace=False, p=p / p.sum()).tolist() if n else []
 
     def see(self, number, right):
-        "Take what a group of answers earned for accuracy: 0 to 1 each, or None."
+        "Update a pass rate from a group's accuracy rewards: 0 to 1 each, or None."
         said = [r for r in right if r is not None]
         if said:
             old, new = self.rates[number], sum(said) / len(said)
@@ -76,7 +76,7 @@ BINS = dict(never=0.0, seldom=0.35, half=0.65, often=0.999, always=1.0)  # name 
 def distribution(
     rates: list,  # pass rates, or None
 ) -> dict:  # `known` as a share of all, then each of `BINS` as a share of the known
-    "How pass rates are distributed."
+    "The distribution of pass rates over `BINS`."
     known = [r for r in rates if r is not None]
     counts = dict.fromkeys(BINS, 0)
     for r in known:
@@ -88,14 +88,14 @@ def distribution(
 def differs(
     right: list,  # 0 to 1 for each answer of a group, or None for no opinion
 ) -> bool:  # something can be learned about accuracy
-    "Whether some answers of a group are better than others."
+    "Whether some answers of a group are more accurate than others."
     said = [r for r in right if r is not None]
     return len(said) > 1 and max(said) - min(said) > 1e-6
 
 
 @dataclass
 class Group:
-    "The answers to one question, those of all ranks"
+    "The answers to one question from all processes"
 
     number: int  # of the question
     # of (tokens of the prompt, tokens, completion, log-probabilities or None, right or None)
@@ -111,7 +111,7 @@ def round_size(
     left: int,  # groups that may still be asked
     unit: int = 1,  # a round is a multiple of it, so that its answers divide among the ranks
 ) -> int:  # groups to ask now
-    "How many questions the next round asks."
+    "The number of questions that the next round asks."
     size = math.ceil(min(missing, left) / unit) * unit
     return size if size <= left else size - unit
 
@@ -148,7 +148,7 @@ class _Kept(dict):
 
 @contextmanager
 def _reading_once(trainer):
-    "Within, the processor reads each picture of a group once."
+    "Inside this context the processor reads each picture of a group only once."
     real = trainer.processing_class
     if hasattr(real, "image_processor"):
         trainer.processing_class = Once(real, trainer.num_generations)
@@ -165,7 +165,7 @@ class _Answering:
     accuracy_at = 0  # number of the reward for accuracy
 
     def _answers(self, numbers, logged=True):
-        "Answers to questions, `num_generations` to each, by all ranks together."
+        "Generate `num_generations` answers to each question, on all processes together."
         from accelerate.utils import gather_object
 
         if not numbers:
@@ -187,7 +187,7 @@ class _Answering:
         return groups
 
     def _rows_of(self, numbers):
-        "This rank's rows of a batch with so many answers to each question."
+        "This process's rows of a batch with a given number of answers per question."
         every = [i for i in numbers for _ in range(self.num_generations)]
         share = len(every) // self.accelerator.num_processes
         start = share * self.accelerator.process_index
@@ -198,7 +198,7 @@ class _Choosing(_Answering):
     "The groups of a step"
 
     def _groups(self, inputs):
-        "The groups of a step, those of all ranks."
+        "Choose the groups of a step, those of all processes."
         from accelerate.utils import gather_object
 
         q, n, ranks = self.questions, self.num_generations, self.accelerator.num_processes
@@ -229,7 +229,7 @@ STATE = "questions.json"  # in a checkpoint
 
 
 class _Remembering:
-    "What is known of the questions, in checkpoints"
+    "Stores the pass rates in checkpoints"
 
     def _save_optimizer_and_scheduler(self, folder):
         if self.questions is not None and self.accelerator.is_main_process:
@@ -265,7 +265,7 @@ class _Sampling(_Remembering, _Choosing):
             self._ready = self._right = self._looked_up = None
 
     def _take(self, groups, n):
-        "This rank's `n` rows of the chosen groups; their answers lie ready for TRL."
+        "This process's `n` rows of the chosen groups, with their answers stored for TRL."
         start = n * self.accelerator.process_index
         answers = [a for g in groups for a in g.answers][start : start + n]
         prompt_ids, ids, said, logps, self._right = map(list, zip(*answers))
@@ -292,7 +292,7 @@ class _Sampling(_Remembering, _Choosing):
 def sampling_trainer(
     cls,  # a class made by `prompts.once_trainer`
 ):  # a class made from it, with the same name
-    "The trainer that chooses its questions once `choose_questions` was called; until then it is as it was."
+    "A trainer that chooses its questions after `choose_questions` is called, and is unchanged before."
     return type(cls.__name__, (_Sampling, cls), {})
 
 # %% ../nbs/method/31_sampling.ipynb #176c3aa2
@@ -319,7 +319,7 @@ def choose_questions(
     known: dict | None = None,  # id of a row → pass rate
     where: str = "zero",  # the stage's name, for messages
 ):
-    "Let a trainer choose its questions, if the configuration says so; raises as `need_accuracy`."
+    "Let a trainer choose its questions if the configuration asks for it; raises like `need_accuracy`."
     place = need_accuracy(config, where)
     if place is not None:
         ids = trainer.table.dataset["id"]

@@ -23,7 +23,7 @@ def hold_out(
     n: int,  # questions to hold out
     where: str = "validate",  # path in the configuration, for messages
 ) -> tuple:  # (rows to train from, held-out rows)
-    "Training rows without some of them; raises `SpecsError` if less than half would be left."
+    "Hold some of the training rows out; raises `SpecsError` if less than half would be left."
     if 2 * n > len(rows):
         raise SpecsError(
             f"{where}.rows holds {n} of {len(rows)} training rows out, which leaves less than half to train"
@@ -39,7 +39,7 @@ def hold_out(
 # %% ../nbs/method/30_validate.ipynb #7a4a369b
 @contextlib.contextmanager
 def same_luck():
-    "Within, random numbers may be drawn; afterwards the generators stand where they stood."
+    "Inside this context random numbers may be drawn; afterwards the generators' states are restored."
     import numpy
     import torch
 
@@ -60,7 +60,7 @@ _DRAWN = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_pen
 
 
 def _greedy(trainer):
-    "What of a trainer and its vLLM is set for greedy answers: (object, attribute, value)"
+    "The settings of a trainer and its vLLM for greedy answers: (object, attribute, value)"
     from transformers import GenerationConfig
 
     told = [(trainer, "num_generations_eval", 1)]
@@ -78,7 +78,7 @@ def _greedy(trainer):
 def greedily(
     trainer,  # TRL's `GRPOTrainer`
 ):
-    "Within, the trainer writes one greedy answer to a prompt; afterwards it trains on as before."
+    "Inside this context the trainer generates one greedy answer per prompt; afterwards all is restored."
     kept, training = [], trainer.model.training
     with same_luck():
         trainer.model.eval()
@@ -97,7 +97,7 @@ def greedily(
 def as_prompts(
     rows: list,  # of `data.grpo_dataset`
 ) -> list:  # conversations
-    "Prompts with their pictures, as TRL makes them of a batch."
+    "Prompts with their pictures, in the form that TRL builds from a batch."
     from trl.data_utils import prepare_multimodal_messages
 
     prompts, pictures = [r["prompt"] for r in rows], [r.get("images") or [] for r in rows]
@@ -113,7 +113,7 @@ ACCURACY = ("specs_nb.judge:judge_reward", "accuracy")
 def accuracy_place(
     rewards: dict,  # name → weight, as in the configuration
 ) -> int:  # its number among the rewards; None: there is none
-    "Which reward says whether an answer is right."
+    "The position of the reward that says whether an answer is right."
     found = [name for name in ACCURACY if name in rewards]
     return list(rewards).index(found[0]) if found else None
 
@@ -126,7 +126,7 @@ def graded(
     ids: list,  # their tokens
     **more,  # keywords of TRL's, such as `trainer_state`
 ) -> list:  # 0.0 to 1.0, or None, for each
-    "How right completions are, asked as TRL asks a reward."
+    "Grade completions with a reward function, called as TRL calls it."
     own = ("prompt", "completion", "completion_ids")
     columns = {k: [r[k] for r in rows] for k in rows[0] if k not in own}
     return accuracy(prompts=prompts, completions=completions, completion_ids=ids, **more, **columns)
@@ -137,7 +137,7 @@ def ask_held_out(
     table,  # held-out rows of `data.grpo_dataset`: a sequence
     accuracy=accuracy_reward,  # a reward function
 ) -> dict:  # accuracy and form as shares, no_opinion; each None where nothing was graded
-    "How a trainer's model answers held-out questions greedily; every rank has to ask."
+    "Answer held-out questions greedily with a trainer's model and grade them; every process must call this."
     from accelerate.utils import gather_object
 
     rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
@@ -166,12 +166,12 @@ class Best:
 
     def __init__(
         self,
-        patience: int = 0,  # looks without a better one that are too many; 0: none are
+        patience: int = 0,  # evaluations without improvement after which to stop; 0: never stop
     ):
         self.patience, self.step, self.value, self.since = patience, None, None, 0
 
     def see(self, step, value):
-        "Take a value; is it the best?"
+        "Record a value; returns whether it is the best so far."
         if value is None:
             return False
         if self.value is not None and value <= self.value:
@@ -191,7 +191,7 @@ def validator(
     config,  # a `core.Validation`
     accuracy=accuracy_reward,  # a reward function
 ):  # a `TrainerCallback` with `best`
-    "A callback that asks held-out questions every few steps, and at the last."
+    "A callback that asks held-out questions every few steps and after the last one."
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState
 

@@ -61,7 +61,7 @@ def picture(
     scene: Scene,  # what to draw
     scale: int = 1,  # 1 gives 84 × 84 pixels
 ):  # a PIL image, RGB
-    "Draw `scene` on a white ground."
+    "Draw `scene` on a white background."
     from PIL import Image, ImageDraw
 
     cell = CELL * scale
@@ -101,22 +101,22 @@ def _thing(draw, x, y, thing, cell):
 def name(
     item,  # an entry of `Scene.items`
 ) -> str:  # such as `circle red`, `empty`, `red 4`
-    "An object, an empty cell or a bar in words."
+    "Describe an object, an empty cell or a bar in words."
     return "empty" if item is None else f"{item[0]} {item[1]}"
 
 # %% ../nbs/method/10_world.ipynb #adb00636
 def caption(
     scene: Scene,  # the scene
 ) -> str:  # its nine cells, or three bars, in words
-    "Everything there is in `scene`, in reading order."
+    "Describe everything in `scene`, in reading order."
     return ", ".join(map(name, scene.items))
 
 
 def read_caption(
     text: str,  # what a model wrote
     scene: Scene,  # what was drawn
-) -> list:  # one bool an item: named right?
-    "Compare a model's caption with the scene, item by item; what is missing is wrong."
+) -> list:  # one bool per item: named correctly?
+    "Compare a model's caption with the scene, item by item; a missing item counts as wrong."
     said = [part.strip() for part in text.split(",")]
     return [i < len(said) and said[i] == name(item) for i, item in enumerate(scene.items)]
 
@@ -140,7 +140,7 @@ def select(
     scene: Scene,  # a grid scene
     rng: random.Random,  # source of chance
 ) -> Selection:  # by shape, colour or both
-    "A random selection, four times in five of something that is there."
+    "A random selection; four times out of five it names something in the scene."
     things = scene.objects() if rng.random() < 0.8 else [(s, c) for s in SHAPES for c in COLOURS]
     shape, colour = rng.choice(things)
     return rng.choice([Selection(shape), Selection(None, colour), Selection(shape, colour)])
@@ -166,7 +166,7 @@ class Question:
 def lettered(
     choices,  # texts
 ) -> str:  # such as `(A) red (B) blue`
-    "Choices with their letters, as they stand in a question."
+    "Choices with their letters, as they appear in a question."
     return " ".join(f"({chr(65 + i)}) {c}" for i, c in enumerate(choices))
 
 # %% ../nbs/method/10_world.ipynb #82b0e7ea
@@ -179,7 +179,7 @@ def worth(
     thing,  # an entry of a grid's `items`
     rules: tuple,  # pairs of a `Selection` and its value
 ) -> int:  # sum of the values of the rules that name it
-    "What one object counts; nothing for an empty cell."
+    "The value of one object; zero for an empty cell."
     return sum(value for sel, value in rules if thing in sel)
 
 # %% ../nbs/method/10_world.ipynb #211003aa
@@ -188,7 +188,7 @@ def draw_rules(
     rng: random.Random,  # source of chance
     n: int,  # how many
 ) -> tuple:  # pairs of a `Selection` and its value
-    "Rules for a scene: single shapes or colours, no two about the same."
+    "Rules for a scene: each names a single shape or colour, no two the same."
     out = {}
     while len(out) < n:
         things = scene.objects() if rng.random() < 0.8 else [(s, c) for s in SHAPES for c in COLOURS]
@@ -203,7 +203,7 @@ def ask_score(
     rng: random.Random,  # source of chance
     rules: int = None,  # how many; None: one of `RULES`
 ) -> Question:  # answer: a number
-    "How much do the objects count together?"
+    "A question for the sum of the objects' values."
     about = draw_rules(scene, rng, rules or rng.choice(RULES))
     says = ", ".join(f"{sel} are {value}" for sel, value in about)
     total = sum(worth(thing, about) for thing in scene.items)
@@ -224,7 +224,7 @@ def ask_count(
     scene: Scene,  # a grid scene
     rng: random.Random,  # source of chance
 ) -> Question:  # answer: a number
-    "How many objects of a selection are there?"
+    "A question for the number of objects in a selection."
     sel = select(scene, rng)
     n = sum(o in sel for o in scene.objects())
     return Question(scene, "count", f"How many {sel} are there?", str(n), about=(sel,))
@@ -234,7 +234,7 @@ def ask_subtract(
     scene: Scene,  # a grid scene
     rng: random.Random,  # source of chance
 ) -> Question:  # answer: a number
-    "How many are left without a selection?"
+    "A question for the number of objects outside a selection."
     sel = select(scene, rng)
     n = sum(o not in sel for o in scene.objects())
     return Question(
@@ -246,7 +246,7 @@ def ask_compare(
     scene: Scene,  # a grid scene
     rng: random.Random,  # source of chance
 ) -> Question:  # answer: a letter
-    "Which of two selections has more objects?"
+    "A question for the larger of two selections."
     pick = rng.choice([SHAPES, tuple(COLOURS)])
     make = Selection if pick is SHAPES else (lambda c: Selection(None, c))
     a, b = map(make, rng.sample(pick, 2))
@@ -289,13 +289,13 @@ SIMPLE = ("count", "subtract", "compare", "bar")  # the families without scores
 
 def is_test_scene(
     scene: Scene,  # any scene
-) -> bool:  # may it be tested on?
-    "One scene in five, by checksum, is never trained on."
+) -> bool:  # True: never trained on
+    "Is a scene reserved for the tests? One in five is, by its checksum."
     return zlib.crc32(caption(scene).encode()) % 5 == 0
 
 
 def _draw(split, task, rng):
-    "A scene for a question of a split, whichever side of the checksum it lies on"
+    "Draw a scene for a question of a split, without checking its checksum"
     if task == "bar":
         return draw_bars(rng)
     few, many, full = (*OBJECTS, 7) if task == "score" else (2, 5, 6)
@@ -310,7 +310,7 @@ def ask(
     split: str,  # one of `STREAMS`
     seed: int,  # the stream of questions
     index: int,  # which question of the stream
-    tasks=("score",),  # families to draw from, alike often
+    tasks=("score",),  # families to draw from, equally often
 ) -> Question:  # the same for the same arguments, on any machine
     "Question number `index` of a split; raises `ValueError` for a split that isn't one."
     if split not in STREAMS:
