@@ -794,7 +794,7 @@ def load_rows(
         )
     if data.drawn:
         n = data.n_train if split == "train" else data.n_test
-        drawn, how = rows_of.load_rows("world", split, n, data.seed), grading_of({}, data)
+        drawn, how = rows_of.read_folder("world", split, n, data.seed), grading_of({}, data)
         return [dict(r, grading=how) for r in drawn] if how else drawn
     prepare(data, out)
     path = Path(out) / f"{split}.arrow"
