@@ -314,6 +314,14 @@ def test_readme_is_the_index():
         assert (ROOT / name).read_bytes() == data, "run `make readme`"
 
 
+def test_list_of_notebooks_is_theirs():
+    from make_readme import notebooks
+
+    text = notebooks()
+    assert all(f"[{p.stem}](../{named(p)})" in text for p in NOTEBOOKS if p.name != "index.ipynb")
+    assert (ROOT / "docs/notebooks.md").read_text() == text, "run `make readme`"
+
+
 # ---- width and ruff
 
 WIDE = 110

@@ -14,18 +14,7 @@ from pathlib import Path
 os.environ["DISABLE_MKDOCS_2_WARNING"] = "true"  # an advertisement of Material's in the output
 from fastcore.docments import docments
 from latex2mathml.converter import convert
-from nb2md import ROOT, outside_code, relink, to_markdown
-
-# the reading path: folders of nbs/, and what the navigation calls them
-ROOMS = {
-    "tutorials": "Start here",
-    "method": "The method",
-    "study": "Does SPECS hold?",
-    "engines": "Engines: what answers and trains",
-    "inputs": "Inputs: data sets and the judge",
-    "scale": "Scale: many GPUs, many machines",
-    "appendix": "Appendix",
-}
+from nb2md import ROOMS, ROOT, outside_code, relink, to_markdown
 
 
 def exported():
@@ -46,10 +35,7 @@ class Site:
         self.work, self.modules = work, []
         shutil.rmtree(work, ignore_errors=True)
         nbs = [p for room in ROOMS for p in sorted((ROOT / "nbs" / room).glob("*.ipynb"))]
-        self.notebooks = [
-            p.relative_to(ROOT).as_posix()
-            for p in nbs
-        ]
+        self.notebooks = [p.relative_to(ROOT).as_posix() for p in nbs]
         self.guide = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").glob("*.md"))
         self.known = {
             "README.md": "index.md",
@@ -129,12 +115,8 @@ class Site:
         ]
         guide = [{title((ROOT / g).read_text(), Path(g).stem): self.known[g]} for g in self.guide]
         api = [{f"specs_nb.{m}": f"api/{m}.md"} for m in self.modules]
-        nav = [
-            {"Home": "index.md"},
-            {"Guide": guide},
-            *rooms,
-            {"API": api},
-        ]
+        # tutorial → method → does it hold → the guide → the wings
+        nav = [{"Home": "index.md"}, *rooms[:3], {"Guide": guide}, *rooms[3:], {"API": api}]
         config = load_config(
             str(ROOT / "mkdocs.yml"),
             docs_dir=str(self.work),

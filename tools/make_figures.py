@@ -36,7 +36,7 @@ STAGES = [  # name, kind of box, what happens there
     ("1 · GRPO-zero", "rl", "a short reinforcement learning on the base: form comes first"),
     ("2 · pairs", "", "two right answers to a question; the form of one is broken"),
     ("3 · cold start", "cold", "DPO + λ·SFT on the pairs, with LoRA: learn the form alone"),
-    ("4 · final GRPO", "rl", "reinforcement learning from there: learn to be right"),
+    ("4 · final GRPO", "rl", "the same from there, for longer: learn to be right"),
     ("5 · evaluation", "", "trained form, other forms, other pictures; with intervals"),
 ]
 
@@ -61,8 +61,7 @@ def words(x, y, text, kind, wide=0, step=16):
 def arrow(x1, y1, x2, y2):
     "A straight arrow to the right."
     return (
-        f'<path class="arrow" d="M{x1} {y1} L{x2 - 6} {y2}"/>'
-        f'<path class="head" d="M{x2} {y2} l-8 -4 v8 z"/>'
+        f'<path class="arrow" d="M{x1} {y1} L{x2 - 6} {y2}"/><path class="head" d="M{x2} {y2} l-8 -4 v8 z"/>'
     )
 
 
@@ -87,32 +86,50 @@ def stages():
     return page(10 + 5 * width + 4 * gap + 10, 172, "\n".join(body), "The five stages of SPECS")
 
 
+def running_total(q):
+    "A careful reasoning in the words of the embedded model: cell by cell, what an object counts, and the sum so far."
+    from specs_nb import world
+
+    total, cells = 0, []
+    for thing in q.scene.items:
+        value = world.worth(thing, q.about)
+        total += value
+        cells.append(f"{world.name(thing)} {value} {total}" if value else "no")
+    named = " and ".join(f"{sel.shape or sel.colour} {value}" for sel, value in q.about)
+    return f"Count {named}: {', '.join(cells)}. So {total}."
+
+
+def is_short(q):
+    "Two rules and four objects: it fits into the picture, and a rule counts more than one object."
+    counted = [t for t in q.scene.items if any(t in sel for sel, _ in q.about)]
+    return len(q.about) == 2 and len(q.scene.objects()) == 4 and len(counted) == 3
+
+
 def scene():
     "A drawn scene with its question, and a pair of answers that differ in form alone."
-    from specs_nb.world import rows
+    from specs_nb import world
+    from specs_nb.formats import CORRUPTIONS, FORMATS
 
-    row = next(r for r in rows("train", 200, seed=3) if r["kind"] == "number" and len(r["question"]) < 60)
+    q = next(q for q in (world.ask("train", 3, i) for i in range(500)) if is_short(q))
     out = io.BytesIO()
-    row["images"][0].save(out, "png")
+    world.picture(q.scene, scale=2).save(out, "png")
     data = base64.b64encode(out.getvalue()).decode()
-    answer = row["answer"]
-    body = [
-        f'<image x="10" y="10" width="150" height="150" style="image-rendering:pixelated"'
-        f' href="data:image/png;base64,{data}"/>',
-        '<rect x="10" y="10" width="150" height="150" class="box" style="fill:none"/>',
-        words(178, 26, row["question"], "name"),
-    ]
-    reasoning = "I look at each cell in turn … so it is " + answer + "."
+    chosen = FORMATS["think_answer"].render(running_total(q), q.answer)
     answers = [
-        ("chosen", "good", f"<think> {reasoning} </think> <answer> {answer} </answer>"),
-        ("rejected", "bad", f"{reasoning} <answer> {answer}"),
+        ("chosen", "good", chosen),
+        ("rejected", "bad", CORRUPTIONS["drop_think_tags"](chosen)),
+    ]
+    body = [
+        f'<image x="10" y="10" width="168" height="168" href="data:image/png;base64,{data}"/>',
+        '<rect x="10" y="10" width="168" height="168" class="box" style="fill:none"/>',
+        words(196, 26, q.text, "name"),
     ]
     for i, (name, kind, text) in enumerate(answers):
-        y = 40 + 60 * i
-        body.append(f'<rect class="box" x="178" y="{y}" width="712" height="50" rx="6"/>')
-        body.append(words(190, y + 20, name, f"name {kind}"))
-        body.append(words(190, y + 39, text, "code"))
-    return page(900, 170, "\n".join(body), "A scene with a question and a pair of answers")
+        y = 40 + 72 * i
+        body.append(f'<rect class="box" x="196" y="{y}" width="694" height="66" rx="6"/>')
+        body.append(words(208, y + 19, name, f"name {kind}"))
+        body.append(words(208, y + 38, " ".join(text.split()), "code", 88))
+    return page(900, 188, "\n".join(body), "A scene with a question and a pair of answers")
 
 
 if __name__ == "__main__":

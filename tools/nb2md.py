@@ -9,6 +9,16 @@ from pathlib import Path
 from nbdev.process import NBProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
+# the reading path: folders of nbs/, and what the site and docs/notebooks.md call them
+ROOMS = {
+    "tutorials": "Start here",
+    "method": "The method",
+    "study": "Does SPECS hold?",
+    "engines": "Engines: what answers and trains",
+    "inputs": "Inputs: data sets and the judge",
+    "scale": "Scale: many GPUs, many machines",
+    "appendix": "Appendix",
+}
 # Markdown or HTML: opening, target without anchor
 _LINK = re.compile(r"(\]\(|(?:src|href)=\")([^)\"\s#]+)")
 _CODE = re.compile(r"(^(`{3,}|~{3,}).*?^\2|`[^`\n]+`)", re.M | re.S)
@@ -34,6 +44,18 @@ def relink(
         return m[1] + target(posixpath.normpath(posixpath.join(folder, m[2])))
 
     return outside_code(lambda part: _LINK.sub(new, part), text)
+
+
+def opening(
+    path,  # of a notebook
+) -> tuple:  # its title, and the sentence that stands under it
+    "How a notebook begins: `# title` and `> what it is about`."
+    cells = NBProcessor(path).nb.cells[:2]
+    text = "\n\n".join(c.source for c in cells if c.cell_type == "markdown")
+    m = re.search(r"^# (.+)\n\n((?:> .+\n?)+)", text, re.M)
+    if not m:
+        raise SystemExit(f"{path} should begin with `# title`, an empty line and `> what it is about`")
+    return m[1], " ".join(line.removeprefix("> ") for line in m[2].splitlines())
 
 
 def _fence(text, info=""):
