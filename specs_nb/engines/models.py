@@ -1085,8 +1085,8 @@ def rest_eyes(
     model,  # that a trainer has wrapped
 ):
     """Let gradients end before a vision tower that isn't trained. For checkpointing, transformers makes the
-    tower's input ask for them, when the trainer is made and once more when it begins to train: all of the tower
-    would be computed backward for nothing."""
+    tower's input ask for them, when the trainer is made and once more when it begins to train: all of the
+    tower would be computed backward for nothing."""
     from transformers import PreTrainedModel
 
     for part in model.modules():
