@@ -1280,6 +1280,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'specs_nb/inputs/limits.py'),
                                         'specs_nb.inputs.limits._TooLong': ('inputs/limits.html#_toolong', 'specs_nb/inputs/limits.py'),
                                         'specs_nb.inputs.limits._raise_in': ('inputs/limits.html#_raise_in', 'specs_nb/inputs/limits.py'),
+                                        'specs_nb.inputs.limits._reaches': ('inputs/limits.html#_reaches', 'specs_nb/inputs/limits.py'),
                                         'specs_nb.inputs.limits.limited': ('inputs/limits.html#limited', 'specs_nb/inputs/limits.py')},
             'specs_nb.inputs.parsers': { 'specs_nb.inputs.parsers.Number': ('inputs/parsers.html#number', 'specs_nb/inputs/parsers.py'),
                                          'specs_nb.inputs.parsers._carried': ('inputs/parsers.html#_carried', 'specs_nb/inputs/parsers.py'),

@@ -6,6 +6,8 @@
 __all__ = ['limited']
 
 # %% ../../nbs/inputs/12_limits.ipynb #9d6b8c3a
+import gc
+import sys
 import threading
 import time
 
@@ -31,6 +33,22 @@ def _raise_in(thread, error):
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error and ctypes.py_object(error))
 
 
+# a frame of these files stands on the stack while a weak reference's callback runs
+_WEAK = {"weakref.py", "_weakrefset.py"}
+
+
+def _reaches(frame):
+    """Whether an error raised in this frame arrives in `limited`. Python calls finalizers, and callbacks of
+    the garbage collector, in the middle of other code; it reports what they raise, and goes on."""
+    collecting = {getattr(f, "__code__", None) for f in gc.callbacks}
+    while frame and frame.f_code is not limited.__code__:
+        code = frame.f_code
+        if code in collecting or code.co_name == "__del__" or code.co_filename.rpartition("/")[2] in _WEAK:
+            return False
+        frame = frame.f_back
+    return True
+
+
 class _Timer:
     "A thread that raises `_TooLong` in the one that made it, once it is armed and until it is gone"
 
@@ -46,7 +64,7 @@ class _Timer:
             if self.wake.acquire(timeout=wait) or self.done:
                 break
             wait = 0.001
-            if self.armed:
+            if self.armed and _reaches(sys._current_frames().get(self.target)):
                 _raise_in(self.target, _TooLong)
                 wait, shots = 0.03 * 2**shots, shots + 1
         self.gone = True
