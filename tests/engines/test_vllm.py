@@ -49,10 +49,15 @@ def fond_of_images(folder):
     some = world.rows("test", 4)
     with torch.no_grad():
         b = g.encode(p, some, asks(some))
-        seen = m(**b, output_hidden_states=True).hidden_states[-1].flatten(0, 1).mean(0)
+        seen = m(**b, output_hidden_states=True).hidden_states[-1].flatten(0, 1)
+        way = seen.mean(0) / seen.mean(0).norm()
+        usual = m.lm_head(seen).max(1).values
         head = torch.nn.Linear(*reversed(m.lm_head.weight.shape), bias=False)
         head.weight.copy_(m.lm_head.weight)
-        head.weight[p.image_token_id] = 10 * seen / seen.norm()
+        # 30 nats above the best other word, mostly; a bias of -100, the least that vLLM knows, is far more
+        head.weight[p.image_token_id] = way * ((usual + 30) / (seen @ way)).median()
+        over = head(seen)[:, p.image_token_id] - usual
+        assert over.median() > 20 and over.max() < 80, over
     m.lm_head = head
     m.config.tie_word_embeddings = m.config.text_config.tie_word_embeddings = False
     save_model(m, p, folder)
@@ -167,28 +172,6 @@ def test_bias_is_scored_alike(hf, engine, rows):
     assert all(b >= f - 1e-6 for f, b in zip(free[0][0], bound[0][0])) and free != bound
 
 
-def test_no_room_says_by_how_much():
-    room = dict(ROOM, max_model_len=1_000_000)
-    if CARD:  # of a large card's memory even a share holds a million tokens of so small a model
-        room["options"] = dict(enforce_eager=True, kv_cache_memory_bytes=2**30)
-    code = f"from specs_nb import generate as g; g.VLLM('tiny', {{}}, {room})"
-    out = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
-    )
-    said = re.search("SpecsError: out of memory: .* lower vllm.max_model_len to ([0-9]+)", out.stderr)
-    assert said and 100_000 < int(said[1]) < 1_000_000, out.stderr[-2000:]
-
-
-def test_what_vllm_is_not_given():
-    with pytest.raises(SpecsError, match="without quantize, or engine: transformers"):
-        g.VLLM("tiny", dict(quantize=True), {})
-    with pytest.raises(SpecsError, match="vLLM can't start with"):
-        g.VLLM("tiny", {}, {"options": {"no_such_option": 1}})
-
-
 def test_killed_and_continued(engine, tmp_path, monkeypatch):
     """A run that is killed after its first batch and goes on ends with the same answers as one that wasn't;
     the engine of these tests answers in the second process's place"""
@@ -220,6 +203,28 @@ def test_killed_and_continued(engine, tmp_path, monkeypatch):
     assert len(whole) == 40 and cut == whole
     assert len(list((tmp_path / "whole").glob("a-*.json"))) == 10
     assert all(f.stat().st_mtime_ns == t for f, t in before.items()), "what was there is not asked again"
+
+
+def test_no_room_says_by_how_much():
+    room = dict(ROOM, max_model_len=1_000_000)
+    if CARD:  # of a large card's memory even a share holds a million tokens of so small a model
+        room["options"] = dict(enforce_eager=True, kv_cache_memory_bytes=2**30)
+    code = f"from specs_nb import generate as g; g.VLLM('tiny', {{}}, {room})"
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
+    )
+    said = re.search("SpecsError: out of memory: .* lower vllm.max_model_len to ([0-9]+)", out.stderr)
+    assert said and 100_000 < int(said[1]) < 1_000_000, out.stderr[-2000:]
+
+
+def test_what_vllm_is_not_given():
+    with pytest.raises(SpecsError, match="without quantize, or engine: transformers"):
+        g.VLLM("tiny", dict(quantize=True), {})
+    with pytest.raises(SpecsError, match="vLLM can't start with"):
+        g.VLLM("tiny", {}, {"options": {"no_such_option": 1}})
 
 
 @pytest.mark.parametrize("version", ["0.21.0", "0.32.0"])
