@@ -1562,6 +1562,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'specs_nb.scale.doctor.activations': ('scale/doctor.html#activations', 'specs_nb/scale/doctor.py'),
                                        'specs_nb.scale.doctor.add_options': ('scale/doctor.html#add_options', 'specs_nb/scale/doctor.py'),
                                        'specs_nb.scale.doctor.advise': ('scale/doctor.html#advise', 'specs_nb/scale/doctor.py'),
+                                       'specs_nb.scale.doctor.around_adapters': ( 'scale/doctor.html#around_adapters',
+                                                                                  'specs_nb/scale/doctor.py'),
                                        'specs_nb.scale.doctor.ask_parts': ('scale/doctor.html#ask_parts', 'specs_nb/scale/doctor.py'),
                                        'specs_nb.scale.doctor.batches': ('scale/doctor.html#batches', 'specs_nb/scale/doctor.py'),
                                        'specs_nb.scale.doctor.config_of_model': ( 'scale/doctor.html#config_of_model',

@@ -15,7 +15,9 @@ from specs_nb.pipeline import check_names, main
 from specs_nb.scale.doctor import (
     Machine,
     Prompt,
+    activations,
     advise,
+    around_adapters,
     batches,
     diagnose,
     disk,
@@ -478,3 +480,66 @@ def test_pictures_made_smaller_are_counted_over_all_sources(tmp_path):
     both = f"data.sources=[{{source: {other}, weight: 9}}, {{source: {mine}, shrink_to: 4000}}]"
     found = example_prompt(load_config(None, [both]))
     assert "22 of 104 pictures made smaller" in found.how and found.image > one.image
+
+
+# ---- float32 adapters in a model that computes in 16 bits
+
+
+def live_bytes(work):
+    "The most bytes that tensors made by `work` held at once; views and weights don't count"
+    import weakref
+
+    import torch
+    from torch.utils._pytree import tree_iter
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        live, now, most = {}, 0, 0
+
+        def gone(self, key):
+            self.now -= self.live.pop(key)
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            theirs = {t.untyped_storage()._cdata for t in tree_iter(args) if isinstance(t, torch.Tensor)}
+            out = func(*args, **(kwargs or {}))
+            for t in tree_iter(out):
+                storage = t.untyped_storage() if isinstance(t, torch.Tensor) else None
+                if storage is None or storage._cdata in theirs or storage._cdata in self.live:
+                    continue
+                self.live[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.gone, storage._cdata)
+            return out
+
+    with Watch() as watch:
+        work()
+    return watch.most
+
+
+@pytest.mark.parametrize("bits", [32, 16])
+def test_a_layer_made_anew_with_adapters(bits):
+    "Two layers with 7B's proportions and LoRA: what lives at the worst moment, against the reckoning"
+    import torch
+    from peft import get_peft_model
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    h, f, batch, length = 224, 1184, 8, 200
+    heads = dict(num_attention_heads=7, num_key_value_heads=7)
+    config = Qwen2Config(hidden_size=h, intermediate_size=f, num_hidden_layers=2, vocab_size=1000, **heads)
+    dtype = torch.float32 if bits == 32 else torch.bfloat16
+    model = get_peft_model(Qwen2ForCausalLM(config).to(dtype), lora_config(1)).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    ids = torch.zeros(batch, length, dtype=torch.long)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bits == 16):
+            out = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
+            total = out.sum()
+        total.backward()
+
+    tokens, size, shape = batch * length, bits // 8, shape_of("x", config)
+    _, one, kept = activations(h, f, h, 2, tokens, frozen=True, size=size)
+    reckoned = 2 * kept + one + sum(around_adapters(shape, tokens, size)) + 2 * tokens * h * size
+    assert live_bytes(step) == pytest.approx(reckoned, rel=0.06)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'TILE', 'NF4', 'SIZES', 'BASE_CPU', 'BASE_GPU', 'GRAPHS', 'WORLD_PIXELS', 'PIXELS', 'known_config',
-           'config_of_model', 'Shape', 'shape_of', 'activations', 'logits', 'Parts', 'training', 'generation',
-           'measure_here', 'measure_memory', 'predict', 'Machine', 'this_machine', 'token_side', 'Prompt',
+           'config_of_model', 'Shape', 'shape_of', 'activations', 'logits', 'around_adapters', 'Parts', 'training',
+           'generation', 'measure_here', 'measure_memory', 'predict', 'Machine', 'this_machine', 'token_side', 'Prompt',
            'example_prompt', 'vllm_beside', 'cramped', 'grpo_parts', 'dpo_parts', 'ask_parts', 'engine_of', 'estimate',
            'show', 'remedies', 'advise', 'memory_advice', 'batches', 'side_by_side', 'tokens', 'times', 'disk', 'host',
            'host_line', 'requirements', 'missing', 'diagnose', 'report', 'add_options', 'read_rate', 'doctor']
@@ -242,6 +242,17 @@ def logits(
         + (shape.head * 4 if train_head else 0)
     )
 
+# %% ../../nbs/scale/30_doctor.ipynb #a41f7e53
+def around_adapters(
+    shape: Shape,  # of the model
+    tokens: int,  # in all sequences of the micro-batch
+    size: int,  # bytes of a number as the model computes
+) -> tuple:  # bytes: (more that a layer keeps, more while it goes backward)
+    "What float32 adapters add to a layer that `activations` doesn't know."
+    if size == 4:
+        return 0, 2 * shape.inter * tokens * size
+    return (9 * shape.hidden + shape.q) * tokens * size, 3 * shape.inter * tokens * size
+
 # %% ../../nbs/scale/30_doctor.ipynb #04379aa2
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -311,8 +322,11 @@ def training(
             width, inter, width, layers, sequences * image_tokens * patches, size=a
         )
         seen = (layers * glance if checkpoint else seen) if full else 0
-    whole = (shape.layers * kept if checkpoint else every) + seen + 2 * n * shape.hidden * a
-    again = max(one, view) if checkpoint else 0  # one layer at a time is made anew
+    more, turn = around_adapters(shape, n, a) if not full else (0, 2 * shape.inter * n * a)
+    whole = shape.layers * kept if checkpoint else every + shape.layers * more
+    whole += seen + 2 * n * shape.hidden * a
+    # one layer at a time is made anew, and goes backward
+    again = max(one + more + turn, view) if checkpoint else 0
     p.logits = logits(sequences * (scored or tokens if gpu else tokens), shape, tiled, gpu, full and tiled, a)
     # autocast keeps what it has cast
     cast = (shape.linear / (shape.layers if checkpoint else 1) if a < w else 0) * a
