@@ -455,7 +455,7 @@ def parts(
 
 # %% ../nbs/method/00_core.ipynb #650288bf
 def _sense(name, stage):
-    "What values of `sampling` and `validate` must be: (path, is it so, the rest of the message)"
+    "Conditions on `sampling` and `validate`: (path, whether it holds, the rest of the message)"
     s, v = stage.sampling, stage.validate
     return [
         (
@@ -907,7 +907,7 @@ def flat(
 
 
 def _as_number(value):
-    "YAML reads 1e-6 as text: it is the same as 0.000001"
+    "Convert a number that YAML read as text, such as 1e-6"
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             return float(value)
@@ -918,7 +918,7 @@ _MICRO, _STEPS, _ROUNDS = "per_device_train_batch_size", "gradient_accumulation_
 
 
 def _batches(trainer):
-    "Trainer's values with the product of micro-batch and accumulation in the place of its factors"
+    "The trainer's values with micro-batch and accumulation replaced by their product"
     out = {k: v for k, v in trainer.items() if k not in (_MICRO, _STEPS, _ROUNDS)}
     micro, steps, rounds = (trainer.get(k, d) for k, d in ((_MICRO, 8), (_STEPS, 1), (_ROUNDS, None)))
     with contextlib.suppress(TypeError, ValueError):
@@ -949,7 +949,7 @@ def differences(
 
 # %% ../nbs/method/00_core.ipynb #a34d74a8
 def reset_peak_memory():
-    "Start the count of `peak_memory_gb` and `peak_gpu_gb` anew, the first where the system can (Linux)."
+    "Reset `peak_memory_gb` (where the system allows it: Linux) and `peak_gpu_gb`."
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     if peak_gpu_gb() is not None:
@@ -957,8 +957,8 @@ def reset_peak_memory():
 
 
 def peak_gpu_gb():  # GiB, or None where this process uses no GPU
-    """What torch has allocated on this process's GPU at most since `reset_peak_memory`; vLLM's own process is
-    not in it."""
+    """Peak memory that torch allocated on this process's GPU since `reset_peak_memory`, without vLLM's own
+    process."""
     torch = sys.modules.get("torch")
     return (
         torch.cuda.max_memory_allocated() / 2**30
@@ -1052,7 +1052,7 @@ class Clock:
         self.at = _when_done()
 
     def turn(self) -> dict:  # seconds by phase, until now
-        "Give the running phase what has passed since the last turn."
+        "Add the time since the last call to the running phase."
         now, name = _when_done(), self.running[-1]
         self.by[name] = self.by.get(name, 0.0) + now - self.at
         self.at = now
@@ -1060,7 +1060,7 @@ class Clock:
 
 
 def _when_done():
-    "Now, with all that was handed to a GPU done"
+    "The time after all work queued on a GPU is done"
     cuda = getattr(sys.modules.get("torch"), "cuda", None)
     if cuda and cuda.is_initialized():
         with contextlib.suppress(RuntimeError):  # a GPU that has failed says so where it was used
@@ -1074,7 +1074,7 @@ _counting = []  # the clock that runs, if one does
 def count_seconds(
     before: dict | None = None,  # seconds by phase of an earlier attempt, to continue from
 ) -> Clock:  # it runs until another one is started
-    "Start a clock: from here on every `phase` of this thread counts."
+    "Start a clock; from now on it times every `phase` of this thread."
     _counting[:] = [Clock(before)]
     return _counting[0]
 
@@ -1104,7 +1104,7 @@ def fill_up(
     by: dict,  # seconds by phase
     seconds: float,  # of the whole
 ) -> dict:  # the same, rounded, in the order of `PHASES`; `other` makes them add up
-    "Seconds by phase of a whole that is known."
+    "Round seconds by phase so that they add up to a known total."
     named = {name: round(by[name], 2) for name in PHASES if by.get(name, 0) >= 0.005 and name != "other"}
     rest = round(seconds - sum(named.values()), 2)
     return {**named, "other": max(0.0, rest)}
@@ -1188,7 +1188,7 @@ class Stage:
         )
 
     def set_aside(self) -> Path:  # where it is now; None if there was nothing but a stage.json
-        "Rename the folder to the next free `NAME.before-1`, and say so with its size."
+        "Rename the folder to the next free `NAME.before-1`, and print that with its size."
         if not [p for p in self.dir.iterdir() if p.name != "stage.json"]:
             (self.dir / "stage.json").unlink()
             return None
@@ -1223,12 +1223,12 @@ class Stage:
         write_json(self.dir / "stage.json", {**self.info, **self._spent()})
 
     def go_on(self):
-        "In another process of the same stage: its clocks go on where the first process's stand."
+        "Continue the first process's clocks in another process of the same stage."
         self._t0 = time.monotonic() - self.info["seconds"]
         self._clock = count_seconds(self.info.get("seconds_by"))
 
     def _spent(self, by=None):
-        "Seconds so far, in all and by phase"
+        "Seconds so far, in total and by phase"
         seconds = round(time.monotonic() - self._t0, 1)
         return {"seconds": seconds, "seconds_by": fill_up(by or self._clock.turn(), seconds)}
 
@@ -1269,8 +1269,8 @@ def stop_asked() -> str:  # the signal's name; empty if nobody asked
 
 @contextlib.contextmanager
 def signals_ask():
-    """Within it SIGINT and SIGTERM ask for a stop, and raise `KeyboardInterrupt` the second time; works in
-    the main thread alone."""
+    """Inside this context SIGINT and SIGTERM ask for a stop, and the second one raises `KeyboardInterrupt`;
+    main thread only."""
     import signal
     import threading
 
@@ -1318,7 +1318,7 @@ class _Worker(multiprocessing.context.SpawnProcess):
 
 
 class _Spawn(multiprocessing.context.SpawnContext):
-    "Processes are started anew, as `_Worker`s"
+    "Start processes from scratch, as `_Worker`s"
 
     def __init__(self, grace):
         self.grace = grace
@@ -1361,8 +1361,8 @@ def worker_pool(
     then=None,  # called in each worker before its first task
     args=(),  # its arguments
 ):  # a `ProcessPoolExecutor`
-    """Processes that outlive a signal to all of them; when one dies the others are ended, and `SpecsError`
-    says how to go on."""
+    """Processes that survive a signal sent to all of them; if one dies, the others are ended and a
+    `SpecsError` says how to resume."""
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
 

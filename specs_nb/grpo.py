@@ -285,8 +285,8 @@ def go_on_later(
 def last_checkpoint(
     folder,  # with `checkpoint-…` folders
 ) -> str:  # its path, or None
-    """The newest checkpoint that is whole; `trainer_state.json` is what Trainer writes last but one,
-    `rng_state` last."""
+    """The newest complete checkpoint; Trainer writes `trainer_state.json` second to last and `rng_state`
+    last."""
     written = [
         p
         for p in Path(folder).glob("checkpoint-*")
@@ -306,7 +306,7 @@ def last_checkpoint(
 def quiet(
     trainer,  # of transformers or TRL
 ):
-    "Take away the callbacks that print: `watcher` shows progress."
+    "Remove the callbacks that print, since `watcher` shows progress."
     from transformers import PrinterCallback, ProgressCallback
 
     for c in (PrinterCallback, ProgressCallback):
