@@ -195,7 +195,7 @@ def percent(
     x,  # a share, or None
     sign=False,  # for a difference: show the sign
 ) -> str:  # such as 62.5, +3.1, −0.4, –
-    "A share in percent, without the percent sign."
+    "Format a share in percent, without the percent sign."
     if x is None:
         return "–"
     text = f"{100 * x:{'+' if sign else ''}.1f}"
@@ -206,7 +206,7 @@ def interval(
     v: dict,  # mean, lo, hi
     sign=False,  # a difference: show signs
 ) -> str:  # such as [55.0, 69.9]; empty without a mean
-    "An interval in percent."
+    "Format an interval in percent."
     return f"[{percent(v['lo'], sign)}, {percent(v['hi'], sign)}]" if v.get("mean") is not None else ""
 
 # %% ../nbs/method/71_analysis.ipynb #e0eb4f58

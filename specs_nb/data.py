@@ -217,7 +217,7 @@ def read_folder(
 def pixel_digest(
     img,  # a PIL image, RGB
 ) -> str:  # 32 hex digits
-    "A checksum of an image's pixels, the same for the same picture in another file format without loss."
+    "A checksum of an image's pixels, equal for the same picture in any lossless file format."
     import hashlib
 
     return hashlib.sha256(repr(img.size).encode() + img.tobytes()).hexdigest()[:32]
@@ -245,8 +245,8 @@ def _keys(rows):
 
 # %% ../nbs/method/11_data.ipynb #7a13ed76
 def features():  # a `datasets.Features`
-    """The schema in Arrow; `digests` names the pixels of each image, `rate` is how often a model passed and
-    `difficulty` how hard the source says a question is, if that is known."""
+    """The schema in Arrow, with `digests` of each image's pixels and, if known, a model's pass `rate` and the
+    source's `difficulty`."""
     from datasets import Features, Image, List, Value
 
     text = {k: Value("string") for k in ("id", "question", "answer", "kind", "source")}

@@ -158,8 +158,8 @@ def answer_in(
 def token_counter(
     model: str,  # `tiny`, a folder or a hub name
 ):  # a function: texts, None among them → tokens of each
-    """How long completions are, in tokens of their model, without the one that ended them; None for each
-    where the tokenizer can't be had."""
+    """A function that counts completions' tokens, without the final one; it returns None for each if the
+    tokenizer can't be loaded."""
     from specs_nb.engines.models import load_processor, tokenizer_of
 
     try:

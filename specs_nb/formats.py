@@ -64,7 +64,7 @@ class TagFormat:
         )
 
     def parse(self, text):
-        "(reasoning, answer), or None if the format is not kept to the letter."
+        "(reasoning, answer), or None if the text doesn't follow the format exactly."
         if self.explain(text):
             return None
         return self._parts(text, [text.index(t) for t in (*self.think, *self.answer)])
@@ -133,7 +133,7 @@ class BoxedFormat:
         return before, after
 
     def parse(self, text):
-        "(reasoning, answer), or None if the format is not kept to the letter."
+        "(reasoning, answer), or None if the text doesn't follow the format exactly."
         if self.explain(text):
             return None
         before, after = text.split("\\boxed{")
@@ -166,7 +166,7 @@ class LineFormat:
             return "a part is empty"
 
     def parse(self, text):
-        "(reasoning, answer), or None if the format is not kept to the letter."
+        "(reasoning, answer), or None if the text doesn't follow the format exactly."
         if self.explain(text):
             return None
         before, after = text.split("Answer:")
@@ -211,7 +211,7 @@ class JsonFormat:
             return "a part is empty"
 
     def parse(self, text):
-        "(reasoning, answer), or None if the format is not kept to the letter."
+        "(reasoning, answer), or None if the text doesn't follow the format exactly."
         if self.explain(text):
             return None
         d = self._load(text)
@@ -251,7 +251,7 @@ class HeadingsFormat:
         return before, reasoning, result
 
     def parse(self, text):
-        "(reasoning, answer), or None if the format is not kept to the letter."
+        "(reasoning, answer), or None if the text doesn't follow the format exactly."
         if self.explain(text):
             return None
         return tuple(part.strip() for part in self._parts(text)[1:])

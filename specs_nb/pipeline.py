@@ -66,7 +66,7 @@ def _contents(path):
 
 
 def _files(path):
-    "The same of data"
+    "Identify a data source by its contents"
     from specs_nb.inputs.sources import digest
 
     found = digest(DataConfig(source="datasets", path=str(path)))
@@ -113,7 +113,7 @@ def _switched_on(table, name, stage):
 
 
 def _n_held(config):
-    "Questions that are held out of the training rows, for validation"
+    "The number of questions held out of the training rows for validation"
     stages = [config.zero, config.final]
     return max((s.validate.rows for s in stages if s.validate.every and not s.start), default=0)
 
@@ -216,7 +216,7 @@ def _learn_rows(run):
 
 
 def _held(run, name, held):
-    "A stage's part of the held-out rows, None if it doesn't validate"
+    "The held-out rows of a stage, or None if it doesn't validate"
     v = getattr(run.config, name).validate
     return held[: v.rows] if v.every else None
 
@@ -467,7 +467,7 @@ def do_eval(
             " questions for the test"
         )
     if c.coldstart.start and not (run.dir / "zero/model").exists():
-        names = [m for m in names if m != "zero"]  # nobody needed it
+        names = [m for m in names if m != "zero"]  # no stage needed it
     models = {m: c.model.path if m == "base" else _model_of(run, m) for m in names}
     for f in c.data.ood_formats:
         _format(c, f)
@@ -702,14 +702,14 @@ def _say_spent(stage):
 
 
 def _idle(config, name, last):
-    "Is a stage there for the cold start alone, and the cold start is given? One that is asked for runs"
+    "Is a stage only needed for the cold start, which is given? A stage named explicitly runs anyway"
     if not config.coldstart.start or name == last:
         return False
     return name == "pairs" or name == "zero" and not config.zero.start
 
 
 def _one_gpu(config, todo, launcher):
-    "Training in one process takes one GPU: said before hours of answering, if anything is to be trained"
+    "Check, before hours of generation, that one process sees only one GPU if anything will be trained"
     train = [s for s in ("zero", "coldstart", "final") if s in todo]
     if config.coldstart.loss == "none":
         train = [s for s in train if s != "coldstart"]
@@ -943,8 +943,8 @@ def _add_others(sub):
         "clean",
         help="list folders that were set aside, and remove them",
         description=(
-            "List the folders of stages that no longer fitted their configuration (zero.before-1, …), and"
-            " remove them if you say so."
+            "List the folders of stages whose inputs changed (zero.before-1, …), and ask before"
+            " removing them."
         ),
     )
     d.add_argument("--run-dir", default="runs/default", metavar="DIR", help="the run folder (runs/default)")
@@ -955,8 +955,8 @@ def _add_others(sub):
 def config_of(
     args,  # from `parser`
 ) -> Config:  # checked
-    """The configuration that a command line asks for: a file, else the run folder's own, else the defaults;
-    then overrides."""
+    """The configuration of a command line: the given file, or the run folder's own, or the defaults; then
+    overrides."""
     stored = Path(args.run_dir) / "config.yaml"
     return load_config(args.config or (str(stored) if stored.exists() else None), args.overrides)
 
@@ -964,7 +964,7 @@ def config_of(
 def parse(
     argv=None,  # words; None: those of the process
 ):  # what `parser` gives
-    "Parse a command line; values may stand before and behind options, which argparse alone doesn't allow."
+    "Parse a command line; values may come before and after options, which argparse alone doesn't allow."
     p = parser()
     args, rest = p.parse_known_args(argv)
     if odd := [w for w in rest if w.startswith("-") or "=" not in w]:
@@ -985,8 +985,8 @@ def clean_run(
     run_dir,  # a run folder, or a grid's
     yes: bool = False,  # don't ask
 ) -> int:  # bytes that were removed
-    """List what `Stage.set_aside` has left in a run folder, and remove it if that is wanted; raises
-    `SpecsError` while a run is at work there."""
+    """List the folders that `Stage.set_aside` left in a run folder, and remove them if asked to; raises
+    `SpecsError` while a run is active there."""
     if not Path(run_dir).is_dir():
         raise SpecsError(f"there is no folder {run_dir}: name the run with --run-dir")
     sizes = {p: folder_bytes(p) for p in set_aside_folders(run_dir)}
@@ -1058,7 +1058,7 @@ def main(
             return ablate(args, keys, run_stage)
         config = config_of(args)
         if getattr(args, "launcher", ""):
-            launcher_words(args.launcher)  # a typo is told at once
+            launcher_words(args.launcher)  # report a typo right away
         if args.command == "doctor":
             return doctor(config, args)
         if args.command == "push" and args.pairs:
