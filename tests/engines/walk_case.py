@@ -26,7 +26,8 @@ STAND_INS = {
     "model.path": "7B doesn't fit here: a model of the same family, of a million parameters or fewer",
     "data": "the sets aren't here: rows of the same schema, drawn by tests/data/make.py, and few of them",
     "lengths": "completions of TOKENS and vLLM's length of ROOM; the small models' own context is 2,048",
-    "numbers": "two steps of MICRO completions, a few questions, 2 samples; micro-batches as shipped",
+    # 8 for pairs: a pair needs a right answer of both models to one question, and small ones have few
+    "numbers": "two steps of MICRO completions, few questions, 8 and 2 samples; micro-batches as shipped",
     "vllm sleep": "vLLM's CPU build can't sleep: `imitate_sleep` fills its weights with NaN instead",
     "vllm share": "a CPU has no share of a card: 64 MiB for keys and values beside it, quickly set to zero",
     "answers": "in this process instead of one of their own for each model: it would import vLLM anew",
@@ -65,7 +66,7 @@ def small(config, model, text):
                 options={**config.vllm.options, "kv_cache_memory_bytes": 2**26},
             ),
             zero=grpo(config.zero),
-            distill=dict(n_prompts=32, max_pairs=32, max_new_tokens=TOKENS),
+            distill=dict(n_prompts=32, n_samples=8, max_pairs=32, max_new_tokens=TOKENS),
             coldstart=dict(trainer=cold),
             final=grpo(config.final),
             eval=dict(n_samples=2, max_new_tokens=TOKENS),
