@@ -398,6 +398,55 @@ def test_readme_links():
             assert anchor in anchors(to.read_text()), f"README.md: no heading for {link}"
 
 
+# ---- figures in prose are those of the files that they come from
+
+
+def test_readme_has_the_figures_of_its_run():
+    text = (ROOT / "README.md").read_text()
+    result = re.search(r'RESULT = \\"([\w.]+)\\"', (ROOT / "nbs/index.ipynb").read_text())[1]
+    run = json.loads((ROOT / "docs/results" / result).read_text())
+    tests = {
+        "trained form": "id",
+        "form OOD": "ood_format",
+        "other pictures": "ood_visual",
+        "harder questions": "compositional",
+    }
+    table = {
+        row[0]: row[1:] for row in re.findall(r"^\| ([\w ]+) " + r"\| ([^|\n]+) " * 4 + r"\|$", text, re.M)
+    }
+    for words, split in tests.items():
+        for model, said in zip(("base", "zero", "coldstart", "final"), table[words]):
+            m = run["metrics"][model][split]["strict"]
+            assert said == f"{100 * m['mean']:.0f} [{100 * m['lo']:.0f}, {100 * m['hi']:.0f}]", (words, model)
+    minutes = sum(s["seconds"] for s in run["stages"].values()) / 60
+    assert f"{minutes:.0f} minutes" in " ".join(text.split())
+
+
+def test_readme_says_of_plain_grpo_what_was_found():
+    found = (ROOT / "nbs/study/60_does_specs_hold.ipynb").read_text()
+    line = re.search(r"final: a cold start over none, equal time [^\n]*", found)[0]
+    ours, plain, effect, lo, hi = re.search(r"([\d.]+) / ([\d.]+) +(\S+) +\[(\S+), (\S+)\]", line).groups()
+    said = f"{ours} against {plain} % right, a difference of {effect} points [{lo}, {hi}]"
+    assert "can't tell" in line
+    assert said in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_one_gpu_has_the_figures_of_the_card():
+    text = (ROOT / "nbs/tutorials/20_one_gpu.ipynb").read_text()
+    truth = json.loads((ROOT / "bench/results/gpu_truth_h200.json").read_text())
+    first, *_, last = [run["parts"] for run in truth["runs"]]
+    speeds = [first["write-vllm"]["found"][f"at_{n}"]["tokens_per_s"] for n in (64, 256, 1024)]
+    assert " / ".join(f"{s:,.0f}" for s in speeds) + " tokens/s" in text
+    grpo, dpo = last["grpo-vllm-lora"]["found"], last["dpo-lora"]["found"]
+    step = grpo["steps"][-1]
+    assert f"write {step['write']:.1f}, train {step['train']:.1f}, score {step['score']:.1f}" in text
+    assert (
+        f"{grpo['device_peak_gib']:.1f} GiB, where the doctor says {grpo['doctor']['with_base']:.1f}" in text
+    )
+    assert f"{dpo['torch_peak_gib']:.1f} GiB, where the doctor says {dpo['doctor']['peak']:.1f}" in text
+    assert f"| {dpo['step']['whole']:.1f} s |" in text
+
+
 # ---- nothing private, nothing heavy
 
 PRIVATE = {

@@ -87,7 +87,7 @@ def stages():
 
 
 def running_total(q):
-    "A careful reasoning in the embedded model's words: cell by cell, what it counts, and the sum so far."
+    "Careful reasoning as the embedded model writes it: cell by cell what an object counts, and the sum."
     from specs_nb import world
 
     total, cells = 0, []

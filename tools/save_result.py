@@ -12,8 +12,10 @@ def result(run):
     "Metrics, Generalization Factors and costs of a finished run, with seed, date and machine"
     stages = {s: read_json(run / s / "stage.json") for s in STAGES}
     metrics = read_json(run / "eval/metrics.json")
+    config = load_config(run / "config.yaml")
     return dict(
-        seed=load_config(run / "config.yaml").seed,
+        seed=config.seed,
+        data_seed=config.data.seed,
         date=stages["eval"]["finished"][:10],
         machine=stages["eval"]["machine"],
         versions=stages["eval"]["versions"],

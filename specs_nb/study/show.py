@@ -8,7 +8,7 @@ __all__ = ['BOX', 'WORDS', 'GRPO_CURVES', 'MARGIN_CURVES', 'LOGP_CURVES', 'Page'
 
 # %% ../../nbs/study/45_show.ipynb #ae9025d2
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..analysis import METRICS, MODELS, SPLITS, value_at
 from ..formats import FORMATS
@@ -20,7 +20,7 @@ from .report import INK, LOOKS, data_uri, draw_chart, duration, lines
 class Page:
     "HTML that Jupyter shows"
 
-    data: str
+    data: str = field(repr=False)
 
     def _repr_html_(self):
         return self.data
@@ -30,7 +30,7 @@ class Page:
 class Text:
     "Markdown that Jupyter shows"
 
-    data: str
+    data: str = field(repr=False)
 
     def _repr_markdown_(self):
         return self.data
@@ -40,7 +40,7 @@ class Text:
 class Picture:
     "A matplotlib figure that Jupyter shows and keeps, whichever backend matplotlib has"
 
-    figure: object  # a `matplotlib.figure.Figure`
+    figure: object = field(repr=False)  # a `matplotlib.figure.Figure`
 
     def _repr_png_(self):
         import io
