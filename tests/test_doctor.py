@@ -490,8 +490,8 @@ def live_bytes(work):
     import weakref
 
     import torch
-    from torch.utils._pytree import tree_iter
     from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_iter
 
     class Watch(TorchDispatchMode):
         live, now, most = {}, 0, 0
