@@ -427,8 +427,8 @@ def test_questions_are_chosen_and_held_out_ones_asked(trained):
     keys = ("reward", "loss", "questions/spread", "questions/extra", "completions/mean_length")
     assert [[h[k] for k in keys] for h in plain] == [[h[k] for k in keys] for h in watched]
     assert sum(h["questions/extra"] for h in plain) and all("validate/accuracy" in h for h in watched)
-    # An answer that is scored as another question's differs by whole nats. Rows without a picture differ by up
-    # to 4e-3 in single tokens on this base, with TRL's own scoring too (2026-11-27, seed 0).
+    # An answer that is scored as another question's differs by whole nats. Rows without a picture differ by
+    # up to 4e-3 in single tokens on this base, with TRL's own scoring too (2026-11-27, seed 0).
     assert max(h["sampling/sampling_logp_difference/max"] for h in plain) < 0.02
     assert max(h["sampling/sampling_logp_difference/mean"] for h in plain) < 1e-3
 
