@@ -6,6 +6,7 @@
 __all__ = ['NAME', 'by_length', 'window_attention', 'batch_windows']
 
 # %% ../../nbs/engines/04_tower.ipynb #76b12ae3
+import copy
 import re
 
 # %% ../../nbs/engines/04_tower.ipynb #b4c6828a
@@ -84,6 +85,8 @@ def batch_windows(
         if "cu_seqlens" not in type(layer).forward.__code__.co_varnames:
             continue
         if getattr(config, "_attn_implementation", None) in ("sdpa", NAME):
-            config._attn_implementation = NAME
+            # a copy: who makes another model from this configuration must find a name that transformers knows
+            layer.config = copy.copy(config)
+            layer.config._attn_implementation = NAME
             found = True
     return found
