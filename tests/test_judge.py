@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("openai", reason="the judge needs the openai package (extra: judge)")
+import specs_nb
 from specs_nb.core import Config, DistillStage, JudgeConfig, SpecsError, merge
 from specs_nb.distill import distill
 from specs_nb.formats import FORMATS
@@ -933,7 +934,7 @@ def test_senseless_values(values):
 # ---- a real server
 
 VLLM = os.environ.get("SPECS_VLLM_PYTHON")
-TINY = Path(J.__file__).parent / "tiny"
+TINY = Path(specs_nb.__file__).parent / "tiny"
 
 
 @pytest.fixture(scope="module")
