@@ -27,16 +27,16 @@ def pairs(folder, n, seed):
     from datasets import concatenate_datasets
 
     from specs_nb import world
-    from specs_nb.core import DistillStage
-    from specs_nb.distill import distill, read_pairs
+    from specs_nb.core import PairsStage
     from specs_nb.formats import FORMATS
+    from specs_nb.pairs import distill, read_pairs
 
     distill(
         "tiny",
         "tiny",
         world.rows("train", 64, seed=seed),
         folder,
-        DistillStage(n_samples=4, max_pairs=64),
+        PairsStage(n_samples=4, max_pairs=64),
         FORMATS["think_answer"],
         seed=seed,
     )

@@ -171,8 +171,8 @@ def dpo(start, a, how, load, shape, tmp, fast):
     "DPO + SFT: pairs of answers of some `new` tokens."
     from specs_nb.coldstart import coldstart_trainer
     from specs_nb.core import ColdStartStage
-    from specs_nb.distill import make_pairs, read_pairs, write_pairs
     from specs_nb.formats import FORMATS
+    from specs_nb.pairs import make_pairs, read_pairs, write_pairs
     from specs_nb.scale.doctor import training
 
     words = "count the circles and the squares in each cell of the picture, then say which are more. "

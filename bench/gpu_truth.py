@@ -411,7 +411,7 @@ def expected(a, folder, parts, rows, *names, **stages):
     from specs_nb.scale import doctor
 
     config, machine = recipe(a, folder, **stages), doctor.this_machine(a.work)
-    config.distill.max_new_tokens = a.dpo_tokens
+    config.pairs.max_new_tokens = a.dpo_tokens
     processor = load_processor(folder)
     ids = encode(processor, rows[:1], [FORMATS["think_answer"].instruction])["input_ids"][0]
     prompt = doctor.Prompt(len(ids), int((ids == processor.image_token_id).sum()))
@@ -486,9 +486,9 @@ def grpo(a, found):
 
 def make_pairs_file(a, folder, n):
     "Pairs of answers of some `dpo_tokens` tokens, as the pairs stage leaves them"
-    from specs_nb.distill import make_pairs, write_pairs
     from specs_nb.engines.models import load_processor
     from specs_nb.formats import FORMATS
+    from specs_nb.pairs import make_pairs, write_pairs
 
     words = "count the circles and the squares in each cell of the picture, then say which are more. "
     tok = load_processor(folder).tokenizer
@@ -611,8 +611,8 @@ def dpo(a, found):
 
     from specs_nb.coldstart import coldstart_trainer
     from specs_nb.core import ColdStartStage, count_seconds
-    from specs_nb.distill import read_pairs
     from specs_nb.grpo import go_on
+    from specs_nb.pairs import read_pairs
     from specs_nb.scale.doctor import dpo_parts, shape_of
 
     how, steps, micro = a.part.split("-")[1], 3, 2 if a.tiny else 4

@@ -48,7 +48,7 @@ def completion(row, rng):
 def prepare(folder, n):
     "`n` rows in a file, and the answers to them where `distill` and `evaluate` look for them"
     from specs_nb import world
-    from specs_nb.core import DistillStage, EvalStage, write_json
+    from specs_nb.core import EvalStage, PairsStage, write_json
     from specs_nb.data import Picture, to_png, write_rows
 
     few, rng = world.rows("train", 100), random.Random(0)
@@ -57,7 +57,7 @@ def prepare(folder, n):
         ({**r, "id": f"{r['id']}-{i}"} for i, r in enumerate(islice(cycle(rows), n))), folder / "rows.arrow"
     )
     for names, where, size in (
-        (("zero", "base"), "pairs", DistillStage().batch_size // SAMPLES),
+        (("zero", "base"), "pairs", PairsStage().batch_size // SAMPLES),
         (("final-id",), "evaluation", EvalStage().batch_size // SAMPLES),
     ):
         for name in names:
@@ -73,11 +73,11 @@ def prepare(folder, n):
 
 def work(part, folder, n):
     "What is measured"
-    from specs_nb.core import DistillStage, EvalStage
+    from specs_nb.core import EvalStage, PairsStage
     from specs_nb.data import Rows
-    from specs_nb.distill import distill
     from specs_nb.evaluate import evaluate
     from specs_nb.formats import FORMATS
+    from specs_nb.pairs import distill
 
     rows = Rows(folder / "rows.arrow")
     if part == "rows":
@@ -88,7 +88,7 @@ def work(part, folder, n):
             "tiny",
             rows,
             folder / part,
-            DistillStage(n_prompts=n, n_samples=SAMPLES, max_pairs=n),
+            PairsStage(n_prompts=n, n_samples=SAMPLES, max_pairs=n),
             FORMATS["think_answer"],
         )
     return lambda: evaluate(

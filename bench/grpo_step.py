@@ -16,11 +16,11 @@ and a picture, eight answers of 200 or 800 tokens that are given and not written
 process of its own, so that its peak memory can be told."""
 
 import argparse
+import gc
 import importlib.metadata
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -36,7 +36,7 @@ import torch
 from transformers import TrainerCallback
 
 from specs_nb import world
-from specs_nb.core import Config, GRPOStage
+from specs_nb.core import Config, GRPOStage, peak_memory_gb, reset_peak_memory
 from specs_nb.engines import fast
 from specs_nb.engines.models import random_model
 from specs_nb.formats import FORMATS
@@ -101,7 +101,7 @@ def recipe_trainer(quick, steps, length, prompt=1400):
     folder = Path(tempfile.mkdtemp())
     start = random_model("qwen2.5-vl", folder / "model", **LARGE)
     rows = world.rows("train", steps)
-    rows = [{**r, "question": r["question"] + " 1" * (prompt - 70)} for r in rows]
+    rows = [{**r, "question": r["question"] + " 1" * ((prompt - 70) // 2)} for r in rows]
     how = dict(
         per_device_train_batch_size=8,
         num_generations=8,
@@ -135,9 +135,11 @@ def step_alone(name, length):
     if name == "fast":
         t._fast("scoring")
         t._tried.add("scoring")  # what is compared with TRL once in a run is no part of a step
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gc.collect()
+    reset_peak_memory()
+    before = peak_memory_gb()
     t.train()
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    peak = peak_memory_gb() - before
     facts = dict(
         cpu_s=watch.seconds,
         peak_gb=peak,
@@ -147,13 +149,19 @@ def step_alone(name, length):
     print("STEP", json.dumps(facts))
 
 
+# the allocator gives memory back at once, else its hoard is measured too
+GIVE_BACK = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+
+
 def steps_alone(steps, length):
     "Both trainers by turns, each step in a process of its own"
     found = {"stock": [], "fast": []}
     for _ in range(steps):
         for name in found:
             command = [sys.executable, __file__, "--shape", length, "--alone", name]
-            said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            said = subprocess.run(
+                command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **GIVE_BACK}
+            ).stdout
             found[name].append(json.loads(said.rsplit("STEP", 1)[1]))
             print(name, found[name][-1], flush=True)
     first = found["fast"][0]

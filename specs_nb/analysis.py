@@ -10,7 +10,7 @@ __all__ = ['MODELS', 'SPLITS', 'METRICS', 'STAGE_TITLES', 'ABOUT', 'PAIRED', 'SP
 # %% ../nbs/method/71_analysis.ipynb #4eed9970
 from pathlib import Path
 
-from .core import SpecsError, read_json
+from .core import SpecsError, present_names, read_json
 from .evaluate import bootstrap
 
 # %% ../nbs/method/71_analysis.ipynb #7b43e12f
@@ -102,7 +102,7 @@ def read_run(
         raise SpecsError(f"{run_dir} has no eval/metrics.json: run `specs eval` first")
     return dict(
         name=run.resolve().name,
-        config=(config.exists() and yaml.safe_load(config.read_text(encoding="utf-8"))) or {},
+        config=present_names(yaml.safe_load(config.read_text(encoding="utf-8"))) if config.exists() else {},
         metrics=metrics,
         answers=read_answers(answers) if answers.exists() else [],
         stages={s: read_json(run / s / "stage.json") or {} for s in STAGE_TITLES},

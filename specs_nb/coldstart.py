@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 from .core import Interrupted, Progress, SpecsError, fingerprint, read_json, write_json
-from .distill import read_pairs
 from specs_nb.engines.models import (
     base_digest,
     chat_of,
@@ -26,6 +25,7 @@ from specs_nb.engines.models import (
 from .engines.monitor import monitor
 from .engines.ranks import is_main, rank, save_trained, stop_agreed
 from .grpo import go_on, go_on_later, quiet, timed_trainer, trainer_config, watcher
+from .pairs import read_pairs
 
 # %% ../nbs/method/60_coldstart.ipynb #23724696
 def dpo_loss(

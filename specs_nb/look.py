@@ -11,11 +11,11 @@ from pathlib import Path
 
 from .core import SpecsError, derive_seed, fingerprint, read_json, write_json
 from .data import conversation
-from .distill import check_answer
 from .engines.generate import Sampling
 from .engines.jobs import Job, answer_all
 from .engines.models import load_processor, tokenizer_of
 from .grpo import resolve_rewards
+from .pairs import check_answer
 from .rewards import accuracy_reward
 from .validate import same_luck
 
@@ -136,7 +136,7 @@ def stop_words(
         return (
             f"`pairs` would find nothing: of {seen['answers']} answers to {seen['questions']} questions none"
             f" is right, mended or not. An answer reads {seen['example']!r}. What may help: easier questions,"
-            " a stronger model, distill.teacher and distill.rejected of another model, or"
+            " a stronger model, pairs.teacher and pairs.rejected of another model, or"
             " coldstart.loss=none; where the form is what is missing, a reward for its parts"
             f" ({stage}.rewards={{format_parts: 1, accuracy: 1}}); {go_on}"
         )

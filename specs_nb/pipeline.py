@@ -145,15 +145,15 @@ def inputs(
     if _n_held(config):
         root["rows held out"] = _n_held(config)
     if config.data.pass_rate and config.data.pass_rate_samples:  # the base is asked which rows to keep
-        asked = ("distill.temperature", "distill.max_new_tokens")
-        root.update({k: v for k, v in part("distill").items() if k in asked}, **engine)
+        asked = ("pairs.temperature", "pairs.max_new_tokens")
+        root.update({k: v for k, v in part("pairs").items() if k in asked}, **engine)
     zero = {**root, **part("zero")}
     if config.zero.start:
         zero["zero.start"] = _contents(config.zero.start)
-    pairs = {**zero, **part("distill"), **answers}
+    pairs = {**zero, **part("pairs"), **answers}
     for side in ("teacher", "rejected"):
-        if Path(model := getattr(config.distill, side)).is_dir():
-            pairs[f"distill.{side}"] = _contents(model)
+        if Path(model := getattr(config.pairs, side)).is_dir():
+            pairs[f"pairs.{side}"] = _contents(model)
     cold = (
         {**root, "coldstart.loss": "none"}
         if config.coldstart.loss == "none"
@@ -237,7 +237,7 @@ def _base_answers(run, rows, key):
 
     c = run.config
     how = Sampling(
-        c.data.pass_rate_samples, c.distill.temperature, c.distill.max_new_tokens, c.distill.batch_size
+        c.data.pass_rate_samples, c.pairs.temperature, c.pairs.max_new_tokens, c.pairs.batch_size
     )
     jobs = [Job("base", c.model.path, rows, [_format(c).instruction] * len(rows))]
     return answer_all(
@@ -288,7 +288,7 @@ def look_before(
         return
     start = c.model.path if name == "zero" else str(run.dir / "coldstart/model")
     # who writes a side of the pairs from right answers of the base
-    needed = c.coldstart.loss != "none" and "base" in (c.distill.teacher, c.distill.rejected)
+    needed = c.coldstart.loss != "none" and "base" in (c.pairs.teacher, c.pairs.rejected)
     look_at(
         start,
         _learn_rows(run)[0],
@@ -297,8 +297,8 @@ def look_before(
         _format(c),
         derive_seed(c.seed, name),
         name,
-        pairs=name == "zero" and needed and c.distill.differ == "form",
-        batch_size=c.distill.batch_size,
+        pairs=name == "zero" and needed and c.pairs.differ == "form",
+        batch_size=c.pairs.batch_size,
         load=_load(c),
         threads=c.threads,
         **_engine(c),
@@ -375,22 +375,22 @@ def do_pairs(
     pool=None,  # who answers, see `answer_all`
 ) -> dict:  # facts
     "Self-distillation from GRPO-zero and the base."
-    from specs_nb.distill import distill
+    from specs_nb.pairs import distill
 
     c = run.config
-    rows = _learn_rows(run)[0][: c.distill.n_prompts]
+    rows = _learn_rows(run)[0][: c.pairs.n_prompts]
     # a folder of the run
     inside = {
         k: str(run.dir / m)
         for k in ("teacher", "rejected")
-        if (run.dir / (m := getattr(c.distill, k)) / "tokenizer_config.json").exists()
+        if (run.dir / (m := getattr(c.pairs, k)) / "tokenizer_config.json").exists()
     }
     facts = distill(
         c.model.path,
         str(run.dir / "zero/model"),
         rows,
         stage.dir,
-        replace(c.distill, **inside),
+        replace(c.pairs, **inside),
         _format(c),
         derive_seed(c.seed, "pairs"),
         _judge(run),
@@ -607,15 +607,15 @@ def check_names(
     check_values(DPOConfig, config.coldstart.trainer, "coldstart.trainer", build)
     for f in (config.data.format, *config.data.ood_formats):
         _format(config, f)
-    if not config.distill.corruptions:
-        raise SpecsError(f"distill.corruptions is empty: name at least one of {', '.join(CORRUPTIONS)}")
-    for c in config.distill.corruptions:
+    if not config.pairs.corruptions:
+        raise SpecsError(f"pairs.corruptions is empty: name at least one of {', '.join(CORRUPTIONS)}")
+    for c in config.pairs.corruptions:
         if c not in CORRUPTIONS:
             raise SpecsError(f"no corruption {c!r}: {nearest(c, CORRUPTIONS)}")
-    for f in config.distill.formats:
+    for f in config.pairs.formats:
         _format(config, f)
-    if config.distill.differ not in ("form", "answer", "both"):
-        raise SpecsError(f"distill.differ: {config.distill.differ!r} is none of form, answer, both")
+    if config.pairs.differ not in ("form", "answer", "both"):
+        raise SpecsError(f"pairs.differ: {config.pairs.differ!r} is none of form, answer, both")
 
 # %% ../nbs/method/80_pipeline.ipynb #c1146133
 def check_training(
@@ -1062,7 +1062,7 @@ def main(
         if args.command == "doctor":
             return doctor(config, args)
         if args.command == "push" and args.pairs:
-            from specs_nb.distill import push_pairs
+            from specs_nb.pairs import push_pairs
 
             pushed = push_pairs(
                 Path(args.run_dir) / "pairs/pairs.parquet", args.repo, private=not args.public

@@ -12,11 +12,11 @@ from pathlib import Path
 from specs_nb import world
 from specs_nb.coldstart import train_coldstart
 from specs_nb.core import ColdStartStage, GRPOStage, QuestionSampling, Validation
-from specs_nb.distill import make_pairs, write_pairs
 from specs_nb.engines.models import tokenizer_of
 from specs_nb.engines.ranks import is_main, rank, save_trained
 from specs_nb.formats import CORRUPTIONS, FORMATS
 from specs_nb.grpo import grpo_trainer, watch_held_out, watcher
+from specs_nb.pairs import make_pairs, write_pairs
 
 FORMAT, ROWS, N = FORMATS["think_answer"], world.rows("train", 24), rank()[1]
 

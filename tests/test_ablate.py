@@ -18,7 +18,7 @@ arms:
   none: {deep: true, set: {coldstart.loss: none}}
   sft: {set: {coldstart.loss: sft}}
   dpo: {set: {coldstart.loss: dpo}}
-  lost: {set: {distill.teacher: no/such/model}}
+  lost: {set: {pairs.teacher: no/such/model}}
 """
 
 

@@ -8,9 +8,9 @@ import torch
 from specs_nb import world
 from specs_nb.coldstart import coldstart_trainer
 from specs_nb.core import load_config
-from specs_nb.distill import make_pairs, read_pairs, write_pairs
 from specs_nb.formats import FORMATS
 from specs_nb.grpo import grpo_trainer
+from specs_nb.pairs import make_pairs, read_pairs, write_pairs
 
 FMT = FORMATS["think_answer"]
 QUICK = [

@@ -9,10 +9,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch = pytest.importorskip("torch")
 from specs_nb import world
 from specs_nb.coldstart import LOSSES, coldstart_trainer
-from specs_nb.core import ColdStartStage, DistillStage
-from specs_nb.distill import distill, read_pairs
+from specs_nb.core import ColdStartStage, PairsStage
 from specs_nb.engines.models import random_model
 from specs_nb.formats import FORMATS
+from specs_nb.pairs import distill, read_pairs
 
 # on a GPU TRL's default is true
 STEPS = dict(
@@ -34,7 +34,7 @@ def pairs(tmp_path_factory):
         "tiny",
         world.rows("train", 64),
         out,
-        DistillStage(n_samples=4, max_pairs=10, alike=0.0),
+        PairsStage(n_samples=4, max_pairs=10, alike=0.0),
         FORMATS["think_answer"],
         engine="transformers",  # not vLLM where there is a card: it isn't what is tested
     )

@@ -430,10 +430,10 @@ def half_or_whole(prediction, row):
 def test_everything_asks_the_same_grader(tmp_path):
     from specs_nb.core import DataConfig
     from specs_nb.data import grpo_dataset
-    from specs_nb.distill import check_answer
     from specs_nb.evaluate import grade_answer, question_value
     from specs_nb.formats import FORMATS
     from specs_nb.inputs.sources import load_rows, pass_rates
+    from specs_nb.pairs import check_answer
     from specs_nb.rewards import accuracy_reward
 
     (tmp_path / "data.jsonl").write_text('{"question": "How many?", "answer": "3", "id": "a"}\n' * 1)
@@ -474,8 +474,8 @@ def folded(prediction, row):
 
 def test_consistency_teacher_and_benchmarks_ask_it_too(tmp_path):
     from specs_nb.core import read_json
-    from specs_nb.distill import check_answer
     from specs_nb.formats import FORMATS
+    from specs_nb.pairs import check_answer
     from specs_nb.rewards import consistency_reward
     from specs_nb.study.benchmarks import _gold, read_sample, tabulate, write_task
     from specs_nb.study.teacher import _graded

@@ -23,11 +23,11 @@ import pytest
 
 pytest.importorskip("openai", reason="the judge needs the openai package (extra: judge)")
 import specs_nb
-from specs_nb.core import Config, DistillStage, JudgeConfig, SpecsError, merge
-from specs_nb.distill import distill
+from specs_nb.core import Config, JudgeConfig, PairsStage, SpecsError, merge
 from specs_nb.formats import FORMATS
 from specs_nb.inputs import judge as J
 from specs_nb.inputs.judge import Judge, JudgeReward, Ledger, judge_prompt, read_verdict
+from specs_nb.pairs import distill
 
 # ---- a server whose behaviour is a function
 
@@ -867,9 +867,9 @@ def test_distill_with_and_without_a_judge(serve, judge, tmp_path, monkeypatch):
         think("Hm.", "red"),
         think("So blue.", "blue"),
     ]
-    monkeypatch.setattr("specs_nb.distill.answer_all", said_by_both(texts))
+    monkeypatch.setattr("specs_nb.pairs.answer_all", said_by_both(texts))
     run = lambda out, **kw: distill(
-        "tiny", "tiny", [ROW], tmp_path / out, DistillStage(), FORMATS["think_answer"], **kw
+        "tiny", "tiny", [ROW], tmp_path / out, PairsStage(), FORMATS["think_answer"], **kw
     )
     alone = run("alone")
     assert (
@@ -899,9 +899,9 @@ def test_distill_with_and_without_a_judge(serve, judge, tmp_path, monkeypatch):
 
 def test_distill_with_a_judge_that_is_down_is_as_without(judge, tmp_path, monkeypatch):
     texts = [think("So red.", "red"), think("So a big red one.", "a big red one"), think("Hm.", "red")]
-    monkeypatch.setattr("specs_nb.distill.answer_all", said_by_both(texts))
+    monkeypatch.setattr("specs_nb.pairs.answer_all", said_by_both(texts))
     run = lambda out, **kw: distill(
-        "tiny", "tiny", [ROW], tmp_path / out, DistillStage(), FORMATS["think_answer"], **kw
+        "tiny", "tiny", [ROW], tmp_path / out, PairsStage(), FORMATS["think_answer"], **kw
     )
     down = run("down", second=judge(nobody(), retries=0))
     assert {k: down[k] for k in ("pairs", "verdicts")} == {
@@ -912,7 +912,7 @@ def test_distill_with_a_judge_that_is_down_is_as_without(judge, tmp_path, monkey
 
 def test_it_is_off_by_default():
     assert Config().judge.models == [] and J.open_judge(Config().judge) is None
-    code = "import sys, specs_nb.distill, specs_nb.inputs.judge; print('openai' in sys.modules)"
+    code = "import sys, specs_nb.pairs, specs_nb.inputs.judge; print('openai' in sys.modules)"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

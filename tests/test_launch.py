@@ -24,8 +24,8 @@ SMALL = [
     "smoke",
     "zero.steps=4",
     "zero.trainer.report_to=none",
-    "distill.n_prompts=16",
-    "distill.batch_size=16",
+    "pairs.n_prompts=16",
+    "pairs.batch_size=16",
 ]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 

@@ -46,7 +46,7 @@ def length(completions, **kw):
 
 
 def pairs(n, eyes, tmp_path):
-    from specs_nb.distill import make_pairs, write_pairs
+    from specs_nb.pairs import make_pairs, write_pairs
 
     said = [[("One, two.", "2")]] * n
     write_pairs(
@@ -168,8 +168,8 @@ def watched(trainer):
 def test_a_frozen_tower_rests_as_long_as_is_trained(tmp_path, pay, stage):
     "`train` turns checkpointing on anew, and the tower would be read again and computed backward for nothing"
     from specs_nb.coldstart import coldstart_trainer
-    from specs_nb.distill import read_pairs
     from specs_nb.grpo import grpo_trainer
+    from specs_nb.pairs import read_pairs
 
     if stage == "zero":
         settings = {**GRPO, "gradient_checkpointing": True}
@@ -492,7 +492,7 @@ def test_whole_run_of_a_text_model(tmp_path):
             f"data.source={data}",
             "workers=1",
             "engine=transformers",
-            "distill.max_new_tokens=8",
+            "pairs.max_new_tokens=8",
         ],
         capture_output=True,
         text=True,

@@ -12,7 +12,7 @@ import pytest
 from specs_nb.core import Config, Run, SpecsError, load_config
 from specs_nb.pipeline import STAGES, main
 
-SMALL = ["-c", "smoke", "distill.n_prompts=16", "data.n_test=4"]
+SMALL = ["-c", "smoke", "pairs.n_prompts=16", "data.n_test=4"]
 
 
 def specs(*words, **kw):
@@ -277,7 +277,7 @@ def test_no_pairs_keeps_what_was_finished(done, tmp_path):
 
     run = tmp_path / "r"
     shutil.copytree(done, run)
-    says(specs("pairs", "--run-dir", run, "distill.max_new_tokens=2"), "no pair is left", "distill")
+    says(specs("pairs", "--run-dir", run, "pairs.max_new_tokens=2"), "no pair is left", "distill")
     assert (run / "zero/model/model.safetensors").exists() and states(run)["zero"]["state"] == "done"
     assert specs("zero", "--run-dir", run).stdout.count("done before") == 1
 
@@ -301,7 +301,7 @@ def test_help_shows_examples(capsys):
         ("final.trainer.learning_rate=abc", "final.trainer.learning_rate must be a number"),
         ("coldstart.trainer.num_train_epochs=0", "num_train_epochs must be positive"),
         ("eval.max_new_tokens=0", "eval.max_new_tokens must be positive"),
-        ("distill.batch_size=0", "distill.batch_size must be positive"),
+        ("pairs.batch_size=0", "pairs.batch_size must be positive"),
     ],
 )
 def test_values_of_late_stages_are_checked_before_anything_is_trained(tmp_path, capsys, word, said):

@@ -65,7 +65,8 @@ def put(path, data):
 def run(tmp_path):
     "A run folder with everything in it"
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    from specs_nb import distill, world
+    from specs_nb import pairs as distilled
+    from specs_nb import world
 
     run, level = tmp_path / "<i>run", dict(base=0.3, zero=0.5, coldstart=0.6, final=0.8)
     put(
@@ -124,13 +125,13 @@ def run(tmp_path):
         dict(
             r,
             prompt=[],
-            chosen=distill._says(HOSTILE),
-            rejected=distill._says("& <b>"),
+            chosen=distilled._says(HOSTILE),
+            rejected=distilled._says("& <b>"),
             corruption="plain_answer",
         )
         for r in world.rows("train", 3)
     ]
-    distill.write_pairs(pairs, run / "pairs/pairs.parquet")
+    distilled.write_pairs(pairs, run / "pairs/pairs.parquet")
     (run / "config.yaml").write_text(
         "seed: 7\nmodel: {path: '<script>m'}\ndata: {n_test: 60}\neval: {n_samples: 4}\n"
     )
@@ -277,7 +278,7 @@ def test_no_metrics_no_report(run):
     [
         ("eval/metrics.json", "delete it"),
         ("eval/answers.parquet", "specs eval"),
-        ("pairs/pairs.parquet", "specs distill"),
+        ("pairs/pairs.parquet", "specs pairs"),
     ],
 )
 def test_broken_file_is_named(run, name, hint):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from specs_nb.core import ColdStartStage, Config, DistillStage, GRPOStage, Stage, load_config
+from specs_nb.core import ColdStartStage, Config, GRPOStage, PairsStage, Stage, load_config
 from specs_nb.pipeline import inputs, keys
 
 STEPS = dict(
@@ -66,11 +66,11 @@ def test_grpo(tmp_path):
 
 def test_dpo(tmp_path):
     from specs_nb.coldstart import train_coldstart
-    from specs_nb.distill import distill
     from specs_nb.formats import FORMATS
+    from specs_nb.pairs import distill
     from specs_nb.world import rows
 
-    how = DistillStage(n_samples=2, max_pairs=24, teacher="base", max_new_tokens=64)
+    how = PairsStage(n_samples=2, max_pairs=24, teacher="base", max_new_tokens=64)
     distill(
         "tiny",
         "tiny",

@@ -1141,7 +1141,7 @@ def test_a_whole_run_on_virl39ks_schema(tmp_path):
         "--run-dir",
         tmp_path / "r",
         f"data.source={VIRL}",
-        "distill.n_prompts=12",
+        "pairs.n_prompts=12",
         "data.n_test=4",
     )
     assert r.returncode == 0, r.stderr[-3000:]

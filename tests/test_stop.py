@@ -14,7 +14,7 @@ import pytest
 SMALL = [
     "-c",
     "smoke",
-    "distill.n_prompts=16",
+    "pairs.n_prompts=16",
     "data.n_test=4",
     "zero.steps=6",
     "zero.trainer.save_steps=6",
@@ -75,7 +75,7 @@ def test_training_finishes_its_step_saves_and_goes_on(tmp_path, sig, code):
 
 def test_sampling_finishes_its_batches_and_goes_on(tmp_path):
     "The signal goes to the whole process group, as a terminal's Ctrl-C does."
-    sizes = ["distill.n_prompts=64", "distill.batch_size=8", "workers=2"]
+    sizes = ["pairs.n_prompts=64", "pairs.batch_size=8", "workers=2"]
     run = lambda d, *extra: subprocess.run(
         [*RUN, "pairs", *SMALL, "--run-dir", str(d), *extra], capture_output=True, text=True
     )

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-SMALL = ["-c", "smoke", "distill.n_prompts=16", "data.n_test=4", "report_to=none", "keep_checkpoints=true"]
+SMALL = ["-c", "smoke", "pairs.n_prompts=16", "data.n_test=4", "report_to=none", "keep_checkpoints=true"]
 RUN = [sys.executable, "-c", "import sys; from specs_nb.pipeline import main; sys.exit(main())"]
 
 

@@ -67,7 +67,7 @@ def test_grpo_gives_the_same_prompt(models, family, tmp_path):
 @pytest.mark.parametrize("family", ["text", "qwen2.5-vl"])
 def test_dpo_gives_the_same_prompt(models, family, tmp_path):
     from specs_nb.coldstart import coldstart_trainer
-    from specs_nb.distill import make_pairs, read_pairs, write_pairs
+    from specs_nb.pairs import make_pairs, read_pairs, write_pairs
 
     rows, folder = rows_for(family), models[family]
     parts = [[("One.", "1")]] * len(rows)

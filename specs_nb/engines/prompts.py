@@ -218,7 +218,7 @@ def drop_long(
         f" ({name or f'number {longest}'}) has {lengths[longest]}"
     )
     if not keep:
-        way = "shorten distill.max_new_tokens" if answers else f"lower {stage}.trainer.max_completion_length"
+        way = "shorten pairs.max_new_tokens" if answers else f"lower {stage}.trainer.max_completion_length"
         raise SpecsError(
             f"{said}. Nothing is left to train on: {way}, make the pictures smaller (data.shrink_to)"
         )

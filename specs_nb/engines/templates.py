@@ -257,12 +257,12 @@ def check_chat(
     "`check_template` for a run's model, formats and corruptions."
     path = path or config.model.path
     chat = dict(system=config.data.system, kwargs=config.data.chat_template_kwargs)
-    names = dict.fromkeys([config.data.format, *config.distill.formats])
+    names = dict.fromkeys([config.data.format, *config.pairs.formats])
     check_template(
         load_processor(path, chat),
         [FORMATS[name] for name in names],
         path,
-        corruptions=config.distill.corruptions,
+        corruptions=config.pairs.corruptions,
         pairs=config.coldstart.loss != "none",
         images=config.data.images != "without",
     )

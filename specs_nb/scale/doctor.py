@@ -460,9 +460,9 @@ def _stage(spec, folder):
     from specs_nb import world
     from specs_nb.coldstart import coldstart_trainer
     from specs_nb.core import ColdStartStage, GRPOStage
-    from specs_nb.distill import make_pairs, read_pairs, write_pairs
     from specs_nb.formats import FORMATS
     from specs_nb.grpo import grpo_trainer
+    from specs_nb.pairs import make_pairs, read_pairs, write_pairs
 
     tmp, fmt = Path(tempfile.mkdtemp()), FORMATS["think_answer"]
     rows = [{**r, "images": []} for r in world.rows("train", 16)]
@@ -923,7 +923,7 @@ def dpo_parts(
     """Memory of the cold start: chosen and rejected side by side; all weights need a second model for
     reference."""
     c, how = config.coldstart, _how(config, "coldstart", machine)
-    micro, new = 2 * c.trainer.get("per_device_train_batch_size", 8), config.distill.max_new_tokens
+    micro, new = 2 * c.trainer.get("per_device_train_batch_size", 8), config.pairs.max_new_tokens
     return training(
         shape,
         micro,
@@ -986,7 +986,7 @@ def estimate(
     "What each stage needs of one GPU, or of the machine if there is none."
     out = {
         "zero": grpo_parts(config, "zero", shape, prompt, machine),
-        "pairs": ask_parts(config, "distill", shape, prompt, machine),
+        "pairs": ask_parts(config, "pairs", shape, prompt, machine),
         "coldstart": dpo_parts(config, shape, prompt, machine),
         "final": grpo_parts(config, "final", shape, prompt, machine),
         "eval": ask_parts(config, "eval", shape, prompt, machine),
@@ -1027,11 +1027,10 @@ def remedies(
     """Settings of a stage that make it smaller, in the order in which one would try them; none that touches
     other stages."""
     if stage in ("pairs", "eval"):
-        part = "distill" if stage == "pairs" else "eval"
         if config.workers > 1:
             yield {"workers": 1}, "workers: 1"
-        for n in _halves(getattr(config, part).batch_size):
-            yield {part: {"batch_size": n}}, f"{part}.batch_size: {n}"
+        for n in _halves(getattr(config, stage).batch_size):
+            yield {stage: {"batch_size": n}}, f"{stage}.batch_size: {n}"
         for n in _halves(getattr(config, part).max_new_tokens, 64):
             yield {part: {"max_new_tokens": n}}, f"{part}.max_new_tokens: {n}"
         return
@@ -1177,7 +1176,7 @@ def tokens(
         return rollouts * new, rollouts * (prompt.tokens + new)
 
     out["zero"] = grpo("zero")
-    out["pairs"] = (2 * c.distill.n_prompts * c.distill.n_samples * c.distill.max_new_tokens, 0)
+    out["pairs"] = (2 * c.pairs.n_prompts * c.pairs.n_samples * c.pairs.max_new_tokens, 0)
     t = c.coldstart.trainer
     pairs = (
         t["max_steps"]
@@ -1185,9 +1184,9 @@ def tokens(
         * t.get("gradient_accumulation_steps", 1)
         * max(1, gpus)
         if t.get("max_steps", -1) > 0
-        else c.distill.max_pairs * t.get("num_train_epochs", 3)
+        else c.pairs.max_pairs * t.get("num_train_epochs", 3)
     )
-    out["coldstart"] = (0, int(2 * pairs * (prompt.tokens + c.distill.max_new_tokens)))
+    out["coldstart"] = (0, int(2 * pairs * (prompt.tokens + c.pairs.max_new_tokens)))
     out["final"] = grpo("final")
     asked = 4 * c.eval.n_samples * c.data.n_test * (2 + len(c.data.ood_formats))
     out["eval"] = (asked * c.eval.max_new_tokens, 0)

@@ -8,7 +8,7 @@ __all__ = ['model_card', 'push', 'export_model']
 # %% ../../nbs/scale/40_publish.ipynb #962e5ce4
 from pathlib import Path
 
-from ..core import SpecsError, read_json
+from ..core import SpecsError, present_names, read_json
 from specs_nb.engines.models import (
     _line,
     is_adapter,
@@ -58,7 +58,7 @@ def model_card(
 
     run = Path(run)
     stage, config = read_json(run / model / "stage.json") or {}, (
-        yaml.safe_load((run / "config.yaml").read_text()) if (run / "config.yaml").exists() else None
+        present_names(yaml.safe_load((run / "config.yaml").read_text())) if (run / "config.yaml").exists() else None
     )
     if config is None or stage.get("state") != "done":
         raise SpecsError(f"{run} has no finished {model}: specs {model} --run-dir {run}")
@@ -96,7 +96,7 @@ def model_card(
         "## Recipe",
         "```yaml\n"
         + yaml.safe_dump(
-            {k: config[k] for k in ("model", "zero", "distill", "coldstart", "final") if k in config},
+            {k: config[k] for k in ("model", "zero", "pairs", "coldstart", "final") if k in config},
             sort_keys=False,
         ).replace(str(Path(base).parent) + "/", "" if Path(base).exists() else "\0")
         + "```",

@@ -83,7 +83,7 @@ class Grid:
     # values for the deep evaluation, which takes the ID test alone
     deep: dict = field(default_factory=dict)
 
-    # keywords of `teacher.train_teacher`, for arms with `distill.teacher: teacher/model`
+    # keywords of `teacher.train_teacher`, for arms with `pairs.teacher: teacher/model`
     teacher: dict = field(default_factory=dict)
     # steps of the final stage at which it is evaluated: it is trained for the last of them; none: at its end
     budgets: list = field(default_factory=list)
@@ -284,7 +284,7 @@ def _plan_cell(grid, arm, seed, keys, more, nodes, rank):
         cell[what or stage] = name
         return name
 
-    if cold and "teacher/model" in (config.distill.teacher, config.distill.rejected):
+    if cold and "teacher/model" in (config.pairs.teacher, config.pairs.rejected):
         add("teacher", fingerprint("teacher", grid.teacher), options=grid.teacher)
     if cold:
         add("zero", k["zero"])
@@ -334,7 +334,7 @@ def _eval_key(c, model, keys):
 
 def _samples(config, cell):
     "Name of the folder of the answers that pairs are made from: arms that ask the same share it"
-    d = config.distill
+    d = config.pairs
     asked = fingerprint(
         cell["zero"],
         cell.get("teacher"),

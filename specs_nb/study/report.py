@@ -799,7 +799,7 @@ def scenes(
     n: int = 6,  # how many at most
 ) -> list:  # of dicts with question, answer, corruption, chosen, rejected, images
     "Pairs of different questions, the corruptions in turn."
-    from specs_nb.distill import read_pairs
+    from specs_nb.pairs import read_pairs
 
     ds, seen, out = read_pairs(path), set(), []
     kinds = list(ds["corruption"])
@@ -1220,27 +1220,27 @@ _DIFFER = dict(
 
 def _pairs_words(c, p):
     "How the pairs were made"
-    who = lambda key: MODELS.get(at(c, f"distill.{key}"), at(c, f"distill.{key}"))
+    who = lambda key: MODELS.get(at(c, f"pairs.{key}"), at(c, f"pairs.{key}"))
     made = f"{p.get('pairs', '?')} preference pairs over {p.get('questions', '?')} questions"
-    also = at(c, "distill.formats", "none")
+    also = at(c, "pairs.formats", "none")
     formats = ""
     if also != "none":
         formats = f"; pairs also ask for {also}, and then the rejected answer keeps the trained format"
-    alike = (c.get("distill") or {}).get("alike")
+    alike = (c.get("pairs") or {}).get("alike")
     if alike:
         formats += (
             f"; of their reasonings at least {alike:.0%} of the words agree with those of the chosen ones"
         )
-    how = ["a right answer whose format can be mended was mended"] * (at(c, "distill.mend") is True) + [
+    how = ["a right answer whose format can be mended was mended"] * (at(c, "pairs.mend") is True) + [
         "answers whose reasoning ends elsewhere were dropped"
-    ] * (at(c, "distill.check_consistency") is True)
+    ] * (at(c, "pairs.check_consistency") is True)
     return (
-        f"To each of {at(c, 'distill.n_prompts')} training questions, {who('teacher')} and {who('rejected')}"
-        f" gave {at(c, 'distill.n_samples')} answers (temperature {at(c, 'distill.temperature')}, "
-        f"at most {at(c, 'distill.max_new_tokens')} new tokens), which made {made}. Chosen: right answers of"
+        f"To each of {at(c, 'pairs.n_prompts')} training questions, {who('teacher')} and {who('rejected')}"
+        f" gave {at(c, 'pairs.n_samples')} answers (temperature {at(c, 'pairs.temperature')}, "
+        f"at most {at(c, 'pairs.max_new_tokens')} new tokens), which made {made}. Chosen: right answers of"
         f" {who('teacher')}{''.join('; ' + h for h in how)}. Rejected: "
         f"from {who('rejected')},"
-        f" {_DIFFER.get(at(c, 'distill.differ', 'form'), '?').format(at(c, 'distill.corruptions'))}"
+        f" {_DIFFER.get(at(c, 'pairs.differ', 'form'), '?').format(at(c, 'pairs.corruptions'))}"
         f"{formats}."
     )
 

@@ -66,7 +66,7 @@ def small(config, model, text):
                 options={**config.vllm.options, "kv_cache_memory_bytes": 2**26},
             ),
             zero=grpo(config.zero),
-            distill=dict(n_prompts=32, n_samples=8, max_pairs=32, max_new_tokens=TOKENS),
+            pairs=dict(n_prompts=32, n_samples=8, max_pairs=32, max_new_tokens=TOKENS),
             coldstart=dict(trainer=cold),
             final=grpo(config.final),
             eval=dict(n_samples=2, max_new_tokens=TOKENS),
