@@ -102,7 +102,9 @@ def read_run(
         raise SpecsError(f"{run_dir} has no eval/metrics.json: run `specs eval` first")
     return dict(
         name=run.resolve().name,
-        config=present_names(yaml.safe_load(config.read_text(encoding="utf-8"))) if config.exists() else {},
+        config=present_names(
+            (config.exists() and yaml.safe_load(config.read_text(encoding="utf-8"))) or {}
+        ),
         metrics=metrics,
         answers=read_answers(answers) if answers.exists() else [],
         stages={s: read_json(run / s / "stage.json") or {} for s in STAGE_TITLES},

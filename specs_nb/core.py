@@ -429,7 +429,7 @@ def _item(value, kind, path):
 def _tell_renamed(values):
     "Name each section that is called otherwise today"
     for old in SECTIONS.keys() & values.keys():
-        print(f"{'config':10} the section {old} is called {SECTIONS[old]} now; it is read as that", flush=True)
+        print(f"{'config':10} the section {old} is called {SECTIONS[old]} now and is read", flush=True)
 
 
 # %% ../nbs/method/00_core.ipynb #e2437062

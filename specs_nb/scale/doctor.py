@@ -936,7 +936,7 @@ def dpo_parts(
 
 def ask_parts(
     config: Config,  # of the run
-    stage: str,  # `distill` or `eval`
+    stage: str,  # `pairs` or `eval`
     shape: Shape,  # of the model
     prompt: Prompt,  # how long prompts are
     machine: Machine,  # to run on
@@ -1031,8 +1031,8 @@ def remedies(
             yield {"workers": 1}, "workers: 1"
         for n in _halves(getattr(config, stage).batch_size):
             yield {stage: {"batch_size": n}}, f"{stage}.batch_size: {n}"
-        for n in _halves(getattr(config, part).max_new_tokens, 64):
-            yield {part: {"max_new_tokens": n}}, f"{part}.max_new_tokens: {n}"
+        for n in _halves(getattr(config, stage).max_new_tokens, 64):
+            yield {stage: {"max_new_tokens": n}}, f"{stage}.max_new_tokens: {n}"
         return
     s = getattr(config, stage)
     t = s.trainer

@@ -57,11 +57,10 @@ def model_card(
     import yaml
 
     run = Path(run)
-    stage, config = read_json(run / model / "stage.json") or {}, (
-        present_names(yaml.safe_load((run / "config.yaml").read_text())) if (run / "config.yaml").exists() else None
-    )
-    if config is None or stage.get("state") != "done":
+    stage, config = read_json(run / model / "stage.json") or {}, run / "config.yaml"
+    if not config.exists() or stage.get("state") != "done":
         raise SpecsError(f"{run} has no finished {model}: specs {model} --run-dir {run}")
+    config = present_names(yaml.safe_load(config.read_text()))
     base, data = config["model"]["path"], config["data"]
     head = {
         "library_name": "transformers",
