@@ -423,7 +423,7 @@ def test_readme_has_the_figures_of_its_run():
 
 
 def test_readme_says_of_plain_grpo_what_was_found():
-    found = (ROOT / "nbs/study/60_does_specs_hold.ipynb").read_text()
+    found = (ROOT / "nbs/appendix/20_simple_world.ipynb").read_text()
     line = re.search(r"final: a cold start over none, equal time [^\n]*", found)[0]
     ours, plain, effect, lo, hi = re.search(r"([\d.]+) / ([\d.]+) +(\S+) +\[(\S+), (\S+)\]", line).groups()
     said = f"{ours} against {plain} % right, a difference of {effect} points [{lo}, {hi}]"

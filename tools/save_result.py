@@ -1,5 +1,7 @@
-"Keep the numbers of a run for README.md: save_result.py RUN_FOLDER docs/results/NAME.json"
+"""Keep the numbers of a run for README.md: save_result.py RUN_FOLDER docs/results/NAME.json
+and the tables of a grid for the notebooks: save_result.py GRID_FOLDER docs/results/NAME"""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -26,5 +28,23 @@ def result(run):
     )
 
 
+def save_grid(folder, out):
+    "Copy a grid's tables; its answers, one row a question, are added up by format"
+    import pandas as pd
+
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("results.parquet", "history.parquet", "claims.json"):
+        shutil.copy(folder / name, out / name)
+    questions = pd.read_parquet(folder / "questions.parquet")
+    counts = ["n", "accuracy_n", "format_n", "strict_n"]
+    by = ["arm", "seed", "model", "split", "asked"]
+    plain = questions[~questions.deep]
+    plain.groupby(by, as_index=False)[counts].sum().to_parquet(out / "formats.parquet", index=False)
+
+
 if __name__ == "__main__":
-    write_json(sys.argv[2], result(Path(sys.argv[1])))
+    source, target = map(Path, sys.argv[1:3])
+    if (source / "claims.json").exists():
+        save_grid(source, target)
+    else:
+        write_json(target, result(source))
