@@ -19,6 +19,8 @@ from specs_nb.inputs.parsers import (
     _CHANGED,
     _DENIED,
     _HEDGE,
+    _NOTHING,
+    _YES_HAN,
     _LEAD,
     Number,
     _grade_text,
@@ -145,15 +147,14 @@ def _chooses(text, letter):
         r"(?i:some(?:one|body)|they|he|she|people|(?:\w+ ){1,3}(?:said|says|claim(?:s|ed)|told))\b", text
     ):
         return False  # what others say
-    head = re.split(r",?\s+(?:because|since|as|due to)\b", text)[0]
-    words = re.findall(r"[A-Za-z']+", re.sub(rf"\b{letter}\b", " ", head).lower())
+    words = re.findall(r"[A-Za-z']+", re.sub(rf"\b{letter}\b", " ", text).lower())
     if all(w in _CHOOSING for w in words) or not words:
         return True
     marked = rf"[(\[]?{letter}[)\]]?"
     ends = rf"(?:\b(?i:is|are|was|be|choose|chose|select|pick|equals)|[:=→])\s*(?i:{_THING}){marked}\s*[.!]?"
     does = "is|has|shows?|matches|fits|represents|gives|satisfies|works"
     begins = rf"(?i:{_THING}){marked}\s*(?:[,:;.-]|\b(?:{does})\b)"
-    return bool(re.search(ends + "$", head) or re.match(begins, head))
+    return bool(re.search(ends + "$", text) or re.match(begins, text))
 
 
 def _last_said(text, choices):
@@ -162,7 +163,8 @@ def _last_said(text, choices):
     if choices and first and (same := _by_text(first[1], choices)):
         return same if not _others_said(text, same, choices) else ()
     m = re.fullmatch(
-        r"(?:[^.!]{1,80}\b(?:is|are|was|were|shows?|be)(?: called| named| known as)?\s+)?((?:the |an?"
+        r"(?:[^.!]{1,80}\b(?:is|are|was|were|shows?|be|stands? for|equals|means|points|represents)(?: called"
+        r"| named| known as| made of)?\s+)?((?:the |an?"
         r" )?[^.!]+?)(?: one)?[.!]?",
         text,
         re.S,
@@ -236,6 +238,10 @@ def read_letters(
         return _labelled(m[1], m[2], choices)
     if chosen := _rather_than(text, choices) or _ends_in_answer(text, choices):
         return chosen
+    m = re.fullmatch(r"(?:it|this|that|the [a-z]+) is ([a-z]+)\W*", text, re.I)
+    if m and (same := _by_text(m[1], choices)):
+        return same  # false, if that is a choice
+    text = re.split(r",?\s+(?:because|since|as|due to)\b", text)[0]
     if _DENIED.search(text):
         return ()
     if same := _by_value(text, choices) or _last_said(text, choices):
@@ -318,19 +324,12 @@ def split_parts(
     return [s for part in (*parts, text[at:]) if (s := part.strip())]
 
 # %% ../../nbs/inputs/14_compare.ipynb #7e5184d1
-_EMPTY = re.compile(
-    r"\\emptyset|\\varnothing|∅|\{\s*\}|(?:there (?:is|are) )?(?:none|no (?:real )?solutions?|empty set|the"
-    r" empty set)",
-    re.I,
-)
-
-
 def read_set(
     text: str,  # unwrapped
 ) -> list:  # of elements as text, or None
     "The elements of a set or a list of solutions: `\\{1, 2\\}`, `1 and 2`, `x = 1 or x = 2`, `\\pm 3`."
     text = re.sub(r"\\(?:left|right)(?![a-z])", "", unwrap(text)).strip()
-    if _EMPTY.fullmatch(text):
+    if _NOTHING.fullmatch(text):
         return []
     text = re.sub(r"^[A-Za-z]\s*(?:=|\\in|∈)\s*(?=[^=]*$)", "", text)
     if m := re.fullmatch(r"\\?[{\[](.*?)\\?[}\]]", text, re.S):
@@ -452,21 +451,42 @@ def _joined(pieces):
     return out
 
 # %% ../../nbs/inputs/14_compare.ipynb #7850d57f
+_AND = re.compile(r"\s*(?:\\text\s*\{\s*and\s*\}|\band\b|\\cap|∩|\\wedge|,(?=\s*[a-z]\s*(?:\\ne|≠|!=)))\s*")
+
+
 def _both(text):
-    "Pieces of one inequality, or of two that are joined by `and`"
-    parts = re.split(r"\s*(?:\\text\s*\{\s*and\s*\}|\band\b|\\cap|∩|\\wedge)\s*", text)
-    found = [_chain(p) for p in parts]
-    if len(parts) == 1 or not all(f and len(f) == 1 for f in found) or len(parts) > 2:
-        return found[0] if len(parts) == 1 else None
-    (a, ao, b, bo), (c, co, d, do) = found[0][0], found[1][0]
-    if any(isinstance(x, str) for x in (a, b, c, d)):
+    "Pieces of one inequality, or of several that hold together"
+    found = [_chain(p) for p in _AND.split(text)]
+    if len(found) == 1 or not all(found):
+        return found[0] if len(found) == 1 else None
+    if any(isinstance(x, str) for pieces in found for a, _, b, _ in pieces for x in (a, b)):
         return None
+    both = found[0]
+    for more in found[1:]:
+        both = [_overlap(a, b) for a in both for b in more]
+    return both
+
+
+def _overlap(first, second):
+    "Where two pieces hold, perhaps nowhere"
+    (a, ao, b, bo), (c, co, d, do) = first, second
     low, high = max((a, ao), (c, co)), min((b, not bo), (d, not do))
-    return [(*low, high[0], not high[1])]
+    return *low, high[0], not high[1]
 
 # %% ../../nbs/inputs/14_compare.ipynb #eb6dbc7d
 _ABOVE = r"(?:\\[lg](?:eq?|t)(?![a-z])|[<>≤≥])"
 _VARIABLE = re.compile(rf"(?<![A-Za-z\\])([A-Za-z])(?=\s*{_ABOVE})|(?<=[<>≤≥=])\s*([A-Za-z])(?![A-Za-z])")
+
+
+_ABSOLUTE = re.compile(rf"\|([a-z])\|\s*({_ABOVE}=?)\s*([\d./]+)")
+
+
+def _without_bars(m):
+    "`|x| < 2` as `-2 < x < 2`, and `|x| > 2` as `x < -2 or x > 2`"
+    x, sign, bound = m.groups()
+    if sign.strip("\\")[0] in "l<≤":
+        return f"-{bound} {sign} {x} {sign} {bound}"
+    return f"-{bound} {sign} {x} or {x} {sign} {bound}"
 
 
 def read_interval(
@@ -479,6 +499,7 @@ def read_interval(
     text = re.sub(r"\b(?:in(?=f|\b))?(?:inf|infinity|oo)\b", r"\\infty", text)
     if _REALS.fullmatch(text):
         return [(float("-inf"), True, float("inf"), True)]
+    text = _ABSOLUTE.sub(_without_bars, text)
     if len({a or b for a, b in _VARIABLE.findall(text)}) > 1:
         return None  # 2 < y and x ≤ 5
     text, pieces = re.sub(r"^\s*[A-Za-z]\s*(?:\\in|∈|=|\bin\b)\s*", "", text), []
@@ -548,6 +569,9 @@ _NUMBERED = re.compile(r"(?<=[^\s,;])[ \n]+(?=(?:\([b-h2-9]\)|[②-⑨])\s*\S)")
 _THINGS = re.compile(r"(\d{1,6}) ([A-Za-z]{2,}(?: [A-Za-z]{2,})?)")  # 3 red, 2 blue
 
 
+_CASES = re.compile(r"(?:\\left)?\\\{ *(?=\\begin)|\\(?:begin|end)\s*\{(?:cases|aligned|array)\}(?:\{[lcr]+\})?|&")
+
+
 def _label(m):
     label = next(x for x in m.groups()[:-1] if x).strip().casefold()
     label = re.sub(r"[\\{}_ ]|angle|overline|widehat|triangle|text|mathrm", "", _spelled(label))
@@ -558,7 +582,7 @@ def read_multi(
     text: str,  # unwrapped
 ) -> list:  # of (label or None, part), or None
     "The parts of an answer with several parts."
-    text = unwrap(text)
+    text = _CASES.sub("", unwrap(text))
     if (
         (m := re.fullmatch(r"\\?(?:left)?\s*[(\[{](.*?)\\?(?:right)?\s*[)\]}]", text, re.S))
         and _depth(m[1]) < 12
@@ -568,7 +592,7 @@ def read_multi(
         text = m[1]
     if re.match(r"[(（①](?:[a1①][)）])?", text):
         text = _NUMBERED.sub("; ", text.replace("（", "(").replace("）", ")"))
-    lines = [s for s in text.splitlines() if s.strip()]
+    lines = [s for s in re.split(r"\n|\\\\", text) if s.strip()]
     parts = lines if len(lines) > 1 else split_parts(text, ";；", words=False)
     if len(parts) == 1:
         parts = split_parts(text, ",，、;")
@@ -612,7 +636,8 @@ def _grade_multi(p, g, **kw):
         said = sorted(said)  # x = 3, y = -2 for (3, -2)
     if gold[0][0] and said[0][0]:
         if len(dict(said)) != len(said) or set(dict(said)) != set(dict(gold)):
-            return False, "the labels differ"
+            numbered = all(re.fullmatch(r"\d|[a-d]|i+", k) for k, _ in gold)
+            return None if numbered and not set(dict(said)) & set(dict(gold)) else False, "the labels differ"
         said = [(k, dict(said)[k]) for k, _ in gold]
     if gold[0][0] and any((m := _THINGS.fullmatch(s)) and not unit_of(m[2]) for k, s in said if not k):
         return False, "not everything is named"  # 3, 2 green
@@ -683,7 +708,7 @@ def read_boxes(
     "Detection boxes; None if any of them is no proper box."
     text = re.sub(r"^```(?:json)?|```$|</?answer>", "", clean(text)).strip()
     if text[:1] not in ("[", "{"):
-        text = f"[{text}]"
+        text = f"[{text.strip('()')}]"
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -877,6 +902,9 @@ def _grade_latex(p, g, tol=None, precision=None, **kw):
         g = g.replace("$", "")  # $2\sqrt{5}$ cm
     if code_of(g) or statement(g) or _infinity(g):
         return _grade_text(p, g)
+    if m := _BASED.fullmatch(g):
+        n = _BASED.fullmatch(p)
+        return n.groups() == m.groups() if n else p == m[1], "digits in a base"
     if _is_ratio(g):
         return _grade_ratio(p, g)
     if _labels(g):
@@ -903,12 +931,13 @@ def _grade_latex(p, g, tol=None, precision=None, **kw):
         return f(p, g)
     if a and a.unit and unit_of(a.unit)[0] == "angle" and re.search(r"π|\\pi(?![a-z])|\bpi\b", g):
         p, a = rf"\frac{{{a.value.numerator} \pi}}{{{180 * a.value.denominator}}}", None
-    if (column := _as_point(g)) and not re.search(r"\\begin", p):
+    if (column := _as_point(g)) and not ("\\begin" in p and "\\begin" in g):
         p = re.sub(r"^<([^<>]*,[^<>]*)>$", r"(\1)", p)
         return _grade_tuple(_as_point(p, True) or p, column)
     return _by_algebra(re.sub(r"^(?:≈|\\approx)\s*", "", p), g, a, b, tol, precision)
 
 
+_BASED = re.compile(r"\(?([\dA-F]+)\)?_\{?(?:\\text\{)?(\d+|[a-z]+)\}*")  # 1011_2
 _GLUED = re.compile(r"(?<![A-Za-z\\_^])[A-Za-z]\d")  # e4 is no 4e
 
 
@@ -1005,9 +1034,8 @@ _END_UNIT = re.compile(
 
 def _end_unit(text):
     "(text without its unit, unit); the unit is empty if there is none"
-    text = re.sub(
-        "[²³](?=\\.?$)", lambda m: {"²": "^2", "³": "^3"}[m[0]], text.replace(r"\,", " ").replace("~", " ")
-    )
+    text = re.sub(r"(?<!\\)\\[,;:! ]|~", " ", text)
+    text = re.sub("[²³](?=\\.?$)", lambda m: {"²": "^2", "³": "^3"}[m[0]], text)
     m = _END_UNIT.search(text)
     if not m or not text[: m.start()].strip() or not re.search(r"\d|π|pi|sqrt", text[: m.start()]):
         return text, ""
@@ -1024,9 +1052,9 @@ def _without_units(p, g):
     if not any(re.search(r"[A-Za-zΩ°µ²³一-龥]\}?(?:\s*\^\s*\{?\d\}?)?\.?\s*$", t) for t in (p, g)):
         return p, g, None
     (bare_p, u), (bare_g, v) = _end_unit(p), _end_unit(g)
-    if not u and (m := re.search(r"(?<=\S) ([mshgLlNJWVAK])$", p)) and not _letters(bare_g):
-        if not _letters(p[: m.start()]):
-            bare_p, u = p[: m.start()], m[1]  # 5√3 m, where nothing else is a letter
+    if not u and (m := re.search(r"(?<=\S) ([mshgLlNJWVAK]|m\^[23])$", bare_p)) and not _letters(bare_g):
+        if not _letters(bare_p[: m.start()]):
+            bare_p, u = bare_p[: m.start()], m[1]  # 5√3 m, where nothing else is a letter
     a, b = (unit_of(x) if x else None for x in (u, v))
     if not a or not b or read_number(p) and read_number(g):
         return (p, g, None) if read_number(p) and read_number(g) else (bare_p, bare_g, None)
@@ -1041,23 +1069,20 @@ def _without_units(p, g):
 
 # %% ../../nbs/inputs/14_compare.ipynb #c5f6c73e
 _STATES = re.compile(
-    r"(?P<what>(?:[A-Za-z'-]+,? ){1,10}?)(?:is|are|equals|was|will be|must be)(?: equal to| exactly|"
+    r"(?P<what>(?:(?:[A-Za-z'-]+|(?<=angle )\d|(?<=side )\d),? ){1,10}?)(?:is|are|equals|was|will be|must be)(?: equal to| exactly|"
     r" just| at| located at|:)? "
-    r"(?P<value>\S.*)",
+    r"(?P<value>\S.*)"
+    r"|(?P<han>(?=[^是为]*[一-龥])[^是为=<>≤≥]{1,20})(?:是|为|等于)\s*(?P<says>[^一-龥]+)",
     re.S,
 )
 
 
 def _stated(text):
     "What a sentence says that something is; another text as it is, without dollars inside"
-    m = _STATES.fullmatch(text)
-    if (
-        m
-        and not _CHANGED.search(m["what"])
-        and not _HEDGE.search(text)
-        and not is_words(_end_unit(m["value"])[0])
-    ):
-        text = m["value"]
+    if (m := _STATES.fullmatch(text)) and not _HEDGE.search(text):
+        what, value = m["what"] or m["han"], m["value"] or m["says"]
+        if not _CHANGED.search(what) and not is_words(_end_unit(value)[0]):
+            text = value
     if text.count("$") == 2:
         text = re.sub(r"\$([^$]+)\$", r"\1", text).strip()
     return re.sub(r"^(?:located )?at (?=\()", "", text)  # it is at (3, -2)
@@ -1215,6 +1240,8 @@ def explain_grade(
 @lru_cache(maxsize=16384)
 def _cached(p, g, kind, choices, tol, precision, iou_at):
     _budget.left = 0.7
+    if kind in ("set", "interval", "multi"):
+        p = _stated(unwrap(p))
     try:
         return KINDS[kind](p, g, choices=choices, tol=tol, precision=precision, iou_at=iou_at)
     except _TooLong:
@@ -1238,7 +1265,7 @@ def kind_of(
         return "choice"
     if "bbox" in g and read_boxes(g):
         return "box"
-    if code_of(g) or statement(g):
+    if code_of(g) or statement(g) or g in _YES_HAN:
         return "text"
     if _labels(g):
         return "multi"

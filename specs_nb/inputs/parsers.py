@@ -51,7 +51,7 @@ _LEAD = re.compile(
     r"(?:(?:so|thus|therefore|hence|then)\b[,"
     r" ]*)?(?:(?:(?:my|the|our)\s+)?(?:(?:final|correct|right|best)\s+)?(?:answer|result|solution)s?\s*"
     r"(?:(?:to|of|for) (?:the|this) \w+\s*)?(?:is|are|:|=|would be|must be)\s*:?|it is|it's|it equals|looks"
-    r" like)\s+|answer:",
+    r" like)\s+|answer:|答案?(?:是|为|[:：])\s*",
     re.I,
 )
 _PAIRS = (
@@ -71,7 +71,13 @@ _MACRO = re.compile(
 )
 
 
+# reasoning before the answer, as R1, GSM8K and chat models write it
+_MARK = re.compile(r"</think>|####|\n\s*\**(?:(?:final )?answer|答案?)\s*[:：]\**[:：]?", re.I)
+
+
 def _peel(text):
+    if len(parts := _MARK.split(text)) == 2 and parts[1].strip():
+        return parts[1]
     if "\\boxed" in text and (found := list(dict.fromkeys(boxed(text)))):
         return ", ".join(found)
     for a, b in _PAIRS:
@@ -248,6 +254,7 @@ _UNIT_SPELLINGS = [
         (r"\b(?:square|sq\.?) (\w+)", r"\1^2"),
         (r"\bcubic (\w+)", r"\1^3"),
         (r"(\w+) squared\b", r"\1^2"),
+        (r"^degrees? ([CF])(?:elsius|ahrenheit)?$", r"°\1"),
         (r" ?(?:\bper\b|每) ?", "/"),
         (r" ?([/·*⋅]) ?", r"\1"),
         (r" \^", "^"),
@@ -295,7 +302,7 @@ _INT = (
 _DEC = rf"(?P<dec>(?:{_INT})(?:\.\d+)?|\.\d+)"
 _FRAC = (
     r"(?:(?P<whole>\d+) ?)?\\frac ?(?:\{(?P<n1>-?\d+)\}"
-    r" ?\{(?P<d1>\d+)\}|(?P<n2>\d)(?P<d2>\d))|(?:(?P<whole2>\d+) )?\(?(?P<n3>\d+)(?: ?/"
+    r" ?\{(?P<d1>\d+)\}|(?P<n2>\d)(?P<d2>\d))|(?:(?P<whole2>\d+) )?\(?(?P<n3>\d+(?:\.\d+)?)(?: ?/"
     r" ?|:(?!\d\d))(?P<d3>\d+)\)?"
 )
 _SCI = r"(?:[eE](?P<e1>[-+]?\d{1,4})|(?P<x> ?× ?10 ?\^ ?\{?(?P<e2>[-+]?\d{1,4})\}?))"
@@ -357,10 +364,14 @@ _TIDY = [
         (r"\\(?:left|right)(?![a-z])", ""),
         (r"\\(?:times|cdot)(?![a-z])|[xX](?= ?10 ?\^)|\*", "×"),
         (r"\^?\{?\\circ(?![a-z])\}?|\\degree", "°"),
+        (r"℃", "°C"),
+        (r"\\Omega(?![a-z])", "Ω"),
+        (r"\\mu ?(?=(?:\\(?:text|mathrm) ?\{)?[mgsLAFVC](?![A-Za-z]))", "μ"),
         (r"\\%", "%"),
         (r"\\\$", "$"),
         (r"\\(?:text|mathrm|mbox|rm)\s*\{([^{}]*)\}", r" \1 "),
         (r" +", " "),
+        (r"° (?=[CF]\b)", "°"),
     )
 ]
 _SUP = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
@@ -385,7 +396,7 @@ def _fraction(m):
         return Fraction(10) ** max(-400, min(400, int(m["e3"]))), 0
     for w, n, d in (("whole", "n1", "d1"), ("whole", "n2", "d2"), ("whole2", "n3", "d3")):
         if m[n]:
-            return (int(m[w] or 0) + Fraction(int(m[n]), int(m[d])), None) if int(m[d]) else None
+            return (int(m[w] or 0) + Fraction(m[n]) / int(m[d]), None) if int(m[d]) else None
     dec, exp = m["dec"], int(m["e1"] or m["e2"] or 0)
     if abs(exp) > 400:
         return None
@@ -551,7 +562,17 @@ def _compound(text):
     return Number(sum(v * u[1] for v, u, _ in parts) / sizes[0], None, parts[0][2])
 
 # %% ../../nbs/inputs/11_parsers.ipynb #7bb6146d
-_MONEY = {"US": "$", "EU": "€", "GB": "£"}
+_REWRITTEN = [
+    (re.compile(p, re.I), r)
+    for p, r in (
+        (r"^(?:[a-z](?:_\w)? ?= ?|[=≈] ?|\\approx ?|(?:about|approximately|roughly|around) (?=[$€£¥\d]))", ""),
+        (r"^(?:minus|negative|零下) ?(?=[\d.$\\])", "-"),
+        (r"^(\d\S*(?: degrees?)?) below (?:zero|0)\b", r"-\1"),
+        (r"^(?:USD|US ?\$) ?(?=\d)", "$"),
+        (r"^EUR ?(?=\d)", "€"),
+        (r"^GBP ?(?=\d)", "£"),
+    )
+]
 
 
 def read_number(
@@ -563,9 +584,9 @@ def read_number(
         return Number(Fraction(text), len(m[1] or m[2] or ""))
     if len(text) > _DIGITS:
         return None
-    text = re.sub(r"^(?:[A-Za-z](?:_\w)? ?= ?|[=≈] ?|\\approx ?)", "", _tidy(text))
-    text = re.sub(r"^(?:minus|negative) (?=[\d.$\\])", "-", text, flags=re.I)
-    text = re.sub(r"^(?:USD|US ?\$|EUR|GBP) ?(?=\d)", lambda m: _MONEY[m[0][:2]], text)
+    text = _tidy(text)
+    for pattern, new in _REWRITTEN:
+        text = pattern.sub(new, text)
     if (m := re.fullmatch(r"(\d{1,4}) (?:in|out of) (\d{1,6})", text)) and 0 < int(m[1]) < int(m[2]):
         text = f"{m[1]}/{m[2]}"  # 1 in 4
     if (m := _NUMBER.fullmatch(text)) and (read := _fraction(m)):
@@ -595,7 +616,7 @@ _HEDGE = re.compile(
     r" to|never|unsure|maybe|wrong|incorrect|false|untrue|eliminated?|excluded?|ruled?|except|but|other"
     r" than|half of)\b|n't"
     # in Chinese: not, or, negative, more, less, at least, root, power, times
-    r"|[不非或负]|[大小多少低高]于|至[少多]|超过|根号|[平立]方(?!厘|分|米|千)|倍",
+    r"|[不非或负比另差超约第]|[大小多少低高]于|至[少多]|超过|根号|[平立]方(?!厘|分|米|千)|倍",
     re.I,
 )
 
@@ -608,7 +629,7 @@ def numbers_in(
     for m in _ANY.finditer(text):
         number, _, unit = m[0].partition(" ")
         found.append(
-            read_number(f"{number} {unit}" if unit_of(unit.rstrip(".")) else number.rstrip(".,;:!?)"))
+            read_number(f"{number} {unit}" if unit_of(unit.rstrip(".")) else number.rstrip(".,;:!?)。，！"))
         )
     if found:
         return found
@@ -684,6 +705,11 @@ def close(
     )
 
 # %% ../../nbs/inputs/11_parsers.ipynb #28670894
+# units that measure one of two things
+_EITHER = {"¥", "°", "度", "degree", "degrees"}
+_OF_TWO = {"yen", "yuan"}, {"angle", "celsius"}, {"angle", "fahrenheit"}
+
+
 def same_number(
     p: Number,  # predicted
     g: Number,  # gold
@@ -694,7 +720,7 @@ def same_number(
     values, scale = [p.value], Fraction(1)
     if p.unit and g.unit:
         (p_dim, p_factor), (g_dim, g_factor) = unit_of(p.unit), unit_of(g.unit)
-        if p_dim != g_dim and not ("¥" in (p.unit, g.unit) and {p_dim, g_dim} == {"yen", "yuan"}):
+        if p_dim != g_dim and not (_EITHER & {p.unit, g.unit} and {p_dim, g_dim} in _OF_TWO):
             return False
         scale = p_factor / g_factor
     elif p.unit and unit_of(p.unit)[0] == "percent":
@@ -783,6 +809,11 @@ def _spelled(text):
     return re.sub(r"\^\{(\w|-?\d+|\d*[+-])\}", r"^\1", text)
 
 
+def _one_way(m):
+    "`angle cba` as `angle abc`"
+    return "angle " + "".join(m.groups() if m[1] < m[3] else m.groups()[::-1])
+
+
 def plain_words(
     text: str,  # any text
 ) -> str:  # lower case, single spaces, no accents, articles or punctuation
@@ -798,6 +829,7 @@ def plain_words(
         " ",
         text,
     )
+    words = re.sub(r"\bangle +([b-z])(\w)(?!\1)([a-y])\b", _one_way, words)
     return " ".join(_DROP.sub(" ", words).split()) or " ".join(text.split())
 
 # %% ../../nbs/inputs/11_parsers.ipynb #8b87077d
@@ -856,12 +888,14 @@ def _code_key(text):
 
 # %% ../../nbs/inputs/11_parsers.ipynb #44e4e1b3
 _RELATION = re.compile(r"\\(?:parallel|perp|cong|sim)(?![a-z])|//")
+_IN_WORDS = re.compile(r" (?:is|are) (parallel|perp(?=endicular)|cong(?=ruent)|sim(?=ilar))\w* to (?:line )?")
 
 
 def statement(
     text: str,  # unwrapped
 ) -> tuple:  # (relation, its two sides), or None
     "A symmetric geometric relation between two things."
+    text = _IN_WORDS.sub(r" \\\1 ", re.sub("^[Ll]ine ", "", text))
     parts = _RELATION.split(_spelled(text))
     if len(parts) != 2 or not all(len(p.strip()) < 40 and p.strip() for p in parts):
         return None
@@ -896,10 +930,10 @@ def _grade_code(p, g, name):
     for kind, read, same in (("a date", read_date, same_date), ("a clock time", read_clock, same_clock)):
         if name == kind and (a := read(said)) and (b := read(gold)):
             return same(a, b), f"compared as {kind}"
-    if name == "a code" and (m := re.fullmatch(r"[a-z' ]{3,60} (?:is|reads|says) (\S+)", p, re.I)):
-        head = p[: m.start(1)]
-        if _code_key(m[1]) == _code_key(gold) and not _DENIED.search(head) and not _CHANGED.search(head):
-            return True, "said in a sentence"
+    m = re.fullmatch(r"[a-z' ]{2,60} (?:is|was|reads|says|shows|displays|dated|at|on) (\S.*)", p, re.I)
+    if m and not _DENIED.search(head := p[: m.start(1)]) and not _CHANGED.search(head):
+        if (verdict := _grade_code(m[1], g, name))[0]:
+            return verdict
     if name == "a date" and re.search(r"[A-Za-z]{3}", p):
         return None, "a date among words"
     if name == "a code" and _code_key(said).replace("-", "") == _code_key(gold).replace("-", ""):
@@ -919,9 +953,14 @@ def _infinity(text):
 _YES = {"yes": True, "true": True, "no": False, "false": False}
 _YES_HAN = dict.fromkeys(("是", "是的", "对", "对的", "正确"), True)
 _YES_HAN |= dict.fromkeys(("否", "不是", "不", "不对", "错", "错误", "不正确"), False)
+_YES_HAN |= dict.fromkeys("√✓✔", True) | dict.fromkeys("×✗✘", False)
 _NOTHING = re.compile(
-    r"(?:there (?:is|are) )?(?:none|no (?:real )?solutions?|(?:the )?empty set)|emptyset|has no"
-    r" solutions?|无解|\{ *\}",
+    r"(?:there (?:is|are) )?(?:none|no (?:real )?solutions?|(?:the )?empty set)|\\?emptyset|\\varnothing|∅"
+    r"|has no solutions?|无解|\\?\{\s*\\?\}",
+    re.I,
+)
+_ENDLESS = re.compile(
+    r"(?:there (?:is|are) )?(?:an )?infinite(?:ly many)?(?: number of)?(?: real)?(?: solutions?)?|无[数穷]多?[个组]?解?",
     re.I,
 )
 _MANY = re.compile(r"\b(?:or|and|not|neither|nor|either)\b|n't|[,;/]", re.I)
@@ -946,8 +985,11 @@ def _sign(text):
 
 
 def _grade_text(p, g, **kw):
+    p, g = re.split(r"(?<=\w),? (?:because|since)\b|, (?:with|which|due to) ", unwrap(p))[0], unwrap(g)
     words_p, words_g = plain_words(p), plain_words(g)
-    p, g = unwrap(p), unwrap(g)
+    said, asked = (_YES_HAN.get(words, _YES_HAN.get(t)) for t, words in ((p, words_p), (g, words_g)))
+    if asked is not None and (said is not None or not _SIGN.fullmatch(g)):
+        return said is asked, "yes or no"
     if _SIGN.fullmatch(g):
         return _sign(p) == _sign(g), "compared as signs"
     if not re.search(r"\w", words_g):
@@ -962,10 +1004,9 @@ def _grade_text(p, g, **kw):
         return True, "same words"
     if words_g in _YES:
         return _grade_yes(words_p, words_g)
-    if words_g in _YES_HAN:
-        return _YES_HAN.get(words_p) is _YES_HAN[words_g], "yes or no"
-    if _NOTHING.fullmatch(words_g):
-        return bool(_NOTHING.fullmatch(words_p)), "nothing, or something"
+    for same in (_NOTHING, _ENDLESS):
+        if same.fullmatch(words_g):
+            return bool(same.fullmatch(words_p)), "nothing, something or without end"
     a, b = read_number(p), read_number(g)
     if b:
         return bool(a and same_number(a, b)), "compared as numbers"
@@ -989,8 +1030,10 @@ def _told(p, g):
         rf"{words} (?:is|are) (?:wrong|incorrect|false|not \w+|eliminated|excluded|ruled out)", p
     ):
         return False
-    says = re.fullmatch(rf"[a-z' ]{{2,60}} (?:is|are|was|were) {words}", p)
-    return True if says and not _DENIED.search(p) and not _CHANGED.search(p) else None
+    verb = "(?:is|are|was|were)(?: (?:called|named|made of|in|at))?"
+    says = re.fullmatch(rf"(?:([a-z' ]{{2,60}}) {verb} )?{words}(?: in colou?r)?", p)
+    head = says and (says[1] or "")
+    return None if head is None or _DENIED.search(head) or _CHANGED.search(head) else True
 
 
 def _lists(p, g):
@@ -1054,6 +1097,9 @@ _ASCII = [
         (r"(?<![\\A-Za-z])(log)_?(\d+|[a-z])?\s*\(", r"\\\1_{\2}("),
         (r"(?<![\\A-Za-z])(log)_(\d+|[a-z])\s+", r"\\\1_{\2} "),
         (r"_\{\}", ""),
+        (r"(?<=[\d}]) i(?![A-Za-z])", "i"),
+        (r"\\?\blog_\{?e\}?(?![a-z])", r"\\ln "),
+        (r"(?<![\\A-Za-z])C\((\d+), ?(\d+)\)", r"\\binom{\1}{\2}"),
         (rf"(?<!\\)\b(pi|{_FUNCTIONS}|infty)\b", r"\\\1 "),
         (
             rf"(\\(?:{_FUNCTIONS})\s*)[{{(]?\s*(\d+(?:\.\d+)?)\s*(?:\^\s*\{{?\s*\\circ\s*\}}?)\s*[}})]?",
