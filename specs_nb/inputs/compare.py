@@ -21,7 +21,9 @@ from specs_nb.inputs.parsers import (
     _HEDGE,
     _NOTHING,
     _YES_HAN,
+    _bare,
     _LEAD,
+    _MACRO,
     Number,
     _grade_text,
     _infinity,
@@ -60,11 +62,7 @@ def _spelling(text):
     text = re.sub(
         r"\\[,!;: ]|\\(?:left|right|quad|displaystyle|limits)(?![a-z])|[\s$]", " ", _spelled(unwrap(text))
     )
-    text = re.sub(
-        r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}",
-        r"\1",
-        as_latex(text).replace(r"\dfrac", r"\frac"),
-    )
+    text = _MACRO.sub(r"\1", as_latex(text))
     text = re.sub(r"\^\{?\\circ\}?", "°", re.sub(r"\{(\w|\\[a-z]+)\}", r" \1 ", text))
     return re.sub(r"\s+", "", re.sub(r"(\\[a-zA-Z]+)\s+(?=[A-Za-z])", r"\1;", text))
 
@@ -223,7 +221,7 @@ def read_letters(
     choices=None,  # the choices' texts, A first
 ) -> tuple:  # of letters; empty: none can be read
     "The letters that `text` chooses: one, several, or none."
-    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", text)
+    text = _MACRO.sub(r"\1", text)
     if re.search("[一-龥]", text):
         text = _HAN_CHOICE.sub(r"\1", text)
     if m := _LETTER.fullmatch(text):
@@ -328,7 +326,7 @@ def read_set(
     text: str,  # unwrapped
 ) -> list:  # of elements as text, or None
     "The elements of a set or a list of solutions: `\\{1, 2\\}`, `1 and 2`, `x = 1 or x = 2`, `\\pm 3`."
-    text = re.sub(r"\\(?:left|right)(?![a-z])", "", unwrap(text)).strip()
+    text = _bare(unwrap(text))
     if _NOTHING.fullmatch(text):
         return []
     text = re.sub(r"^[A-Za-z]\s*(?:=|\\in|∈)\s*(?=[^=]*$)", "", text)
@@ -404,20 +402,16 @@ def _bound(text):
     return n.value if (n := read_number(unwrap(text))) else text
 
 # %% ../../nbs/inputs/14_compare.ipynb #8e32cabd
+_OPS = {"\\le": "<=", "\\ge": ">=", "\\neq": "ne", "!=": "ne"}
+
+
 def _chain(text):
     "Pieces of `1 < x ≤ 2`, `x > 3`, `x ≠ 2`"
     parts = [s.strip() for s in _REL.split(text)]
     if len(parts) not in (3, 5):
         return None
-    ops = [
-        (
-            "ne"
-            if o in ("\\ne", "\\neq", "!=", "≠")
-            else ("<" if o.strip("\\")[0] in "l<≤" else ">")
-            + ("=" if o[-1] in "=≤≥" or re.match(r"\\[lg]e", o) else "")
-        )
-        for o in parts[1::2]
-    ]
+    ops = [_spelled(o).strip() for o in parts[1::2]]
+    ops = [_OPS.get(o, o) for o in ops]
     if len(parts) == 5:
         a, x, b = parts[::2]
         if ops[0][0] != ops[1][0] or "ne" in ops or not re.fullmatch(r"\\?[A-Za-z]+", x):
@@ -493,7 +487,7 @@ def read_interval(
     text: str,  # unwrapped
 ) -> list:  # of (low, open?, high, open?), joined and in order, or None
     "The pieces of an interval, a union or an inequality."
-    text = re.sub(r"\\(?:left|right)(?![a-z])", "", unwrap(text)).strip()
+    text = _bare(unwrap(text))
     if m := re.fullmatch(r"\\?\{\s*[A-Za-z]\s*(?:\\mid(?![a-z])|\||:|\\colon)\s*(.+?)\\?\}", text, re.S):
         text = m[1]
     text = re.sub(r"\b(?:in(?=f|\b))?(?:inf|infinity|oo)\b", r"\\infty", text)
@@ -754,17 +748,18 @@ def _proper(box):
     )
 
 # %% ../../nbs/inputs/14_compare.ipynb #5fe5ee6b
-def _matched(fits):
-    "Can every row have a column of its own? (augmenting paths)"
-    taken = {}
+def _overlaps(there, named):
+    "The overlap of each box that is there with each that is named, 0 if their labels differ"
+    import numpy as np
 
-    def place(i, seen):
-        for j in fits[i]:
-            if j not in seen and not seen.add(j) and (j not in taken or place(taken[j], seen)):
-                taken[j] = i
-                return True
+    return np.array([[iou(a, b) if la in (None, lb) else 0.0 for b, lb in named] for a, la in there])
 
-    return all(place(i, set()) for i in range(len(fits)))
+
+def _hits(table, at):
+    "How many boxes can be paired, each with one of its own, at an overlap of `at`?"
+    from scipy.optimize import linear_sum_assignment
+
+    return int((table >= at)[linear_sum_assignment(table >= at, maximize=True)].sum())
 
 # %% ../../nbs/inputs/14_compare.ipynb #ed9b1be8
 def _grade_box(p, g, iou_at=0.5, **kw):
@@ -775,10 +770,7 @@ def _grade_box(p, g, iou_at=0.5, **kw):
         return False, "no boxes can be read"
     if len(gold) != len(said):
         return False, f"{len(said)} boxes, not {len(gold)}"
-    fits = [
-        [j for j, (b, lb) in enumerate(said) if la in (None, lb) and iou(a, b) >= iou_at] for a, la in gold
-    ]
-    return _matched(fits), f"matched at an overlap of {iou_at}"
+    return _hits(_overlaps(gold, said), iou_at) == len(gold), f"matched at an overlap of {iou_at}"
 
 # %% ../../nbs/inputs/14_compare.ipynb #20b1fa89
 OVERLAPS = tuple(0.5 + 0.05 * i for i in range(10))
@@ -798,7 +790,7 @@ def box_score(
         return None
     if not named:
         return 0.0
-    table = np.array([[iou(a, b) if la in (None, lb) else 0.0 for b, lb in named] for a, la in there])
+    table = _overlaps(there, named)
     best = table[linear_sum_assignment(table, maximize=True)]
     return float(np.mean([2 * (best >= t).sum() / (len(there) + len(named)) for t in overlaps]))
 
@@ -1122,7 +1114,7 @@ _COLUMN = re.compile(
 
 def _as_point(text, predicted=False):
     "`(1, 2)` of a column, a row or angle brackets; None for anything else; `\\binom` only if predicted"
-    m = _COLUMN.fullmatch(re.sub(r"\\(?:left|right)(?![a-z])", "", text).strip())
+    m = _COLUMN.fullmatch(_bare(text))
     if not m or m["up"] and not predicted:
         return None
     if m["row"]:
@@ -1152,7 +1144,7 @@ def _is_region(g):
 
 def _structured(g):
     "The grader for the structure of a gold answer, if it has one"
-    g = _POINT.sub("", re.sub(r"\\(?:left|right)(?![a-z])", "", g).strip())
+    g = _POINT.sub("", _bare(g))
     if _labels(g):
         return _grade_multi
     if _REALS.fullmatch(g) or _is_region(g):
@@ -1186,7 +1178,7 @@ def _structured(g):
 
 # %% ../../nbs/inputs/14_compare.ipynb #5583eed0
 def _grade_tuple(p, g, **kw):
-    strip = lambda t: _POINT.sub("", re.sub(r"\\(?:left|right)(?![a-z])", "", unwrap(t)).strip())
+    strip = lambda t: _POINT.sub("", _bare(unwrap(t)))
     said = read_multi(p)
     if said and len(said) > 1 and all(k for k, _ in said) and strip(g).startswith("("):
         return _grade_multi(p, strip(g))  # x = 3, y = -2

@@ -18,33 +18,20 @@ from ..formats import boxed
 from .times import read_clock, read_date, same_clock, same_date
 
 # %% ../../nbs/inputs/11_parsers.ipynb #0d0fbdd0
-_TABLE = {
-    c: None
-    for c in (
-        *range(9),
-        11,
-        12,
-        *range(14, 32),
-        127,
-        0xAD,
-        *range(0x200B, 0x2010),
-        *range(0x202A, 0x202F),
-        *range(0x2060, 0x2070),
-        0xFEFF,
-    )
-}
-_TABLE |= {c: c - 0xFEE0 for c in range(0xFF01, 0xFF5F)}  # full width
-_TABLE |= dict.fromkeys(map(ord, "−–‐‑‒—"), "-") | dict.fromkeys(
-    map(ord, "\xa0\u2009\u202f\u3000\u2002\u2003"), " "
+_INVISIBLE = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]+"
 )
-_TABLE |= dict.fromkeys(map(ord, "’‘′"), "'") | dict.fromkeys(map(ord, "“”″"), '"') | {ord("∶"): ":"}
+_PLAINLY = str.maketrans("−–‐‑‒—\xa0\u2009\u202f\u3000\u2002\u2003’‘′“”″∶", "------      '''\"\"\":")
+_PLAINLY |= {c: c - 0xFEE0 for c in range(0xFF01, 0xFF5F)}  # full width
 
 
 def clean(
     text: str,  # as a model or a data set wrote it
 ) -> str:  # the same without invisible characters and with plain signs
     "Plain characters for those that only look different."
-    return (text if text.isascii() and text.isprintable() else text.translate(_TABLE)).strip()
+    if not text.isascii() or not text.isprintable():
+        text = _INVISIBLE.sub("", text).translate(_PLAINLY)
+    return text.strip()
 
 # %% ../../nbs/inputs/11_parsers.ipynb #7fdb6dec
 _LEAD = re.compile(
@@ -54,21 +41,20 @@ _LEAD = re.compile(
     r" like)\s+|answer:|答案?(?:是|为|[:：])\s*",
     re.I,
 )
-_PAIRS = (
-    ("$$", "$$"),
-    ("$", "$"),
-    ("\\(", "\\)"),
-    ("\\[", "\\]"),
-    ("**", "**"),
-    ("`", "`"),
-    ('"', '"'),
-    ("'", "'"),
-)
+_PAIRS = [(mark, mark) for mark in ("$$", "$", "**", "`", '"', "'")] + [("\\(", "\\)"), ("\\[", "\\]")]
 # ✅ and its like; a cross, a question mark or a thumb down is a verdict and stays
 _ORNAMENT = re.compile(r"(?:(?![✕-✘❌❎❓-❕🚫👎])[\u2600-\u27bf\U0001f300-\U0001faff\ufe0f\s])+")
 _MACRO = re.compile(
-    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|boldsymbol|fbox)\s*\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox|rm|operatorname|boldsymbol|fbox)\s*\{([^{}]*)\}"
 )
+
+
+_SIZE = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])")  # of brackets
+
+
+def _bare(text):
+    "Without the sizes of brackets"
+    return _SIZE.sub("", text).strip()
 
 
 # reasoning before the answer, as R1, GSM8K and chat models write it
@@ -137,89 +123,55 @@ _LARGE = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10*
 _SCALES = {"dozen": 12, "hundred": 100, **_LARGE}
 
 # %% ../../nbs/inputs/11_parsers.ipynb #1ad5a804
+# what is measured, then names and their sizes
 _TABLE_OF_UNITS = """
-length   mm 1/1000 cm 1/100 centimeter 1/100 centimetre 1/100 dm 1/10 m 1 meter 1 metre 1
-length   km 1000 kilometer 1000 kilometre 1000
+length   mm 1/1000 cm 1/100 centimeter 1/100 centimetre 1/100 dm 1/10 m 1 meter 1 metre 1 km 1000
+length   kilometer 1000 kilometre 1000 米 1 厘米 1/100 毫米 1/1000 分米 1/10 千米 1000 公里 1000
 length   in 127/5000 inch 127/5000 inches 127/5000 ft 381/1250 foot 381/1250 feet 381/1250
-length   mi 201168/125 mile 201168/125
+length   yard 1143/1250 yd 1143/1250 mi 201168/125 mile 201168/125
 mass     mg 1/1000 g 1 gram 1 kg 1000 kilogram 1000 t 1000000 lb 45359237/100000 lbs 45359237/100000
-time     ms 1/1000 s 1 sec 1 second 1 min 60 minute 60 h 3600 hr 3600 hour 3600 day 86400
-volume   ml 1/1000 mL 1/1000 l 1 L 1 liter 1 litre 1
+mass     克 1 千克 1000 公斤 1000 吨 1000000 毫克 1/1000 斤 500 oz 45359237/1600000 ounce 45359237/1600000
+time     ms 1/1000 s 1 sec 1 second 1 min 60 minute 60 h 3600 hr 3600 hour 3600 day 86400 week 604800
+time     秒 1 分 60 分钟 60 小时 3600 时 3600 天 86400
+year     year 1 年 1 month 1/12 月 1/12 decade 10 century 100 centuries 100
+volume   ml 1/1000 mL 1/1000 cl 1/100 cL 1/100 dl 1/10 dL 1/10 l 1 L 1 liter 1 litre 1 升 1 毫升 1/1000
+volume   gallon 473176473/125000000
+area     hectare 10000 acre 316160658/78125
+speed    m/s 1 km/h 5/18 kph 5/18 mph 1397/3125
 percent  % 1/100 percent 1/100 pct 1/100
-angle    ° 1 degree 1 deg 1
+angle    ° 1 degree 1 deg 1 度 1
 radian   rad 1 radian 1
 celsius  °C 1
 fahrenheit °F 1
 kelvin   K 1
-dollar   $ 1 dollar 1 USD 1 cent 1/100
-euro     € 1 euro 1 EUR 1
-pound    £ 1 GBP 1
-yen      ¥ 1 yen 1
-speed    m/s 1 km/h 5/18 kph 5/18 mph 1397/3125
-force    N 1 kN 1000
-energy   J 1 kJ 1000
-power    W 1 kW 1000
-voltage  V 1 mV 1/1000
-current  A 1 mA 1/1000
-resistance Ω 1 kΩ 1000
+force    N 1 kN 1000 newton 1
+energy   J 1 kJ 1000 joule 1 kWh 3600000 cal 523/125 kcal 4184 eV 1602176634/10000000000000000000000000000
+power    W 1 kW 1000 watt 1
+voltage  V 1 mV 1/1000 volt 1
+current  A 1 mA 1/1000 ampere 1 amp 1
+resistance Ω 1 kΩ 1000 ohm 1
 frequency Hz 1 kHz 1000 hertz 1
-force    newton 1
-energy   joule 1
-power    watt 1
-voltage  volt 1
-current  ampere 1 amp 1 mA 1/1000
-resistance ohm 1
-pressure pascal 1
-amount   mole 1
-pressure Pa 1 kPa 1000 MPa 1000000
-amount   mol 1
-length   米 1 厘米 1/100 毫米 1/1000 分米 1/10 千米 1000 公里 1000 yard 1143/1250 yd 1143/1250
-mass     克 1 千克 1000 公斤 1000 吨 1000000 毫克 1/1000
-time     秒 1 分 60 分钟 60 小时 3600 时 3600 天 86400 week 604800
-volume   升 1 毫升 1/1000
-angle    度 1
+pressure Pa 1 kPa 1000 MPa 1000000 pascal 1
+amount   mol 1 mole 1
+data     kB 1000 KB 1000 MB 1000000 GB 1000000000 TB 1000000000000
+count    个 1
+dollar   $ 1 dollar 1 USD 1 cent 1/100 美元 1 美金 1 美分 1/100
+euro     € 1 euro 1 EUR 1 欧元 1
+pound    £ 1 GBP 1 英镑 1 pence 1/100 penny 1/100
+yen      ¥ 1 yen 1 日元 1 日圆 1 JPY 1
 yuan     元 1 yuan 1 块 1 块钱 1 角 1/10 毛 1/10 人民币 1 CNY 1 RMB 1
-dollar   美元 1 美金 1 美分 1/100
-euro     欧元 1
-pound    英镑 1
-yen      日元 1 日圆 1 JPY 1
+hkd      港元 1 港币 1
 peso     peso 1
 rupee    rupee 1 ₹ 1 卢比 1
 won      won 1 ₩ 1 韩元 1
-franc    franc 1
-hkd      港元 1 港币 1
-mass     斤 500
-year     year 1 年 1 month 1/12 月 1/12
-count    个 1
-year     decade 10 century 100 centuries 100
-volume   gallon 473176473/125000000 cl 1/100 cL 1/100 dl 1/10 dL 1/10
-mass     oz 45359237/1600000 ounce 45359237/1600000
-energy   kWh 3600000 cal 523/125 kcal 4184
-data     kB 1000 KB 1000 MB 1000000 GB 1000000000 TB 1000000000000
-area     hectare 10000 acre 316160658/78125"""
+franc    franc 1"""
 
+# %% ../../nbs/inputs/11_parsers.ipynb #b18551bb
 _PREFIXES = {"p": -12, "n": -9, "μ": -6, "µ": -6, "m": -3, "k": 3, "M": 6, "G": 9}
-# what may stand before a unit; pm is a time, and mm, ms and kg are in the table
-_PREFIXED = {
-    "m": ("length", "nμµ", 1),
-    "g": ("mass", "nμµ", 1),
-    "s": ("time", "nμµ", 1),
-    "L": ("volume", "nμµ", 1),
-    "N": ("force", "μµmM", 1),
-    "J": ("energy", "nμµmMG", 1),
-    "W": ("power", "nμµmMG", 1),
-    "V": ("voltage", "nμµkM", 1),
-    "A": ("current", "pnμµk", 1),
-    "Ω": ("resistance", "mMG", 1),
-    "Hz": ("frequency", "mMG", 1),
-    "Pa": ("pressure", "mG", 1),
-    "mol": ("amount", "nμµmk", 1),
-    "eV": ("energy", "mkMG", Fraction(1602176634, 10**28)),
-    "F": ("capacitance", "pnμµm", 1),
-    "H": ("inductance", "nμµm", 1),
-    "T": ("field", "nμµm", 1),
-    "C": ("charge", "pnμµm", 1),
-}
+_PREFIXED = """
+length m nμµ, mass g nμµ, time s nμµ, volume L nμµ, force N μµmM, energy J nμµmMG, power W nμµmMG
+voltage V nμµkM, current A pnμµk, resistance Ω mMG, frequency Hz mMG, pressure Pa mG, amount mol nμµmk
+energy eV mkMG, capacitance F pnμµm, inductance H nμµm, field T nμµm, charge C pnμµm"""
 
 # %% ../../nbs/inputs/11_parsers.ipynb #01c41d5c
 def _units(table):
@@ -230,10 +182,10 @@ def _units(table):
             # 1 is a litre
             if dim == "length":
                 units[f"{name}^2"], units[f"{name}^3"] = ("area", factor**2), ("volume", factor**3 * 1000)
-    for base, (dim, prefixes, size) in _PREFIXED.items():
+    for dim, base, prefixes in map(str.split, re.split("[,\n]", _PREFIXED.strip())):
+        size = units.get(base, (dim, 1))[1]
         for prefix in prefixes:
             units[prefix + base] = dim, size * Fraction(10) ** _PREFIXES[prefix]
-    units["eV"] = _PREFIXED["eV"][::2]
     return units
 
 
@@ -358,10 +310,10 @@ _TIDY = [
     (re.compile(p), r)
     for p, r in (
         (r"(?<!\\)\$([^$]+)\$", r"\1"),
-        (r"\{,\}|,\\!", ","),
+        (r"\{,\}|,\\! ?", ","),
         (r"\\[,!;: ]|\\quad|~", " "),
         (r"\\[dt]frac", r"\\frac"),
-        (r"\\(?:left|right)(?![a-z])", ""),
+        (_SIZE, ""),
         (r"\\(?:times|cdot)(?![a-z])|[xX](?= ?10 ?\^)|\*", "×"),
         (r"\^?\{?\\circ(?![a-z])\}?|\\degree", "°"),
         (r"℃", "°C"),
@@ -369,12 +321,19 @@ _TIDY = [
         (r"\\mu ?(?=(?:\\(?:text|mathrm) ?\{)?[mgsLAFVC](?![A-Za-z]))", "μ"),
         (r"\\%", "%"),
         (r"\\\$", "$"),
-        (r"\\(?:text|mathrm|mbox|rm)\s*\{([^{}]*)\}", r" \1 "),
+        (_MACRO, r" \1 "),
         (r" +", " "),
         (r"° (?=[CF]\b)", "°"),
     )
 ]
-_SUP = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_SUP = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+
+
+def _raised(text, form="^{}"):
+    "Superscripts as powers"
+    return re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda m: form.format(m[0].translate(_SUP)), text)
+
+
 _VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8"}
 
 # %% ../../nbs/inputs/11_parsers.ipynb #ac408094
@@ -384,7 +343,7 @@ def _tidy(text):
     else:
         for pattern, new in _TIDY:
             text = pattern.sub(new, text)
-        text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^" + m[0].translate(_SUP), text)
+        text = _raised(text)
         for k, v in _VULGAR.items():
             text = re.sub(rf"(\d?) ?{k}", lambda m, v=v: f"{m[1]} {v}".strip(), text)
     return re.sub(r"\s+", " ", text).strip()
@@ -467,8 +426,8 @@ def _with_unit(value, places, tail):
 
 # %% ../../nbs/inputs/11_parsers.ipynb #380b04fe
 _CARDINAL = "|".join((*sorted(_WORDS, key=len, reverse=True), *_SCALES))
-_PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8}
-_PARTS |= {"ninth": 9, "tenth": 10, "halve": 2}
+_PARTS = "half third fourth fifth sixth seventh eighth ninth tenth".split()
+_PARTS = {w: i for i, w in enumerate(_PARTS, 2)} | {"quarter": 4, "halve": 2}
 _PART_WORD = rf"(?:{'|'.join(_PARTS)})s?"
 _COUNT = rf"(?:an? )?(?:{_CARDINAL})(?:(?:[ -]| and )(?:{_CARDINAL})\b)*"
 _PHRASE = re.compile(
@@ -755,51 +714,31 @@ _DENIED = re.compile(
 
 # %% ../../nbs/inputs/11_parsers.ipynb #53327baf
 _DROP = re.compile(r"\b(?:the|an?)\b(?=\s+[A-Za-zÀ-ɏ]{2})", re.I)
-_GREEK = dict(
-    zip(
-        "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
-        (
-            "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau"
-            " upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
-        ).split(),
-    )
+_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi"
+    " psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
 )
-_SPELLED = {
-    **_GREEK,
-    **dict(
-        zip(
-            "√∛≤≥≠≈∥⊥∠△≅∽∼∞±∓×÷∪∩∈∉∅⊂⊆→←↔⇒∘⊙□≡",
-            (
-                "sqrt cbrt le ge neq approx parallel perp angle triangle cong sim sim infty pm mp times div"
-                " cup cap in notin emptyset subset subseteq to gets leftrightarrow Rightarrow circ odot"
-                " square equiv"
-            ).split(),
-        )
-    ),
-}  # sign → the LaTeX command that means the same
-_SAME_COMMAND = {
-    "leq": "le",
-    "leqslant": "le",
-    "geq": "ge",
-    "geqslant": "ge",
-    "ne": "neq",
-    "varnothing": "emptyset",
-    "rightarrow": "to",
-    "varepsilon": "epsilon",
-    "varphi": "phi",
-    "backsim": "sim",
-    "thicksim": "sim",
-    "lt": "<",
-    "gt": ">",
-}
-_UP, _DOWN = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "₀₁₂₃₄₅₆₇₈₉"
+_MARKS = (
+    "sqrt cbrt le ge neq approx parallel perp angle triangle cong sim sim infty pm mp times div cup cap in notin"
+    " emptyset subset subseteq to gets leftrightarrow Rightarrow circ odot square equiv"
+)
+# sign → the LaTeX command that means the same
+_SPELLED = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", _GREEK.split()))
+_SPELLED |= dict(zip("√∛≤≥≠≈∥⊥∠△≅∽∼∞±∓×÷∪∩∈∉∅⊂⊆→←↔⇒∘⊙□≡", _MARKS.split()))
+_SAME_COMMAND = dict(
+    pair.split(":")
+    for pair in (
+        "leq:le leqslant:le geq:ge geqslant:ge ne:neq varnothing:emptyset rightarrow:to varepsilon:epsilon"
+        " varphi:phi backsim:sim thicksim:sim lt:< gt:>"
+    ).split()
+)
+_DOWN = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
 
 def _spelled(text):
     "Signs as LaTeX commands, so that `√2` and `\\sqrt{2}` meet; and `x²` as `x^2`, `H₂O` as `H2O`"
     if not text.isascii():
-        text = re.sub(f"[{_UP}]+", lambda m: "^" + m[0].translate(str.maketrans(_UP, "0123456789+-")), text)
-        text = text.translate(str.maketrans(_DOWN, "0123456789"))
+        text = _raised(text).translate(_DOWN)
         text = re.sub(f"[{''.join(_SPELLED)}]", lambda m: f" \\{_SPELLED[m[0]]} ", text)
     if "\\" in text:
         text = re.sub(r"\\([A-Za-z]+)", lambda m: "\\" + _SAME_COMMAND.get(m[1], m[1]), text)
@@ -880,7 +819,7 @@ def code_of(
 
 
 def _code_key(text):
-    text = re.sub(r"\\(?:text|mathrm)\s*\{([^{}]*)\}", r"\1", text)
+    text = _MACRO.sub(r"\1", text)
     text = re.sub(r"^(?:from|between) ", "", _spelled(text).casefold())
     text = re.sub(r"(?<=\d) ?(?:to|-+|and) ?(?=[$\d])", "-", text)
     text = re.sub(r"\^(?=\{?\d*[+-])", "", text)  # an ion's charge, but no power
@@ -967,15 +906,13 @@ _MANY = re.compile(r"\b(?:or|and|not|neither|nor|either)\b|n't|[,;/]", re.I)
 
 
 _SIGN = re.compile(r"[<>=≤≥≠+×÷±-]|\\(?:leq?|geq?|neq?|lt|gt|times|div|pm)")
-_SIGN_NAMES = {
-    "less than": "<",
-    "greater than": ">",
-    "equal to": "=",
-    "equals": "=",
-    "equal": "=",
-    "plus": "+",
-}
-_SIGN_NAMES |= {"minus": "-", "is less than": "<", "is greater than": ">", "<=": "\\le", ">=": "\\ge"}
+_SIGN_NAMES = dict(
+    pair.split(":")
+    for pair in (
+        r"less than:<,is less than:<,greater than:>,is greater than:>,equal to:=,equals:=,equal:=,plus:+"
+        r",minus:-,<=:\le,>=:\ge"
+    ).split(",")
+)
 
 
 def _sign(text):
@@ -1058,24 +995,6 @@ def _grade_yes(p, g):
     return p.split()[:1] != [] and said == {_YES[g]} and p.split()[0] in _YES, "yes or no"
 
 # %% ../../nbs/inputs/11_parsers.ipynb #51954c10
-_SIGNS = {
-    "×": r"\times ",
-    "·": r"\cdot ",
-    "÷": "/",
-    "≤": r"\le ",
-    "≥": r"\ge ",
-    "≠": r"\neq ",
-    "∞": r"\infty ",
-    "∪": r"\cup ",
-    "∩": r"\cap ",
-    "∈": r"\in ",
-    "±": r"\pm ",
-    "∅": r"\emptyset ",
-    "θ": r"\theta ",
-    "α": r"\alpha ",
-    "β": r"\beta ",
-    "°": r"^\circ ",
-}
 _FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|lg|exp"
 _ASCII = [
     (re.compile(p), r)
@@ -1112,7 +1031,8 @@ _ASCII = [
         (r"\\[dt]frac", r"\\frac"),
         (r"\\[,!;:]|\\quad", " "),
         (r"(?<![\\\d])e\^(\w)", r"e^{\1}"),
-        (r"\\(?:left|right)(?![a-z])", ""),
+        (_SIZE, ""),
+        (r"[\[(]\s*\\begin\{array\}\s*\{[clr|]+\}(.*?)\\end\{array\}\s*[\])]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
     )
 ]
 
@@ -1125,9 +1045,8 @@ def as_latex(
 ) -> str:  # LaTeX without dollars
     "`text` with plain signs written as LaTeX."
     if not text.isascii():
-        text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^{" + m[0].translate(_SUP) + "}", text)
-        for sign, latex in _SIGNS.items():
-            text = text.replace(sign, latex)
+        text = _raised(text, "^{{{}}}").replace("°", r"^\circ ").replace("·", r"\cdot ")
+        text = re.sub("[×÷≤≥≠∞∪∩∈±∅θαβ]", lambda m: rf"\{_SPELLED[m[0]]} ", text)
         for sign, latex in _VULGAR.items():
             text = text.replace(sign, r"\frac{%s}{%s}" % tuple(latex.split("/")))
     for pattern, new in _ASCII:
