@@ -469,7 +469,17 @@ def _overlap(first, second):
 
 # %% ../../nbs/inputs/14_compare.ipynb #eb6dbc7d
 _ABOVE = r"(?:\\[lg](?:eq?|t)(?![a-z])|[<>≤≥])"
-_VARIABLE = re.compile(rf"(?<![A-Za-z\\])([A-Za-z])(?=\s*{_ABOVE})|(?<=[<>≤≥=])\s*([A-Za-z])(?![A-Za-z])")
+_VARIABLE = re.compile(
+    rf"(?<![A-Za-z\\])([A-Za-z])(?=\s*(?:{_ABOVE}|\\in(?![a-z])|\\neq?(?![a-z])|∈|≠|!=))"
+    r"|(?:[<>≤≥]=?|\\[lg](?:eq?|t)(?![a-z]))\s*([A-Za-z])(?![A-Za-z])"
+)
+
+
+def _variables(text):
+    "The variables of an inequality or of `x ∈ …`"
+    return {a or b for a, b in _VARIABLE.findall(text)}
+
+
 
 
 _ABSOLUTE = re.compile(rf"\|([a-z])\|\s*({_ABOVE}=?)\s*([\d./]+)")
@@ -494,7 +504,7 @@ def read_interval(
     if _REALS.fullmatch(text):
         return [(float("-inf"), True, float("inf"), True)]
     text = _ABSOLUTE.sub(_without_bars, text)
-    if len({a or b for a, b in _VARIABLE.findall(text)}) > 1:
+    if len(_variables(text)) > 1:
         return None  # 2 < y and x ≤ 5
     text, pieces = re.sub(r"^\s*[A-Za-z]\s*(?:\\in|∈|=|\bin\b)\s*", "", text), []
     for part in re.split(r"\\cup|∪|\s*(?:\\text\s*\{\s*or\s*\}|\bor\b|\bU\b)\s*", text):
@@ -519,19 +529,12 @@ def _same_bound(a, b):
     return _part(str(a), str(b), "latex")
 
 
-def _about(text):
-    "The variable of an inequality or of `x ∈ …`, or None"
-    m = re.search(r"([A-Za-z])\s*(?:\\in(?![a-z])|∈|\\[lg]e|\\neq?(?![a-z])|[<>≤≥≠]|!=)", text)
-    m = m or re.search(r"(?:[<>≤≥]|\\[lg](?:eq?|t)(?![a-z]))=?\s*([A-Za-z])(?![A-Za-z])", text)
-    return m and m[1]
-
-
 def _grade_interval(p, g, **kw):
     gold, said = read_interval(g), read_interval(p)
     if gold is None:
         return None, "the gold answer is no interval"
-    if _about(p) and _about(g) and _about(p) != _about(g):
-        return False, f"about {_about(p)}, not {_about(g)}"
+    if (a := _variables(p)) and (b := _variables(g)) and a != b:
+        return False, f"about {min(a)}, not {min(b)}"
     if said is None and _REL.search(g) and _REL.search(p):
         return _by_algebra(unwrap(p), unwrap(g))  # 2x > 4 for x > 2
     if said is None:
@@ -696,10 +699,8 @@ def iou(
     return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
 
 # %% ../../nbs/inputs/14_compare.ipynb #d1605a29
-def read_boxes(
-    text: str,  # JSON, perhaps in a code fence or answer tags
-) -> list:  # of (box, label or None), or None
-    "Detection boxes; None if any of them is no proper box."
+def _raw_boxes(text):
+    "(box, label) of each box that JSON or Python's text holds, whatever they are; None if it is no list of them"
     text = re.sub(r"^```(?:json)?|```$|</?answer>", "", clean(text)).strip()
     if text[:1] not in ("[", "{"):
         text = f"[{text.strip('()')}]"
@@ -707,23 +708,23 @@ def read_boxes(
         found = json.loads(text)
     except (ValueError, RecursionError):
         found = _python_list(text)
-    if (
-        isinstance(found, dict)
-        or isinstance(found, list)
-        and found
-        and all(isinstance(x, (int, float)) for x in found)
-    ):
+    if isinstance(found, dict) or isinstance(found, list) and found and isinstance(found[0], (int, float)):
         found = [found]
     if not isinstance(found, list) or len(found) > 200:
         return None
-    boxes = [
+    return [
         (x.get("bbox_2d", x.get("bbox")), x.get("label")) if isinstance(x, dict) else (x, None) for x in found
     ]
-    return (
-        [(tuple(b), l and plain_words(str(l))) for b, l in boxes]
-        if all(_proper(b) for b, _ in boxes)
-        else None
-    )
+
+
+def read_boxes(
+    text: str,  # JSON, perhaps in a code fence or answer tags
+) -> list:  # of (box, label or None), or None
+    "Detection boxes; None if any of them is no proper box."
+    boxes = _raw_boxes(text)
+    if boxes is None or not all(_proper(box) for box, _ in boxes):
+        return None
+    return [(tuple(box), label and plain_words(str(label))) for box, label in boxes]
 
 
 def _python_list(text):
@@ -801,33 +802,30 @@ def scale_boxes(
     y: float,  # factor down
 ) -> str:  # the same boxes as JSON, scaled
     "Boxes in other units; raises `ValueError` for a text that has none."
-    found = read_boxes(text)
-    if not found:
+    if not read_boxes(text):
         raise ValueError("there are no boxes to scale")
-    labels = re.findall(r"""['"]label['"]\s*:\s*(['"])(.*?)\1""", text)
-    names = [name for _, name in labels] if len(labels) == len(found) else [label for _, label in found]
     out = []
-    for ((a, b, c, d), label), name in zip(found, names):
+    for (a, b, c, d), label in _raw_boxes(text):
         box = [round(v * f, 2) for v, f in ((a, x), (b, y), (c, x), (d, y))]
-        out.append({"bbox_2d": box, **({"label": name} if label else {})})
+        out.append({"bbox_2d": box, **({"label": label} if label else {})})
     return json.dumps(out, ensure_ascii=False)
 
 # %% ../../nbs/inputs/14_compare.ipynb #09d40534
-def _unlike(a, b):
-    "Two nouns, neither of which is a unit or holds the other?"
-    if unit_of(a) or unit_of(b):
-        return False
-    a, b = (x.casefold().removesuffix("s") for x in (a, b))
-    return a not in b and b not in a and not unit_of(a) and not unit_of(b)
+_NO_THING = re.compile(r"units?|in total|altogether")
 
 
-def _unit_or_thing(a, b):
-    "Is one noun a unit, and the other a word that no table has?"
-    first, second = a.casefold(), b.casefold()
-    plain = re.compile(r"units?|in total|altogether")
-    if plain.fullmatch(first) or plain.fullmatch(second) or first in second or second in first:
-        return False
-    return bool(unit_of(a)) is not bool(unit_of(b))
+def _other_thing(p, g):
+    "(verdict, reason) where `3 apples` meets `3 pears`, or a unit a word that no table has; or None"
+    a, b = _THINGS.fullmatch(p), _THINGS.fullmatch(g)
+    if not a or not b:
+        return None
+    first, second = (m[2].casefold().removesuffix("s") for m in (a, b))
+    units = [bool(unit_of(x) or unit_of(m[2])) for x, m in ((first, a), (second, b))]
+    if first in second or second in first or all(units) or _NO_THING.fullmatch(a[2]) or _NO_THING.fullmatch(b[2]):
+        return None
+    if a[1] != b[1] and any(units):
+        return None
+    return None if a[1] == b[1] else False, f"{a[2]}, not {b[2]}"
 
 
 def _grade_number(p, g, tol=None, precision=None, **kw):
@@ -841,10 +839,8 @@ def _grade_number(p, g, tol=None, precision=None, **kw):
         return _grade_latex(p, g, tol=tol, precision=precision)
     if "=" in text and (other := _other_name(text, g)):
         return False, other
-    if (a := _THINGS.fullmatch(text)) and (b := _THINGS.fullmatch(g)) and _unlike(a[2], b[2]):
-        return None if a[1] == b[1] else False, f"{a[2]}, not {b[2]}"
-    if a and b and a[1] == b[1] and _unit_or_thing(a[2], b[2]):
-        return None, f"{a[2]}, not {b[2]}"
+    if other := _other_thing(text, g):
+        return other
     if said := find_number(text) or _concluded(text, find_number):
         return same_number(said, gold, tol, precision), "compared as numbers"
     if m := re.fullmatch(r"(-?\d+),(\d{1,2})", text):
@@ -902,8 +898,8 @@ def _grade_latex(p, g, tol=None, precision=None, **kw):
     if _labels(g):
         return _grade_multi(p, g)
     (name_p, rest_p), (name_g, rest_g) = _named(p), _named(g)
-    if name_p and name_g and name_p != name_g:
-        return False, f"about {name_p}, not {name_g}"
+    if name_p and (other := _other_name(p, g)):
+        return False, other
     if name_g and (name_p or "=" not in p):
         g = rest_g
     if name_p and (name_g or "=" not in g):
@@ -1069,8 +1065,17 @@ _STATES = re.compile(
 )
 
 
+_SPAN = re.compile(
+    r"(?P<head>[A-Za-z][^$\\]*)(?:\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\])(?P<tail>(?: [a-z ]+)?)\.?", re.S
+)
+
+
 def _stated(text):
     "What a sentence says that something is; another text as it is, without dollars inside"
+    if m := _SPAN.fullmatch(text):
+        around = m["head"] + m["tail"]
+        if not any(pattern.search(around) for pattern in (_HEDGE, _CHANGED, _DENIED)):
+            return (m[2] or m[3] or m[4]).strip() + (m["tail"] if unit_of(m["tail"].strip()) else "")
     if (m := _STATES.fullmatch(text)) and not _HEDGE.search(text):
         what, value = m["what"] or m["han"], m["value"] or m["says"]
         if not _CHANGED.search(what) and not is_words(_end_unit(value)[0]):
@@ -1149,11 +1154,11 @@ def _structured(g):
         return _grade_multi
     if _REALS.fullmatch(g) or _is_region(g):
         return _grade_interval
-    if re.match(r"\\\{|\\emptyset|\\varnothing", g):
+    union = re.search(r"\\cup(?![a-z])|∪", g)
+    if re.match(r"\\\{|\\emptyset|\\varnothing", g) and not union:
         return _grade_set
     if (
-        re.search(r"\\cup|∪", g)
-        and "\\{" not in g[:2]
+        union
         or (m := _PIECE.fullmatch(g))
         and (m[1], m[4]) not in (("(", ")"), ("[", "]"))
     ):
