@@ -146,7 +146,7 @@ def _chooses(text, letter):
     ):
         return False  # what others say
     words = re.findall(r"[A-Za-z']+", re.sub(rf"\b{letter}\b", " ", text).lower())
-    if all(w in _CHOOSING for w in words) or not words:
+    if all(w in _CHOOSING for w in words):
         return True
     marked = rf"[(\[]?{letter}[)\]]?"
     ends = rf"(?:\b(?i:is|are|was|be|choose|chose|select|pick|equals)|[:=→])\s*(?i:{_THING}){marked}\s*[.!]?"
@@ -158,8 +158,6 @@ def _chooses(text, letter):
 def _last_said(text, choices):
     "The choice whose text ends a sentence, if no other choice stands in it"
     first = re.match(r"([^,.;!]{1,80})[,.;!]\s+\S", text)  # Yes, it is
-    if choices and first and (same := _by_text(first[1], choices)):
-        return same if not _others_said(text, same, choices) else ()
     m = re.fullmatch(
         r"(?:[^.!]{1,80}\b(?:is|are|was|were|shows?|be|stands? for|equals|means|points|represents)(?: called"
         r"| named| known as| made of)?\s+)?((?:the |an?"
@@ -167,15 +165,14 @@ def _last_said(text, choices):
         text,
         re.S,
     )
-    if not choices or not m or not (same := _by_text(m[1], choices)):
-        return ()
+    same = next((found for said in (first, m) if said and (found := _by_text(said[1], choices))), ())
     return () if _others_said(text, same, choices) else same
 
 
 def _others_said(text, same, choices):
     "Does the text of a choice other than `same` stand in `text`?"
     said = f" {plain_words(text)} "
-    others = [c for i, c in enumerate(choices) if chr(65 + i) not in same]
+    others = [c for i, c in enumerate(choices or ()) if chr(65 + i) not in same]
     return any(f" {plain_words(c)} " in said for c in others)
 
 # %% ../../nbs/inputs/14_compare.ipynb #91944ac8
@@ -189,7 +186,7 @@ def _rather_than(text, choices):
     "The choice of `Darwin, not Lamarck` or `not south but north`, where both are choices' own words"
     text = text.rstrip(" .!")
     m = _NOT_BUT.fullmatch(text) or _RATHER.fullmatch(text)
-    if not choices or not m:
+    if not m:
         return ()
     yes, no = _by_text(m["a"], choices), _by_text(m["b"], choices)
     return yes if len(yes) == len(no) == 1 and yes != no else ()
@@ -251,23 +248,18 @@ def read_letters(
 
 # %% ../../nbs/inputs/14_compare.ipynb #c81920eb
 def _gold_letters(g, choices):
-    if choices:
-        exact = [
-            chr(65 + i)
-            for i, c in enumerate(choices)
-            if c.strip() == g.strip() or chr(65 + i) in _by_text(g, choices)
-        ]
-        letter = _LETTER.fullmatch(g)
-        if exact and letter and letter[1].upper() not in exact and ord(letter[1].upper()) - 65 < len(choices):
-            return None
-        if exact and letter and len(exact) > 1:
-            return (letter[1].upper(),)
-        if exact:
-            return tuple(exact) if len(exact) == 1 else ()
+    "The letters that a gold answer means; none if it is no choice; None if it is a letter and another's text"
+    exact = _by_text(g, choices)
+    letter = _LETTER.fullmatch(g)
+    name = letter and letter[1].upper()
+    if exact and name and ord(name) - 65 < len(choices):
+        return (name,) if name in exact else None
+    if exact:
+        return exact if len(exact) == 1 else ()
     found = tuple(c for c in g if c.isupper()) if _LETTERS.fullmatch(g) else read_letters(g, choices)
     if len(found) > 1 and not _LETTERS.fullmatch(g):
         return ()  # a text of two choices
-    return found if found and all(ord(c) - 65 < len(choices or "A" * 26) for c in found) else ()
+    return found if all(ord(c) - 65 < len(choices or "A" * 26) for c in found) else ()
 
 # %% ../../nbs/inputs/14_compare.ipynb #1b45ef54
 def _only_said(p, gold, choices):

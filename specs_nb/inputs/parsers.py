@@ -338,7 +338,7 @@ _VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "�
 
 # %% ../../nbs/inputs/11_parsers.ipynb #ac408094
 def _tidy(text):
-    if text.isascii() and "\\" not in text and "{" not in text:
+    if text.isascii() and "\\" not in text and "{" not in text and text.count("$") < 2:
         text = text.replace("*", "×").replace("x10^", "×10^").replace("x 10^", "×10^")
     else:
         for pattern, new in _TIDY:
