@@ -55,7 +55,7 @@ _CAPITAL = re.compile(r"(?<![\w'-])([A-Z])(?![\w'-])")
 _NO_LETTER = r"\bI\b(?= [a-z'])|(?:^|(?<=[.!?] ))A(?= (?!and\b|or\b|nor\b|is\b)[a-z])"
 _LETTERS = re.compile(r"[\(\[{]?[A-Z][\)\]}]?(?:(?:\s*[,;&]\s*|\s+and\s+|\s*)[\(\[{]?[A-Z][\)\]}]?)*")
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #9719d4a2
 @lru_cache(maxsize=8192)
 def _spelling(text):
     "LaTeX in one spelling, signs and case kept"
@@ -73,7 +73,7 @@ def _words_key(text):
     brackets = re.findall(r"\\[{}]|[\[\]|]|\((?=[^()]*[\d,+*/=-])", text)
     return plain_words(text), "".join(brackets)
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #ad4ea027
 def _by_text(text, choices):
     "Letters of the choices that are `text`: by their LaTeX, then by their words"
     choices = choices or ()
@@ -96,7 +96,7 @@ def _labelled(letter, text, choices):
     named = [c for c in named if ord(c) - 65 < len(choices)]
     return tuple(dict.fromkeys([letter, *others, *(a or b for a, b in more), *named]))
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #37c16298
 def _by_value(text, choices):
     "Letters of the choices with the same value, if `text` is a number or mathematics"
     same = [chr(65 + i) for i, c in enumerate(choices or ()) if _same_string(text, unwrap(c))]
@@ -154,7 +154,7 @@ def _chooses(text, letter):
     begins = rf"(?i:{_THING}){marked}\s*(?:[,:;.-]|\b(?:{does})\b)"
     return bool(re.search(ends + "$", text) or re.match(begins, text))
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #44d578e2
 def _last_said(text, choices):
     "The choice whose text ends a sentence, if no other choice stands in it"
     first = re.match(r"([^,.;!]{1,80})[,.;!]\s+\S", text)  # Yes, it is
@@ -191,7 +191,7 @@ def _rather_than(text, choices):
     yes, no = _by_text(m["a"], choices), _by_text(m["b"], choices)
     return yes if len(yes) == len(no) == 1 and yes != no else ()
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #36ebea05
 _ENDS = re.compile(
     r"(?:^|[.,;!]\s+|\n)(?:(?:so|thus|therefore|hence),? )?(?:the )?(?:final |correct )?answer(?: is|:)\s*"
     r"\(?([A-J])\)?[.!]?$",
@@ -212,7 +212,7 @@ def _ends_in_answer(text, choices):
         return ()
     return (m[1],)
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #87eb8630
 def read_letters(
     text: str,  # unwrapped
     choices=None,  # the choices' texts, A first
@@ -269,7 +269,7 @@ def _only_said(p, gold, choices):
     words = plain_words(choices[ord(gold[0]) - 65])
     return len(words) > 1 and f" {words} " in f" {plain_words(p)} " and not _others_said(p, gold, choices)
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #086c8a2b
 def _grade_choice(p, g, choices=None, **kw):
     gold = _gold_letters(unwrap(g), choices)
     if gold is None:
@@ -472,8 +472,6 @@ def _variables(text):
     return {a or b for a, b in _VARIABLE.findall(text)}
 
 
-
-
 _ABSOLUTE = re.compile(rf"\|([a-z])\|\s*({_ABOVE}=?)\s*([\d./]+)")
 
 
@@ -558,15 +556,17 @@ _NUMBERED = re.compile(r"(?<=[^\s,;])[ \n]+(?=(?:\([b-h2-9]\)|[②-⑨])\s*\S)")
 _THINGS = re.compile(r"(\d{1,6}) ([A-Za-z]{2,}(?: [A-Za-z]{2,})?)")  # 3 red, 2 blue
 
 
-_CASES = re.compile(r"(?:\\left)?\\\{ *(?=\\begin)|\\(?:begin|end)\s*\{(?:cases|aligned|array)\}(?:\{[lcr]+\})?|&")
+_CASES = re.compile(
+    r"(?:\\left)?\\\{ *(?=\\begin)|\\(?:begin|end)\s*\{(?:cases|aligned|array)\}(?:\{[lcr]+\})?|&"
+)
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #4df18d5e
 def _label(m):
     label = next(x for x in m.groups()[:-1] if x).strip().casefold()
     label = re.sub(r"[\\{}_ ]|angle|overline|widehat|triangle|text|mathrm", "", _spelled(label))
     return str("①②③④⑤⑥⑦⑧⑨".index(label) + 1) if label in "①②③④⑤⑥⑦⑧⑨" else label
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #4770670e
 def read_multi(
     text: str,  # unwrapped
 ) -> list:  # of (label or None, part), or None
@@ -593,7 +593,7 @@ def read_multi(
         return [(m[2].casefold().removesuffix("s"), m[1]) for m in counted]
     return [(None, s) for s in parts] if 0 < len(parts) <= 50 else None
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #a8513154
 def _labels(text):
     "Labels of all parts, if they have different ones; roots `x_1, x_2` are a set of solutions and no labels"
     if not re.search(r"[=:：)）①]|[A-Za-z]{2,} ?\d|\d [A-Za-z]{2,}", text) or len(text) > 400:
@@ -708,7 +708,7 @@ def _raw_boxes(text):
         (x.get("bbox_2d", x.get("bbox")), x.get("label")) if isinstance(x, dict) else (x, None) for x in found
     ]
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #4f84bf91
 def read_boxes(
     text: str,  # JSON, perhaps in a code fence or answer tags
 ) -> list:  # of (box, label or None), or None
@@ -813,13 +813,19 @@ def _other_thing(p, g):
         return None
     first, second = (m[2].casefold().removesuffix("s") for m in (a, b))
     units = [bool(unit_of(x) or unit_of(m[2])) for x, m in ((first, a), (second, b))]
-    if first in second or second in first or all(units) or _NO_THING.fullmatch(a[2]) or _NO_THING.fullmatch(b[2]):
+    if (
+        first in second
+        or second in first
+        or all(units)
+        or _NO_THING.fullmatch(a[2])
+        or _NO_THING.fullmatch(b[2])
+    ):
         return None
     if a[1] != b[1] and any(units):
         return None
     return None if a[1] == b[1] else False, f"{a[2]}, not {b[2]}"
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #070b493a
 def _grade_number(p, g, tol=None, precision=None, **kw):
     g, text = unwrap(g), unwrap(p)
     gold = read_number(g)
@@ -849,7 +855,7 @@ def _grade_number(p, g, tol=None, precision=None, **kw):
         return _by_algebra(text, str(gold.value), read_number(text), gold, tol, precision)
     return False, "no single number can be read"
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #1543fdf4
 _ALGEBRA = re.compile(r"\\|\^|√|∛|π|sqrt|/|\d!|\b(?:log|ln|sin|cos|tan)|[²³]")
 
 
@@ -866,11 +872,11 @@ def _concluded(text, read):
         return None
     return read(_LEAD.sub("", text[found[-1].end() :].strip().rstrip("."), count=1))
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #99eae56c
 def _other_name(p, g):
     "Why `y = 2` does not answer `x = 2`, or None"
-    (name_p, _), (name_g, _) = _named(p), _named(g)
-    if name_p and name_g and name_p != name_g:
+    (name_p, rest_p), (name_g, rest_g) = _named(p), _named(g)
+    if name_p and name_g and name_p != name_g and not (name_p in rest_g and name_g in rest_p):
         return f"about {name_p}, not {name_g}"
     if not name_p and name_g and _leads_to(p.split("=")[0]) is False:
         return f"an equation, not {name_g}"
@@ -892,9 +898,9 @@ def _grade_latex(p, g, tol=None, precision=None, **kw):
     (name_p, rest_p), (name_g, rest_g) = _named(p), _named(g)
     if name_p and (other := _other_name(p, g)):
         return False, other
-    if name_g and (name_p or "=" not in p):
+    if name_g and (name_p == name_g or "=" not in p):
         g = rest_g
-    if name_p and (name_g or "=" not in g):
+    if name_p and (name_p == name_g or "=" not in g):
         p = rest_p
     p, g = _as_symbols(p, g)
     if is_words(g) and not _structured(g):
@@ -918,6 +924,8 @@ def _grade_latex(p, g, tol=None, precision=None, **kw):
 
 
 _BASED = re.compile(r"\(?([\dA-F]+)\)?_\{?(?:\\text\{)?(\d+|[a-z]+)\}*")  # 1011_2
+
+# %% ../../nbs/inputs/14_compare.ipynb #973f3b6d
 _GLUED = re.compile(r"(?<![A-Za-z\\_^])[A-Za-z]\d")  # e4 is no 4e
 
 
@@ -950,7 +958,7 @@ def _in_time(text):
     except TimeoutError:
         return None, _SLOW
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #98c59ad1
 _NAME = re.compile(r"([A-Za-z](?:_\{?\w+\}?)?(?:\([a-z]\))?)\s*(?:=|\\in(?![a-z])|∈)\s*([^=]+)", re.S)
 
 
@@ -965,7 +973,7 @@ def _named(text):
     m = _NAME.fullmatch(text) or _MEASURE.fullmatch(text)
     return (re.sub(r"[{} ]", "", _spelled(m[1])), m[2].strip()) if m else (None, text)
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #6de563d5
 def _letters(text):
     return "".join(
         sorted(
@@ -1004,7 +1012,7 @@ def _as_symbols(p, g):
     g, p = _GEOMETRY.sub(symbol, g), _GEOMETRY.sub(symbol, p)
     return p.strip(), g.strip()
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #749b0d68
 _END_UNIT = re.compile(
     r"(?:\\(?:text|mathrm|mbox|rm|operatorname)\s*\{\s*([^{}]+?)\s*\}((?:\s*\^\s*\{?[23]\}?)?)"
     r"|(?<=[\d})\sπi])\s*((?:square |sq\.? ?|cubic )?[A-Za-zΩ°µ]{2,}(?:/[A-Za-z]+)?(?:\^\{?[23]\}?)?"
@@ -1026,7 +1034,7 @@ def _end_unit(text):
         return text, ""
     return re.sub(r"(?:\\[,;: ]|\s|\\cdot)+$", "", text[: m.start()]), name
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #566bb1c2
 def _without_units(p, g):
     "(p, g) without units, scaled to the gold's, and why they differ, or None"
     if not any(re.search(r"[A-Za-zΩ°µ²³一-龥]\}?(?:\s*\^\s*\{?\d\}?)?\.?\s*$", t) for t in (p, g)):
@@ -1049,7 +1057,8 @@ def _without_units(p, g):
 
 # %% ../../nbs/inputs/14_compare.ipynb #c5f6c73e
 _STATES = re.compile(
-    r"(?P<what>(?:(?:[A-Za-z'-]+|(?<=angle )\d|(?<=side )\d),? ){1,10}?)(?:is|are|equals|was|will be|must be)(?: equal to| exactly|"
+    r"(?P<what>(?:(?:[A-Za-z'-]+|(?<=angle )\d|(?<=side )\d),? ){1,10}?)(?:is|are|equals|was|will be|must"
+    r" be)(?: equal to| exactly|"
     r" just| at| located at|:)? "
     r"(?P<value>\S.*)"
     r"|(?P<han>(?=[^是为]*[一-龥])[^是为=<>≤≥]{1,20})(?:是|为|等于)\s*(?P<says>[^一-龥]+)",
@@ -1138,7 +1147,7 @@ def _is_region(g):
         isinstance(b, str) and re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", b)) for b in bounds
     )
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #9c2f68c0
 def _structured(g):
     "The grader for the structure of a gold answer, if it has one"
     g = _POINT.sub("", _bare(g))
@@ -1149,11 +1158,7 @@ def _structured(g):
     union = re.search(r"\\cup(?![a-z])|∪", g)
     if re.match(r"\\\{|\\emptyset|\\varnothing", g) and not union:
         return _grade_set
-    if (
-        union
-        or (m := _PIECE.fullmatch(g))
-        and (m[1], m[4]) not in (("(", ")"), ("[", "]"))
-    ):
+    if union or (m := _PIECE.fullmatch(g)) and (m[1], m[4]) not in (("(", ")"), ("[", "]")):
         return _grade_interval
     if (
         re.fullmatch(r"\(.*\)", g, re.S)
@@ -1201,7 +1206,7 @@ KINDS = {
 }
 LIMIT = 10_000  # characters of an answer
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #1160003f
 def explain_grade(
     prediction: str,  # the extracted answer, wrapped or not
     gold: str,  # the right answer

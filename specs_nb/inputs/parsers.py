@@ -18,9 +18,7 @@ from ..formats import boxed
 from .times import read_clock, read_date, same_clock, same_date
 
 # %% ../../nbs/inputs/11_parsers.ipynb #0d0fbdd0
-_INVISIBLE = re.compile(
-    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]+"
-)
+_INVISIBLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]+")
 _PLAINLY = str.maketrans("−–‐‑‒—\xa0\u2009\u202f\u3000\u2002\u2003’‘′“”″∶", "------      '''\"\"\":")
 _PLAINLY |= {c: c - 0xFEE0 for c in range(0xFF01, 0xFF5F)}  # full width
 
@@ -38,7 +36,7 @@ _LEAD = re.compile(
     r"(?:(?:so|thus|therefore|hence|then)\b[,"
     r" ]*)?(?:(?:(?:my|the|our)\s+)?(?:(?:final|correct|right|best)\s+)?(?:answer|result|solution)s?\s*"
     r"(?:(?:to|of|for) (?:the|this) \w+\s*)?(?:is|are|:|=|would be|must be)\s*:?|it is|it's|it equals|looks"
-    r" like)\s+|answer:|答案?(?:是|为|[:：])\s*",
+    r" like)\s+|answer:|(?:so|thus|therefore|hence|then),\s+|答案?(?:是|为|[:：])\s*",
     re.I,
 )
 _PAIRS = [(mark, mark) for mark in ("$$", "$", "**", "`", '"', "'")] + [("\\(", "\\)"), ("\\[", "\\]")]
@@ -48,7 +46,7 @@ _MACRO = re.compile(
     r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox|rm|operatorname|boldsymbol|fbox)\s*\{([^{}]*)\}"
 )
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #1a9c1040
 _SIZE = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])")  # of brackets
 
 
@@ -56,7 +54,7 @@ def _bare(text):
     "Without the sizes of brackets"
     return _SIZE.sub("", text).strip()
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #c66a981f
 # reasoning before the answer, as R1, GSM8K and chat models write it
 _MARK = re.compile(r"</think>|####|\n\s*\**(?:(?:final )?answer|答案?)\s*[:：]\**[:：]?", re.I)
 
@@ -215,7 +213,7 @@ _UNIT_SPELLINGS = [
     )
 ]
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #55aa1376
 @lru_cache(maxsize=4096)
 def unit_of(
     name: str,  # such as `cm`, `g/cm^3`, `square meters`
@@ -263,6 +261,8 @@ _NUMBER = re.compile(
     rf" ?(?P<sign2>-?)(?:{_FRAC}|10\^\{{?(?P<e3>[-+]?\d{{1,4}})\}}?|{_DEC}{_SCI}?(?![\d.,]*\d))(?P<tail>.*)",
     re.A | re.S,
 )
+
+# %% ../../nbs/inputs/11_parsers.ipynb #3340571e
 _TAIL = re.compile(r" ?(?:(?P<large>dozen|hundred|thousand|million|billion|trillion)\b)? ?(?P<unit>.*)", re.S)
 _NO_UNIT = re.compile(
     r"\b(?:or|and|to|past|o'? ?clock|not|than|least|most|pi|sqrt|plus|minus|times|if|but|out"
@@ -273,6 +273,8 @@ _NO_UNIT = re.compile(
     r"|n't|[或和与及至到不非错没倍约半点负乘加减除根分]",
     re.I,
 )
+
+# %% ../../nbs/inputs/11_parsers.ipynb #7b9f0841
 # words and signs that make another number of the one they stand beside, or deny it
 _CHANGED = re.compile(
     r"""\b(?: no | not | cannot | too | never | neither | nor | none | without | except | but | anything
@@ -306,6 +308,8 @@ _CHANGED = re.compile(
       | \.?$)) [b-zB-HJ-Z] (?![\w/^'])""",
     re.I | re.X,
 )
+
+# %% ../../nbs/inputs/11_parsers.ipynb #8012920d
 _TIDY = [
     (re.compile(p), r)
     for p, r in (
@@ -436,13 +440,15 @@ _PHRASE = re.compile(
     rf"|[ -]{_PART_WORD})?|(?:an? |one )?(?P<half>half)|an? (?P<part>{_PART_WORD}))\b",
     re.I,
 )
+
+# %% ../../nbs/inputs/11_parsers.ipynb #71cf808f
 _HAN = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 _HAN_SCALES = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
 _HAN_NUMBER = re.compile(
     r"(负?)([零〇一二两三四五六七八九十百千万亿]{1,20})(?:分之([零〇一二两三四五六七八九十百千万亿]{1,20}))?"
 )
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #14c42a58
 def _count(words):
     "The value of words such as two thousand five hundred, or None if they are no single number"
     total, now, last = 0, 0, None
@@ -467,7 +473,7 @@ def _count(words):
         last = w
     return Fraction(total + now)
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #1706bfb9
 def _in_words(m):
     "The value of a match of `_PHRASE`, or None"
     part = lambda t: Fraction(1, _PARTS[t.lower().removesuffix("s")])
@@ -483,7 +489,7 @@ def _in_words(m):
                 value *= part(which)
     return value if value is None or not m["sign"] else -value
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #a45e6b4f
 def _han(text):
     "The value of Chinese numerals"
     total, now, one = 0, 0, 0
@@ -524,7 +530,10 @@ def _compound(text):
 _REWRITTEN = [
     (re.compile(p, re.I), r)
     for p, r in (
-        (r"^(?:[a-z](?:_\w)? ?= ?|[=≈] ?|\\approx ?|(?:about|approximately|roughly|around) (?=[$€£¥\d]))", ""),
+        (
+            r"^(?:[a-z](?:_\w)? ?= ?|[=≈] ?|\\approx ?|(?:about|approximately|roughly|around) (?=[$€£¥\d]))",
+            "",
+        ),
         (r"^(?:minus|negative|零下) ?(?=[\d.$\\])", "-"),
         (r"^(\d\S*(?: degrees?)?) below (?:zero|0)\b", r"-\1"),
         (r"^(?:USD|US ?\$) ?(?=\d)", "$"),
@@ -715,12 +724,12 @@ _DENIED = re.compile(
 # %% ../../nbs/inputs/11_parsers.ipynb #53327baf
 _DROP = re.compile(r"\b(?:the|an?)\b(?=\s+[A-Za-zÀ-ɏ]{2})", re.I)
 _GREEK = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi"
-    " psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi"
+    " chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
 )
 _MARKS = (
-    "sqrt cbrt le ge neq approx parallel perp angle triangle cong sim sim infty pm mp times div cup cap in notin"
-    " emptyset subset subseteq to gets leftrightarrow Rightarrow circ odot square equiv"
+    "sqrt cbrt le ge neq approx parallel perp angle triangle cong sim sim infty pm mp times div cup cap in"
+    " notin emptyset subset subseteq to gets leftrightarrow Rightarrow circ odot square equiv"
 )
 # sign → the LaTeX command that means the same
 _SPELLED = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", _GREEK.split()))
@@ -734,7 +743,7 @@ _SAME_COMMAND = dict(
 )
 _DOWN = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #6c75fe38
 def _spelled(text):
     "Signs as LaTeX commands, so that `√2` and `\\sqrt{2}` meet; and `x²` as `x^2`, `H₂O` as `H2O`"
     if not text.isascii():
@@ -747,7 +756,7 @@ def _spelled(text):
         text = re.sub(r"(?<=[A-Za-z)])_(?:\{(\d+)\}|(\d))", lambda m: m[1] or m[2], text)
     return re.sub(r"\^\{(\w|-?\d+|\d*[+-])\}", r"^\1", text)
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #c1ac7a8b
 def _one_way(m):
     "`angle cba` as `angle abc`"
     return "angle " + "".join(m.groups() if m[1] < m[3] else m.groups()[::-1])
@@ -793,6 +802,8 @@ _CODES = {
     "a formula": r"(?=.*[_^₀-₉⁺⁻])(?:[A-Z][a-z]?(?:_?\{?\d+\}?|[₀-₉]+)?)+(?:\^?\{?\d?[+-]\}?|[⁰-⁹]?[⁺⁻])?",
 }
 _CODE = {name: re.compile(pattern) for name, pattern in _CODES.items()}
+
+# %% ../../nbs/inputs/11_parsers.ipynb #1a16a291
 # written in words; `3 to 4` is a ratio, unless it says otherwise
 _MOMENT = re.compile(
     r"(?i:\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z.]*,? |\d(?:st|nd|rd|th)? (?:of"
@@ -801,7 +812,7 @@ _MOMENT = re.compile(
     r" )|点.|时.+分"
 )
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #b0c2c5f0
 def code_of(
     text: str,  # unwrapped
 ) -> str:  # such as `a date`, or None
@@ -817,7 +828,7 @@ def code_of(
     name = next((name for name, pattern in _CODE.items() if pattern.fullmatch(text)), None)
     return None if name == "a formula" and re.fullmatch(r"[A-Z]_\{?\d\}?|[A-Z]\^\d", text) else name
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #5dad67d1
 def _code_key(text):
     text = _MACRO.sub(r"\1", text)
     text = re.sub(r"^(?:from|between) ", "", _spelled(text).casefold())
@@ -857,7 +868,7 @@ def _carried(text):
         return None, text
     return m[1].casefold(), m[2]
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #762ca170
 def _grade_code(p, g, name):
     (noun, said), (gold_noun, gold) = _carried(p), _carried(g)
     if _code_key(said) == _code_key(gold):
@@ -893,18 +904,21 @@ _YES = {"yes": True, "true": True, "no": False, "false": False}
 _YES_HAN = dict.fromkeys(("是", "是的", "对", "对的", "正确"), True)
 _YES_HAN |= dict.fromkeys(("否", "不是", "不", "不对", "错", "错误", "不正确"), False)
 _YES_HAN |= dict.fromkeys("√✓✔", True) | dict.fromkeys("×✗✘", False)
+
+# %% ../../nbs/inputs/11_parsers.ipynb #2f093561
 _NOTHING = re.compile(
     r"(?:there (?:is|are) )?(?:none|no (?:real )?solutions?|(?:the )?empty set)|\\?emptyset|\\varnothing|∅"
     r"|has no solutions?|无解|\\?\{\s*\\?\}",
     re.I,
 )
 _ENDLESS = re.compile(
-    r"(?:there (?:is|are) )?(?:an )?infinite(?:ly many)?(?: number of)?(?: real)?(?: solutions?)?|无[数穷]多?[个组]?解?",
+    r"(?:there (?:is|are) )?(?:an )?infinite(?:ly many)?(?: number of)?(?: real)?(?:"
+    r" solutions?)?|无[数穷]多?[个组]?解?",
     re.I,
 )
 _MANY = re.compile(r"\b(?:or|and|not|neither|nor|either)\b|n't|[,;/]", re.I)
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #2d0b8e82
 _SIGN = re.compile(r"[<>=≤≥≠+×÷±-]|\\(?:leq?|geq?|neq?|lt|gt|times|div|pm)")
 _SIGN_NAMES = dict(
     pair.split(":")
@@ -920,7 +934,7 @@ def _sign(text):
     text = _SIGN_NAMES.get(text.strip().casefold(), text)
     return _spelled(text).strip()
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #0faa25ea
 def _grade_text(p, g, **kw):
     p, g = re.split(r"(?<=\w),? (?:because|since)\b|, (?:with|which|due to) ", unwrap(p))[0], unwrap(g)
     words_p, words_g = plain_words(p), plain_words(g)
@@ -957,7 +971,7 @@ def _grade_text(p, g, **kw):
         return None, "a rule can't compare sentences"
     return False, "different words"
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #30ba323f
 def _told(p, g):
     "Does a sentence say `g` in so many words (True), or deny it (False)? None: neither"
     words = re.escape(g)
@@ -972,7 +986,7 @@ def _told(p, g):
     head = says and (says[1] or "")
     return None if head is None or _DENIED.search(head) or _CHANGED.search(head) else True
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #173c2584
 def _lists(p, g):
     "Compare lists of words, or None where the gold answer is none"
     p, g = (t[1:-1] if re.fullmatch(r"\[[^\[\]]+\]", t) else t for t in (p, g))  # [Rent, Food]
@@ -989,7 +1003,7 @@ def _lists(p, g):
     joined = re.search(r" and | & |和|与|及", g)
     return (True, "the same things") if joined or gold == said else (None, "the same things in another order")
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #9808c57c
 def _grade_yes(p, g):
     said = {_YES[w] for w in p.split() if w in _YES}
     return p.split()[:1] != [] and said == {_YES[g]} and p.split()[0] in _YES, "yes or no"
@@ -1032,11 +1046,14 @@ _ASCII = [
         (r"\\[,!;:]|\\quad", " "),
         (r"(?<![\\\d])e\^(\w)", r"e^{\1}"),
         (_SIZE, ""),
-        (r"[\[(]\s*\\begin\{array\}\s*\{[clr|]+\}(.*?)\\end\{array\}\s*[\])]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
+        (
+            r"[\[(]\s*\\begin\{array\}\s*\{[clr|]+\}(.*?)\\end\{array\}\s*[\])]",
+            r"\\begin{pmatrix}\1\\end{pmatrix}",
+        ),
     )
 ]
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #280355ec
 _MIXED = re.compile(r"(?<![\d.^_{\\}])(\d{1,6})\s*(\\frac\s*\{(\d{1,6})\}\s*\{(\d{1,6})\})")
 
 
