@@ -19,7 +19,11 @@ from specs_nb.inputs.parsers import (
     _CHANGED,
     _DENIED,
     _HEDGE,
+    _NOTHING,
+    _YES_HAN,
+    _bare,
     _LEAD,
+    _MACRO,
     Number,
     _grade_text,
     _infinity,
@@ -51,18 +55,14 @@ _CAPITAL = re.compile(r"(?<![\w'-])([A-Z])(?![\w'-])")
 _NO_LETTER = r"\bI\b(?= [a-z'])|(?:^|(?<=[.!?] ))A(?= (?!and\b|or\b|nor\b|is\b)[a-z])"
 _LETTERS = re.compile(r"[\(\[{]?[A-Z][\)\]}]?(?:(?:\s*[,;&]\s*|\s+and\s+|\s*)[\(\[{]?[A-Z][\)\]}]?)*")
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #9719d4a2
 @lru_cache(maxsize=8192)
 def _spelling(text):
     "LaTeX in one spelling, signs and case kept"
     text = re.sub(
         r"\\[,!;: ]|\\(?:left|right|quad|displaystyle|limits)(?![a-z])|[\s$]", " ", _spelled(unwrap(text))
     )
-    text = re.sub(
-        r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}",
-        r"\1",
-        as_latex(text).replace(r"\dfrac", r"\frac"),
-    )
+    text = _MACRO.sub(r"\1", as_latex(text))
     text = re.sub(r"\^\{?\\circ\}?", "°", re.sub(r"\{(\w|\\[a-z]+)\}", r" \1 ", text))
     return re.sub(r"\s+", "", re.sub(r"(\\[a-zA-Z]+)\s+(?=[A-Za-z])", r"\1;", text))
 
@@ -73,7 +73,7 @@ def _words_key(text):
     brackets = re.findall(r"\\[{}]|[\[\]|]|\((?=[^()]*[\d,+*/=-])", text)
     return plain_words(text), "".join(brackets)
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #ad4ea027
 def _by_text(text, choices):
     "Letters of the choices that are `text`: by their LaTeX, then by their words"
     choices = choices or ()
@@ -96,7 +96,7 @@ def _labelled(letter, text, choices):
     named = [c for c in named if ord(c) - 65 < len(choices)]
     return tuple(dict.fromkeys([letter, *others, *(a or b for a, b in more), *named]))
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #37c16298
 def _by_value(text, choices):
     "Letters of the choices with the same value, if `text` is a number or mathematics"
     same = [chr(65 + i) for i, c in enumerate(choices or ()) if _same_string(text, unwrap(c))]
@@ -145,37 +145,34 @@ def _chooses(text, letter):
         r"(?i:some(?:one|body)|they|he|she|people|(?:\w+ ){1,3}(?:said|says|claim(?:s|ed)|told))\b", text
     ):
         return False  # what others say
-    head = re.split(r",?\s+(?:because|since|as|due to)\b", text)[0]
-    words = re.findall(r"[A-Za-z']+", re.sub(rf"\b{letter}\b", " ", head).lower())
-    if all(w in _CHOOSING for w in words) or not words:
+    words = re.findall(r"[A-Za-z']+", re.sub(rf"\b{letter}\b", " ", text).lower())
+    if all(w in _CHOOSING for w in words):
         return True
     marked = rf"[(\[]?{letter}[)\]]?"
     ends = rf"(?:\b(?i:is|are|was|be|choose|chose|select|pick|equals)|[:=→])\s*(?i:{_THING}){marked}\s*[.!]?"
     does = "is|has|shows?|matches|fits|represents|gives|satisfies|works"
     begins = rf"(?i:{_THING}){marked}\s*(?:[,:;.-]|\b(?:{does})\b)"
-    return bool(re.search(ends + "$", head) or re.match(begins, head))
+    return bool(re.search(ends + "$", text) or re.match(begins, text))
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #44d578e2
 def _last_said(text, choices):
     "The choice whose text ends a sentence, if no other choice stands in it"
     first = re.match(r"([^,.;!]{1,80})[,.;!]\s+\S", text)  # Yes, it is
-    if choices and first and (same := _by_text(first[1], choices)):
-        return same if not _others_said(text, same, choices) else ()
     m = re.fullmatch(
-        r"(?:[^.!]{1,80}\b(?:is|are|was|were|shows?|be)(?: called| named| known as)?\s+)?((?:the |an?"
+        r"(?:[^.!]{1,80}\b(?:is|are|was|were|shows?|be|stands? for|equals|means|points|represents)(?: called"
+        r"| named| known as| made of)?\s+)?((?:the |an?"
         r" )?[^.!]+?)(?: one)?[.!]?",
         text,
         re.S,
     )
-    if not choices or not m or not (same := _by_text(m[1], choices)):
-        return ()
+    same = next((found for said in (first, m) if said and (found := _by_text(said[1], choices))), ())
     return () if _others_said(text, same, choices) else same
 
 
 def _others_said(text, same, choices):
     "Does the text of a choice other than `same` stand in `text`?"
     said = f" {plain_words(text)} "
-    others = [c for i, c in enumerate(choices) if chr(65 + i) not in same]
+    others = [c for i, c in enumerate(choices or ()) if chr(65 + i) not in same]
     return any(f" {plain_words(c)} " in said for c in others)
 
 # %% ../../nbs/inputs/14_compare.ipynb #91944ac8
@@ -189,12 +186,12 @@ def _rather_than(text, choices):
     "The choice of `Darwin, not Lamarck` or `not south but north`, where both are choices' own words"
     text = text.rstrip(" .!")
     m = _NOT_BUT.fullmatch(text) or _RATHER.fullmatch(text)
-    if not choices or not m:
+    if not m:
         return ()
     yes, no = _by_text(m["a"], choices), _by_text(m["b"], choices)
     return yes if len(yes) == len(no) == 1 and yes != no else ()
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #36ebea05
 _ENDS = re.compile(
     r"(?:^|[.,;!]\s+|\n)(?:(?:so|thus|therefore|hence),? )?(?:the )?(?:final |correct )?answer(?: is|:)\s*"
     r"\(?([A-J])\)?[.!]?$",
@@ -215,13 +212,13 @@ def _ends_in_answer(text, choices):
         return ()
     return (m[1],)
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #87eb8630
 def read_letters(
     text: str,  # unwrapped
     choices=None,  # the choices' texts, A first
 ) -> tuple:  # of letters; empty: none can be read
     "The letters that `text` chooses: one, several, or none."
-    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", text)
+    text = _MACRO.sub(r"\1", text)
     if re.search("[一-龥]", text):
         text = _HAN_CHOICE.sub(r"\1", text)
     if m := _LETTER.fullmatch(text):
@@ -236,6 +233,10 @@ def read_letters(
         return _labelled(m[1], m[2], choices)
     if chosen := _rather_than(text, choices) or _ends_in_answer(text, choices):
         return chosen
+    m = re.fullmatch(r"(?:it|this|that|the [a-z]+) is ([a-z]+)\W*", text, re.I)
+    if m and (same := _by_text(m[1], choices)):
+        return same  # false, if that is a choice
+    text = re.split(r",?\s+(?:because|since|as|due to)\b", text)[0]
     if _DENIED.search(text):
         return ()
     if same := _by_value(text, choices) or _last_said(text, choices):
@@ -247,23 +248,18 @@ def read_letters(
 
 # %% ../../nbs/inputs/14_compare.ipynb #c81920eb
 def _gold_letters(g, choices):
-    if choices:
-        exact = [
-            chr(65 + i)
-            for i, c in enumerate(choices)
-            if c.strip() == g.strip() or chr(65 + i) in _by_text(g, choices)
-        ]
-        letter = _LETTER.fullmatch(g)
-        if exact and letter and letter[1].upper() not in exact and ord(letter[1].upper()) - 65 < len(choices):
-            return None
-        if exact and letter and len(exact) > 1:
-            return (letter[1].upper(),)
-        if exact:
-            return tuple(exact) if len(exact) == 1 else ()
+    "The letters that a gold answer means; none if it is no choice; None if it is a letter and another's text"
+    exact = _by_text(g, choices)
+    letter = _LETTER.fullmatch(g)
+    name = letter and letter[1].upper()
+    if exact and name and ord(name) - 65 < len(choices):
+        return (name,) if name in exact else None
+    if exact:
+        return exact if len(exact) == 1 else ()
     found = tuple(c for c in g if c.isupper()) if _LETTERS.fullmatch(g) else read_letters(g, choices)
     if len(found) > 1 and not _LETTERS.fullmatch(g):
         return ()  # a text of two choices
-    return found if found and all(ord(c) - 65 < len(choices or "A" * 26) for c in found) else ()
+    return found if all(ord(c) - 65 < len(choices or "A" * 26) for c in found) else ()
 
 # %% ../../nbs/inputs/14_compare.ipynb #1b45ef54
 def _only_said(p, gold, choices):
@@ -273,7 +269,7 @@ def _only_said(p, gold, choices):
     words = plain_words(choices[ord(gold[0]) - 65])
     return len(words) > 1 and f" {words} " in f" {plain_words(p)} " and not _others_said(p, gold, choices)
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #086c8a2b
 def _grade_choice(p, g, choices=None, **kw):
     gold = _gold_letters(unwrap(g), choices)
     if gold is None:
@@ -318,19 +314,12 @@ def split_parts(
     return [s for part in (*parts, text[at:]) if (s := part.strip())]
 
 # %% ../../nbs/inputs/14_compare.ipynb #7e5184d1
-_EMPTY = re.compile(
-    r"\\emptyset|\\varnothing|∅|\{\s*\}|(?:there (?:is|are) )?(?:none|no (?:real )?solutions?|empty set|the"
-    r" empty set)",
-    re.I,
-)
-
-
 def read_set(
     text: str,  # unwrapped
 ) -> list:  # of elements as text, or None
     "The elements of a set or a list of solutions: `\\{1, 2\\}`, `1 and 2`, `x = 1 or x = 2`, `\\pm 3`."
-    text = re.sub(r"\\(?:left|right)(?![a-z])", "", unwrap(text)).strip()
-    if _EMPTY.fullmatch(text):
+    text = _bare(unwrap(text))
+    if _NOTHING.fullmatch(text):
         return []
     text = re.sub(r"^[A-Za-z]\s*(?:=|\\in|∈)\s*(?=[^=]*$)", "", text)
     if m := re.fullmatch(r"\\?[{\[](.*?)\\?[}\]]", text, re.S):
@@ -405,20 +394,16 @@ def _bound(text):
     return n.value if (n := read_number(unwrap(text))) else text
 
 # %% ../../nbs/inputs/14_compare.ipynb #8e32cabd
+_OPS = {"\\le": "<=", "\\ge": ">=", "\\neq": "ne", "!=": "ne"}
+
+
 def _chain(text):
     "Pieces of `1 < x ≤ 2`, `x > 3`, `x ≠ 2`"
     parts = [s.strip() for s in _REL.split(text)]
     if len(parts) not in (3, 5):
         return None
-    ops = [
-        (
-            "ne"
-            if o in ("\\ne", "\\neq", "!=", "≠")
-            else ("<" if o.strip("\\")[0] in "l<≤" else ">")
-            + ("=" if o[-1] in "=≤≥" or re.match(r"\\[lg]e", o) else "")
-        )
-        for o in parts[1::2]
-    ]
+    ops = [_spelled(o).strip() for o in parts[1::2]]
+    ops = [_OPS.get(o, o) for o in ops]
     if len(parts) == 5:
         a, x, b = parts[::2]
         if ops[0][0] != ops[1][0] or "ne" in ops or not re.fullmatch(r"\\?[A-Za-z]+", x):
@@ -452,34 +437,64 @@ def _joined(pieces):
     return out
 
 # %% ../../nbs/inputs/14_compare.ipynb #7850d57f
+_AND = re.compile(r"\s*(?:\\text\s*\{\s*and\s*\}|\band\b|\\cap|∩|\\wedge|,(?=\s*[a-z]\s*(?:\\ne|≠|!=)))\s*")
+
+
 def _both(text):
-    "Pieces of one inequality, or of two that are joined by `and`"
-    parts = re.split(r"\s*(?:\\text\s*\{\s*and\s*\}|\band\b|\\cap|∩|\\wedge)\s*", text)
-    found = [_chain(p) for p in parts]
-    if len(parts) == 1 or not all(f and len(f) == 1 for f in found) or len(parts) > 2:
-        return found[0] if len(parts) == 1 else None
-    (a, ao, b, bo), (c, co, d, do) = found[0][0], found[1][0]
-    if any(isinstance(x, str) for x in (a, b, c, d)):
+    "Pieces of one inequality, or of several that hold together"
+    found = [_chain(p) for p in _AND.split(text)]
+    if len(found) == 1 or not all(found):
+        return found[0] if len(found) == 1 else None
+    if any(isinstance(x, str) for pieces in found for a, _, b, _ in pieces for x in (a, b)):
         return None
+    both = found[0]
+    for more in found[1:]:
+        both = [_overlap(a, b) for a in both for b in more]
+    return both
+
+
+def _overlap(first, second):
+    "Where two pieces hold, perhaps nowhere"
+    (a, ao, b, bo), (c, co, d, do) = first, second
     low, high = max((a, ao), (c, co)), min((b, not bo), (d, not do))
-    return [(*low, high[0], not high[1])]
+    return *low, high[0], not high[1]
 
 # %% ../../nbs/inputs/14_compare.ipynb #eb6dbc7d
 _ABOVE = r"(?:\\[lg](?:eq?|t)(?![a-z])|[<>≤≥])"
-_VARIABLE = re.compile(rf"(?<![A-Za-z\\])([A-Za-z])(?=\s*{_ABOVE})|(?<=[<>≤≥=])\s*([A-Za-z])(?![A-Za-z])")
+_VARIABLE = re.compile(
+    rf"(?<![A-Za-z\\])([A-Za-z])(?=\s*(?:{_ABOVE}|\\in(?![a-z])|\\neq?(?![a-z])|∈|≠|!=))"
+    r"|(?:[<>≤≥]=?|\\[lg](?:eq?|t)(?![a-z]))\s*([A-Za-z])(?![A-Za-z])"
+)
+
+
+def _variables(text):
+    "The variables of an inequality or of `x ∈ …`"
+    return {a or b for a, b in _VARIABLE.findall(text)}
+
+
+_ABSOLUTE = re.compile(rf"\|([a-z])\|\s*({_ABOVE}=?)\s*([\d./]+)")
+
+
+def _without_bars(m):
+    "`|x| < 2` as `-2 < x < 2`, and `|x| > 2` as `x < -2 or x > 2`"
+    x, sign, bound = m.groups()
+    if sign.strip("\\")[0] in "l<≤":
+        return f"-{bound} {sign} {x} {sign} {bound}"
+    return f"-{bound} {sign} {x} or {x} {sign} {bound}"
 
 
 def read_interval(
     text: str,  # unwrapped
 ) -> list:  # of (low, open?, high, open?), joined and in order, or None
     "The pieces of an interval, a union or an inequality."
-    text = re.sub(r"\\(?:left|right)(?![a-z])", "", unwrap(text)).strip()
+    text = _bare(unwrap(text))
     if m := re.fullmatch(r"\\?\{\s*[A-Za-z]\s*(?:\\mid(?![a-z])|\||:|\\colon)\s*(.+?)\\?\}", text, re.S):
         text = m[1]
     text = re.sub(r"\b(?:in(?=f|\b))?(?:inf|infinity|oo)\b", r"\\infty", text)
     if _REALS.fullmatch(text):
         return [(float("-inf"), True, float("inf"), True)]
-    if len({a or b for a, b in _VARIABLE.findall(text)}) > 1:
+    text = _ABSOLUTE.sub(_without_bars, text)
+    if len(_variables(text)) > 1:
         return None  # 2 < y and x ≤ 5
     text, pieces = re.sub(r"^\s*[A-Za-z]\s*(?:\\in|∈|=|\bin\b)\s*", "", text), []
     for part in re.split(r"\\cup|∪|\s*(?:\\text\s*\{\s*or\s*\}|\bor\b|\bU\b)\s*", text):
@@ -504,19 +519,12 @@ def _same_bound(a, b):
     return _part(str(a), str(b), "latex")
 
 
-def _about(text):
-    "The variable of an inequality or of `x ∈ …`, or None"
-    m = re.search(r"([A-Za-z])\s*(?:\\in(?![a-z])|∈|\\[lg]e|\\neq?(?![a-z])|[<>≤≥≠]|!=)", text)
-    m = m or re.search(r"(?:[<>≤≥]|\\[lg](?:eq?|t)(?![a-z]))=?\s*([A-Za-z])(?![A-Za-z])", text)
-    return m and m[1]
-
-
 def _grade_interval(p, g, **kw):
     gold, said = read_interval(g), read_interval(p)
     if gold is None:
         return None, "the gold answer is no interval"
-    if _about(p) and _about(g) and _about(p) != _about(g):
-        return False, f"about {_about(p)}, not {_about(g)}"
+    if (a := _variables(p)) and (b := _variables(g)) and a != b:
+        return False, f"about {min(a)}, not {min(b)}"
     if said is None and _REL.search(g) and _REL.search(p):
         return _by_algebra(unwrap(p), unwrap(g))  # 2x > 4 for x > 2
     if said is None:
@@ -548,17 +556,22 @@ _NUMBERED = re.compile(r"(?<=[^\s,;])[ \n]+(?=(?:\([b-h2-9]\)|[②-⑨])\s*\S)")
 _THINGS = re.compile(r"(\d{1,6}) ([A-Za-z]{2,}(?: [A-Za-z]{2,})?)")  # 3 red, 2 blue
 
 
+_CASES = re.compile(
+    r"(?:\\left)?\\\{ *(?=\\begin)|\\(?:begin|end)\s*\{(?:cases|aligned|array)\}(?:\{[lcr]+\})?|&"
+)
+
+# %% ../../nbs/inputs/14_compare.ipynb #4df18d5e
 def _label(m):
     label = next(x for x in m.groups()[:-1] if x).strip().casefold()
     label = re.sub(r"[\\{}_ ]|angle|overline|widehat|triangle|text|mathrm", "", _spelled(label))
     return str("①②③④⑤⑥⑦⑧⑨".index(label) + 1) if label in "①②③④⑤⑥⑦⑧⑨" else label
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #4770670e
 def read_multi(
     text: str,  # unwrapped
 ) -> list:  # of (label or None, part), or None
     "The parts of an answer with several parts."
-    text = unwrap(text)
+    text = _CASES.sub("", unwrap(text))
     if (
         (m := re.fullmatch(r"\\?(?:left)?\s*[(\[{](.*?)\\?(?:right)?\s*[)\]}]", text, re.S))
         and _depth(m[1]) < 12
@@ -568,7 +581,7 @@ def read_multi(
         text = m[1]
     if re.match(r"[(（①](?:[a1①][)）])?", text):
         text = _NUMBERED.sub("; ", text.replace("（", "(").replace("）", ")"))
-    lines = [s for s in text.splitlines() if s.strip()]
+    lines = [s for s in re.split(r"\n|\\\\", text) if s.strip()]
     parts = lines if len(lines) > 1 else split_parts(text, ";；", words=False)
     if len(parts) == 1:
         parts = split_parts(text, ",，、;")
@@ -580,7 +593,7 @@ def read_multi(
         return [(m[2].casefold().removesuffix("s"), m[1]) for m in counted]
     return [(None, s) for s in parts] if 0 < len(parts) <= 50 else None
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #a8513154
 def _labels(text):
     "Labels of all parts, if they have different ones; roots `x_1, x_2` are a set of solutions and no labels"
     if not re.search(r"[=:：)）①]|[A-Za-z]{2,} ?\d|\d [A-Za-z]{2,}", text) or len(text) > 400:
@@ -612,7 +625,8 @@ def _grade_multi(p, g, **kw):
         said = sorted(said)  # x = 3, y = -2 for (3, -2)
     if gold[0][0] and said[0][0]:
         if len(dict(said)) != len(said) or set(dict(said)) != set(dict(gold)):
-            return False, "the labels differ"
+            numbered = all(re.fullmatch(r"\d|[a-d]|i+", k) for k, _ in gold)
+            return None if numbered and not set(dict(said)) & set(dict(gold)) else False, "the labels differ"
         said = [(k, dict(said)[k]) for k, _ in gold]
     if gold[0][0] and any((m := _THINGS.fullmatch(s)) and not unit_of(m[2]) for k, s in said if not k):
         return False, "not everything is named"  # 3, 2 green
@@ -677,34 +691,32 @@ def iou(
     return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
 
 # %% ../../nbs/inputs/14_compare.ipynb #d1605a29
-def read_boxes(
-    text: str,  # JSON, perhaps in a code fence or answer tags
-) -> list:  # of (box, label or None), or None
-    "Detection boxes; None if any of them is no proper box."
+def _raw_boxes(text):
+    "(box, label) of each box that JSON or Python's text holds, whatever they are; None if it is no list of them"
     text = re.sub(r"^```(?:json)?|```$|</?answer>", "", clean(text)).strip()
     if text[:1] not in ("[", "{"):
-        text = f"[{text}]"
+        text = f"[{text.strip('()')}]"
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
         found = _python_list(text)
-    if (
-        isinstance(found, dict)
-        or isinstance(found, list)
-        and found
-        and all(isinstance(x, (int, float)) for x in found)
-    ):
+    if isinstance(found, dict) or isinstance(found, list) and found and isinstance(found[0], (int, float)):
         found = [found]
     if not isinstance(found, list) or len(found) > 200:
         return None
-    boxes = [
+    return [
         (x.get("bbox_2d", x.get("bbox")), x.get("label")) if isinstance(x, dict) else (x, None) for x in found
     ]
-    return (
-        [(tuple(b), l and plain_words(str(l))) for b, l in boxes]
-        if all(_proper(b) for b, _ in boxes)
-        else None
-    )
+
+# %% ../../nbs/inputs/14_compare.ipynb #4f84bf91
+def read_boxes(
+    text: str,  # JSON, perhaps in a code fence or answer tags
+) -> list:  # of (box, label or None), or None
+    "Detection boxes; None if any of them is no proper box."
+    boxes = _raw_boxes(text)
+    if boxes is None or not all(_proper(box) for box, _ in boxes):
+        return None
+    return [(tuple(box), label and plain_words(str(label))) for box, label in boxes]
 
 
 def _python_list(text):
@@ -729,17 +741,18 @@ def _proper(box):
     )
 
 # %% ../../nbs/inputs/14_compare.ipynb #5fe5ee6b
-def _matched(fits):
-    "Can every row have a column of its own? (augmenting paths)"
-    taken = {}
+def _overlaps(there, named):
+    "The overlap of each box that is there with each that is named, 0 if their labels differ"
+    import numpy as np
 
-    def place(i, seen):
-        for j in fits[i]:
-            if j not in seen and not seen.add(j) and (j not in taken or place(taken[j], seen)):
-                taken[j] = i
-                return True
+    return np.array([[iou(a, b) if la in (None, lb) else 0.0 for b, lb in named] for a, la in there])
 
-    return all(place(i, set()) for i in range(len(fits)))
+
+def _hits(table, at):
+    "How many boxes can be paired, each with one of its own, at an overlap of `at`?"
+    from scipy.optimize import linear_sum_assignment
+
+    return int((table >= at)[linear_sum_assignment(table >= at, maximize=True)].sum())
 
 # %% ../../nbs/inputs/14_compare.ipynb #ed9b1be8
 def _grade_box(p, g, iou_at=0.5, **kw):
@@ -750,10 +763,7 @@ def _grade_box(p, g, iou_at=0.5, **kw):
         return False, "no boxes can be read"
     if len(gold) != len(said):
         return False, f"{len(said)} boxes, not {len(gold)}"
-    fits = [
-        [j for j, (b, lb) in enumerate(said) if la in (None, lb) and iou(a, b) >= iou_at] for a, la in gold
-    ]
-    return _matched(fits), f"matched at an overlap of {iou_at}"
+    return _hits(_overlaps(gold, said), iou_at) == len(gold), f"matched at an overlap of {iou_at}"
 
 # %% ../../nbs/inputs/14_compare.ipynb #20b1fa89
 OVERLAPS = tuple(0.5 + 0.05 * i for i in range(10))
@@ -773,7 +783,7 @@ def box_score(
         return None
     if not named:
         return 0.0
-    table = np.array([[iou(a, b) if la in (None, lb) else 0.0 for b, lb in named] for a, la in there])
+    table = _overlaps(there, named)
     best = table[linear_sum_assignment(table, maximize=True)]
     return float(np.mean([2 * (best >= t).sum() / (len(there) + len(named)) for t in overlaps]))
 
@@ -784,35 +794,38 @@ def scale_boxes(
     y: float,  # factor down
 ) -> str:  # the same boxes as JSON, scaled
     "Boxes in other units; raises `ValueError` for a text that has none."
-    found = read_boxes(text)
-    if not found:
+    if not read_boxes(text):
         raise ValueError("there are no boxes to scale")
-    labels = re.findall(r"""['"]label['"]\s*:\s*(['"])(.*?)\1""", text)
-    names = [name for _, name in labels] if len(labels) == len(found) else [label for _, label in found]
     out = []
-    for ((a, b, c, d), label), name in zip(found, names):
+    for (a, b, c, d), label in _raw_boxes(text):
         box = [round(v * f, 2) for v, f in ((a, x), (b, y), (c, x), (d, y))]
-        out.append({"bbox_2d": box, **({"label": name} if label else {})})
+        out.append({"bbox_2d": box, **({"label": label} if label else {})})
     return json.dumps(out, ensure_ascii=False)
 
 # %% ../../nbs/inputs/14_compare.ipynb #09d40534
-def _unlike(a, b):
-    "Two nouns, neither of which is a unit or holds the other?"
-    if unit_of(a) or unit_of(b):
-        return False
-    a, b = (x.casefold().removesuffix("s") for x in (a, b))
-    return a not in b and b not in a and not unit_of(a) and not unit_of(b)
+_NO_THING = re.compile(r"units?|in total|altogether")
 
 
-def _unit_or_thing(a, b):
-    "Is one noun a unit, and the other a word that no table has?"
-    first, second = a.casefold(), b.casefold()
-    plain = re.compile(r"units?|in total|altogether")
-    if plain.fullmatch(first) or plain.fullmatch(second) or first in second or second in first:
-        return False
-    return bool(unit_of(a)) is not bool(unit_of(b))
+def _other_thing(p, g):
+    "(verdict, reason) where `3 apples` meets `3 pears`, or a unit a word that no table has; or None"
+    a, b = _THINGS.fullmatch(p), _THINGS.fullmatch(g)
+    if not a or not b:
+        return None
+    first, second = (m[2].casefold().removesuffix("s") for m in (a, b))
+    units = [bool(unit_of(x) or unit_of(m[2])) for x, m in ((first, a), (second, b))]
+    if (
+        first in second
+        or second in first
+        or all(units)
+        or _NO_THING.fullmatch(a[2])
+        or _NO_THING.fullmatch(b[2])
+    ):
+        return None
+    if a[1] != b[1] and any(units):
+        return None
+    return None if a[1] == b[1] else False, f"{a[2]}, not {b[2]}"
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #070b493a
 def _grade_number(p, g, tol=None, precision=None, **kw):
     g, text = unwrap(g), unwrap(p)
     gold = read_number(g)
@@ -824,10 +837,8 @@ def _grade_number(p, g, tol=None, precision=None, **kw):
         return _grade_latex(p, g, tol=tol, precision=precision)
     if "=" in text and (other := _other_name(text, g)):
         return False, other
-    if (a := _THINGS.fullmatch(text)) and (b := _THINGS.fullmatch(g)) and _unlike(a[2], b[2]):
-        return None if a[1] == b[1] else False, f"{a[2]}, not {b[2]}"
-    if a and b and a[1] == b[1] and _unit_or_thing(a[2], b[2]):
-        return None, f"{a[2]}, not {b[2]}"
+    if other := _other_thing(text, g):
+        return other
     if said := find_number(text) or _concluded(text, find_number):
         return same_number(said, gold, tol, precision), "compared as numbers"
     if m := re.fullmatch(r"(-?\d+),(\d{1,2})", text):
@@ -844,7 +855,7 @@ def _grade_number(p, g, tol=None, precision=None, **kw):
         return _by_algebra(text, str(gold.value), read_number(text), gold, tol, precision)
     return False, "no single number can be read"
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #1543fdf4
 _ALGEBRA = re.compile(r"\\|\^|√|∛|π|sqrt|/|\d!|\b(?:log|ln|sin|cos|tan)|[²³]")
 
 
@@ -861,11 +872,11 @@ def _concluded(text, read):
         return None
     return read(_LEAD.sub("", text[found[-1].end() :].strip().rstrip("."), count=1))
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #99eae56c
 def _other_name(p, g):
     "Why `y = 2` does not answer `x = 2`, or None"
-    (name_p, _), (name_g, _) = _named(p), _named(g)
-    if name_p and name_g and name_p != name_g:
+    (name_p, rest_p), (name_g, rest_g) = _named(p), _named(g)
+    if name_p and name_g and name_p != name_g and not (name_p in rest_g and name_g in rest_p):
         return f"about {name_p}, not {name_g}"
     if not name_p and name_g and _leads_to(p.split("=")[0]) is False:
         return f"an equation, not {name_g}"
@@ -877,16 +888,19 @@ def _grade_latex(p, g, tol=None, precision=None, **kw):
         g = g.replace("$", "")  # $2\sqrt{5}$ cm
     if code_of(g) or statement(g) or _infinity(g):
         return _grade_text(p, g)
+    if m := _BASED.fullmatch(g):
+        n = _BASED.fullmatch(p)
+        return n.groups() == m.groups() if n else p == m[1], "digits in a base"
     if _is_ratio(g):
         return _grade_ratio(p, g)
     if _labels(g):
         return _grade_multi(p, g)
     (name_p, rest_p), (name_g, rest_g) = _named(p), _named(g)
-    if name_p and name_g and name_p != name_g:
-        return False, f"about {name_p}, not {name_g}"
-    if name_g and (name_p or "=" not in p):
+    if name_p and (other := _other_name(p, g)):
+        return False, other
+    if name_g and (name_p == name_g or "=" not in p):
         g = rest_g
-    if name_p and (name_g or "=" not in g):
+    if name_p and (name_p == name_g or "=" not in g):
         p = rest_p
     p, g = _as_symbols(p, g)
     if is_words(g) and not _structured(g):
@@ -903,12 +917,15 @@ def _grade_latex(p, g, tol=None, precision=None, **kw):
         return f(p, g)
     if a and a.unit and unit_of(a.unit)[0] == "angle" and re.search(r"π|\\pi(?![a-z])|\bpi\b", g):
         p, a = rf"\frac{{{a.value.numerator} \pi}}{{{180 * a.value.denominator}}}", None
-    if (column := _as_point(g)) and not re.search(r"\\begin", p):
+    if (column := _as_point(g)) and not ("\\begin" in p and "\\begin" in g):
         p = re.sub(r"^<([^<>]*,[^<>]*)>$", r"(\1)", p)
         return _grade_tuple(_as_point(p, True) or p, column)
     return _by_algebra(re.sub(r"^(?:≈|\\approx)\s*", "", p), g, a, b, tol, precision)
 
 
+_BASED = re.compile(r"\(?([\dA-F]+)\)?_\{?(?:\\text\{)?(\d+|[a-z]+)\}*")  # 1011_2
+
+# %% ../../nbs/inputs/14_compare.ipynb #973f3b6d
 _GLUED = re.compile(r"(?<![A-Za-z\\_^])[A-Za-z]\d")  # e4 is no 4e
 
 
@@ -941,7 +958,7 @@ def _in_time(text):
     except TimeoutError:
         return None, _SLOW
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #98c59ad1
 _NAME = re.compile(r"([A-Za-z](?:_\{?\w+\}?)?(?:\([a-z]\))?)\s*(?:=|\\in(?![a-z])|∈)\s*([^=]+)", re.S)
 
 
@@ -956,7 +973,7 @@ def _named(text):
     m = _NAME.fullmatch(text) or _MEASURE.fullmatch(text)
     return (re.sub(r"[{} ]", "", _spelled(m[1])), m[2].strip()) if m else (None, text)
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #6de563d5
 def _letters(text):
     return "".join(
         sorted(
@@ -995,7 +1012,7 @@ def _as_symbols(p, g):
     g, p = _GEOMETRY.sub(symbol, g), _GEOMETRY.sub(symbol, p)
     return p.strip(), g.strip()
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #749b0d68
 _END_UNIT = re.compile(
     r"(?:\\(?:text|mathrm|mbox|rm|operatorname)\s*\{\s*([^{}]+?)\s*\}((?:\s*\^\s*\{?[23]\}?)?)"
     r"|(?<=[\d})\sπi])\s*((?:square |sq\.? ?|cubic )?[A-Za-zΩ°µ]{2,}(?:/[A-Za-z]+)?(?:\^\{?[23]\}?)?"
@@ -1005,9 +1022,8 @@ _END_UNIT = re.compile(
 
 def _end_unit(text):
     "(text without its unit, unit); the unit is empty if there is none"
-    text = re.sub(
-        "[²³](?=\\.?$)", lambda m: {"²": "^2", "³": "^3"}[m[0]], text.replace(r"\,", " ").replace("~", " ")
-    )
+    text = re.sub(r"(?<!\\)\\[,;:! ]|~", " ", text)
+    text = re.sub("[²³](?=\\.?$)", lambda m: {"²": "^2", "³": "^3"}[m[0]], text)
     m = _END_UNIT.search(text)
     if not m or not text[: m.start()].strip() or not re.search(r"\d|π|pi|sqrt", text[: m.start()]):
         return text, ""
@@ -1018,15 +1034,15 @@ def _end_unit(text):
         return text, ""
     return re.sub(r"(?:\\[,;: ]|\s|\\cdot)+$", "", text[: m.start()]), name
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #566bb1c2
 def _without_units(p, g):
     "(p, g) without units, scaled to the gold's, and why they differ, or None"
     if not any(re.search(r"[A-Za-zΩ°µ²³一-龥]\}?(?:\s*\^\s*\{?\d\}?)?\.?\s*$", t) for t in (p, g)):
         return p, g, None
     (bare_p, u), (bare_g, v) = _end_unit(p), _end_unit(g)
-    if not u and (m := re.search(r"(?<=\S) ([mshgLlNJWVAK])$", p)) and not _letters(bare_g):
-        if not _letters(p[: m.start()]):
-            bare_p, u = p[: m.start()], m[1]  # 5√3 m, where nothing else is a letter
+    if not u and (m := re.search(r"(?<=\S) ([mshgLlNJWVAK]|m\^[23])$", bare_p)) and not _letters(bare_g):
+        if not _letters(bare_p[: m.start()]):
+            bare_p, u = bare_p[: m.start()], m[1]  # 5√3 m, where nothing else is a letter
     a, b = (unit_of(x) if x else None for x in (u, v))
     if not a or not b or read_number(p) and read_number(g):
         return (p, g, None) if read_number(p) and read_number(g) else (bare_p, bare_g, None)
@@ -1041,23 +1057,30 @@ def _without_units(p, g):
 
 # %% ../../nbs/inputs/14_compare.ipynb #c5f6c73e
 _STATES = re.compile(
-    r"(?P<what>(?:[A-Za-z'-]+,? ){1,10}?)(?:is|are|equals|was|will be|must be)(?: equal to| exactly|"
+    r"(?P<what>(?:(?:[A-Za-z'-]+|(?<=angle )\d|(?<=side )\d),? ){1,10}?)(?:is|are|equals|was|will be|must"
+    r" be)(?: equal to| exactly|"
     r" just| at| located at|:)? "
-    r"(?P<value>\S.*)",
+    r"(?P<value>\S.*)"
+    r"|(?P<han>(?=[^是为]*[一-龥])[^是为=<>≤≥]{1,20})(?:是|为|等于)\s*(?P<says>[^一-龥]+)",
     re.S,
+)
+
+
+_SPAN = re.compile(
+    r"(?P<head>[A-Za-z][^$\\]*)(?:\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\])(?P<tail>(?: [a-z ]+)?)\.?", re.S
 )
 
 
 def _stated(text):
     "What a sentence says that something is; another text as it is, without dollars inside"
-    m = _STATES.fullmatch(text)
-    if (
-        m
-        and not _CHANGED.search(m["what"])
-        and not _HEDGE.search(text)
-        and not is_words(_end_unit(m["value"])[0])
-    ):
-        text = m["value"]
+    if m := _SPAN.fullmatch(text):
+        around = m["head"] + m["tail"]
+        if not any(pattern.search(around) for pattern in (_HEDGE, _CHANGED, _DENIED)):
+            return (m[2] or m[3] or m[4]).strip() + (m["tail"] if unit_of(m["tail"].strip()) else "")
+    if (m := _STATES.fullmatch(text)) and not _HEDGE.search(text):
+        what, value = m["what"] or m["han"], m["value"] or m["says"]
+        if not _CHANGED.search(what) and not is_words(_end_unit(value)[0]):
+            text = value
     if text.count("$") == 2:
         text = re.sub(r"\$([^$]+)\$", r"\1", text).strip()
     return re.sub(r"^(?:located )?at (?=\()", "", text)  # it is at (3, -2)
@@ -1097,7 +1120,7 @@ _COLUMN = re.compile(
 
 def _as_point(text, predicted=False):
     "`(1, 2)` of a column, a row or angle brackets; None for anything else; `\\binom` only if predicted"
-    m = _COLUMN.fullmatch(re.sub(r"\\(?:left|right)(?![a-z])", "", text).strip())
+    m = _COLUMN.fullmatch(_bare(text))
     if not m or m["up"] and not predicted:
         return None
     if m["row"]:
@@ -1124,22 +1147,18 @@ def _is_region(g):
         isinstance(b, str) and re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", b)) for b in bounds
     )
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #9c2f68c0
 def _structured(g):
     "The grader for the structure of a gold answer, if it has one"
-    g = _POINT.sub("", re.sub(r"\\(?:left|right)(?![a-z])", "", g).strip())
+    g = _POINT.sub("", _bare(g))
     if _labels(g):
         return _grade_multi
     if _REALS.fullmatch(g) or _is_region(g):
         return _grade_interval
-    if re.match(r"\\\{|\\emptyset|\\varnothing", g):
+    union = re.search(r"\\cup(?![a-z])|∪", g)
+    if re.match(r"\\\{|\\emptyset|\\varnothing", g) and not union:
         return _grade_set
-    if (
-        re.search(r"\\cup|∪", g)
-        and "\\{" not in g[:2]
-        or (m := _PIECE.fullmatch(g))
-        and (m[1], m[4]) not in (("(", ")"), ("[", "]"))
-    ):
+    if union or (m := _PIECE.fullmatch(g)) and (m[1], m[4]) not in (("(", ")"), ("[", "]")):
         return _grade_interval
     if (
         re.fullmatch(r"\(.*\)", g, re.S)
@@ -1161,7 +1180,7 @@ def _structured(g):
 
 # %% ../../nbs/inputs/14_compare.ipynb #5583eed0
 def _grade_tuple(p, g, **kw):
-    strip = lambda t: _POINT.sub("", re.sub(r"\\(?:left|right)(?![a-z])", "", unwrap(t)).strip())
+    strip = lambda t: _POINT.sub("", _bare(unwrap(t)))
     said = read_multi(p)
     if said and len(said) > 1 and all(k for k, _ in said) and strip(g).startswith("("):
         return _grade_multi(p, strip(g))  # x = 3, y = -2
@@ -1187,7 +1206,7 @@ KINDS = {
 }
 LIMIT = 10_000  # characters of an answer
 
-
+# %% ../../nbs/inputs/14_compare.ipynb #1160003f
 def explain_grade(
     prediction: str,  # the extracted answer, wrapped or not
     gold: str,  # the right answer
@@ -1215,6 +1234,8 @@ def explain_grade(
 @lru_cache(maxsize=16384)
 def _cached(p, g, kind, choices, tol, precision, iou_at):
     _budget.left = 0.7
+    if kind in ("set", "interval", "multi"):
+        p = _stated(unwrap(p))
     try:
         return KINDS[kind](p, g, choices=choices, tol=tol, precision=precision, iou_at=iou_at)
     except _TooLong:
@@ -1238,7 +1259,7 @@ def kind_of(
         return "choice"
     if "bbox" in g and read_boxes(g):
         return "box"
-    if code_of(g) or statement(g):
+    if code_of(g) or statement(g) or g in _YES_HAN:
         return "text"
     if _labels(g):
         return "multi"

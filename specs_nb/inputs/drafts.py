@@ -241,6 +241,7 @@ _ASKS_ORDER = re.compile(
     r" ,.?]|$)|从[小大左上]到|由[小大左上][到至]|依次|分别",
     re.I,
 )
+_ASKS_BOX = re.compile(r"\bb(?:ounding ?)?box|\bbox (?:of|around)\b|\b(?:detect|locate)\b|[边方]框|检测|定位", re.I)
 _ROUGHLY = re.compile(r"(?:approximately|about|around|roughly|approx\.?|≈|大约|约为?)\s*(?=[$€£¥\d])", re.I)
 
 
@@ -261,6 +262,8 @@ def _as_asked(question, answer):
     if (m := _ROUGHLY.match(answer)) and read_number(answer[m.end() :]):
         answer = answer[m.end() :]
     bare = answer.strip("$ ")
+    if re.fullmatch(r"\[[\d., ]+\]", bare) and _ASKS_BOX.search(question) and read_boxes(bare):
+        return answer, "box"
     if re.fullmatch(r"-?\d+(?:\.\d+)?", bare) and (unit := _asked_unit(question)):
         return f"{bare} {unit}", "number"
     if not re.search(r"[{}\\]", bare) and _ASKS_ORDER.search(question) and _kind(answer) == "set":

@@ -39,8 +39,8 @@ def count_rows(
 
 # %% ../../nbs/inputs/31_files.ipynb #8191307e
 _PIECE = 2**16  # characters that are read at a time
-_WHOLE = 2**22  # an object that ends before so many characters is looked at as a whole
-_LINE = 2**24  # the longest line that is taken for a row
+_WHOLE = 2**20  # an object that ends before so many characters is looked at as a whole
+_LINE = 2**22  # the longest first line by which a `.json` is taken for JSON lines
 
 
 def _text(file):
@@ -60,16 +60,19 @@ def in_lines(
         f.seek(0)
         first = next((l for l in iter(lambda: f.readline(_LINE), "") if l.strip()), "")
         more = any(l.strip() for l in iter(lambda: f.readline(_LINE), ""))
+    if file.suffix == ".jsonl" and not first.lstrip().startswith("["):
+        return True
+    return more and _is_json(first)
+
+
+def _is_json(text):
     try:
-        json.loads(first)
-        alone = True
+        json.loads(text)
     except (ValueError, RecursionError):
-        alone = False
-    if file.suffix == ".json":
-        return alone and more
-    return not first.lstrip().startswith("[") or alone and more
+        return False
+    return True
 
-
+# %% ../../nbs/inputs/31_files.ipynb #edf7eb15
 class _Pieces:
     "JSON that is read value by value"
 
@@ -136,7 +139,7 @@ class _Pieces:
             if end == "]":
                 return
 
-
+# %% ../../nbs/inputs/31_files.ipynb #2c7c570e
 def _row(value):
     return value if isinstance(value, dict) else Drop("it is no JSON object", _short(repr(value)))
 
@@ -195,6 +198,8 @@ def _members(file, p):
             if isinstance(value, dict):
                 yield {"pid": name, **value}
         if p.take(",}") == "}":
+            if p.peek():
+                p.fail("more follows the object: name the file .jsonl if it holds one row a line")
             return
 
 # %% ../../nbs/inputs/31_files.ipynb #ab964cb6

@@ -18,60 +18,50 @@ from ..formats import boxed
 from .times import read_clock, read_date, same_clock, same_date
 
 # %% ../../nbs/inputs/11_parsers.ipynb #0d0fbdd0
-_TABLE = {
-    c: None
-    for c in (
-        *range(9),
-        11,
-        12,
-        *range(14, 32),
-        127,
-        0xAD,
-        *range(0x200B, 0x2010),
-        *range(0x202A, 0x202F),
-        *range(0x2060, 0x2070),
-        0xFEFF,
-    )
-}
-_TABLE |= {c: c - 0xFEE0 for c in range(0xFF01, 0xFF5F)}  # full width
-_TABLE |= dict.fromkeys(map(ord, "−–‐‑‒—"), "-") | dict.fromkeys(
-    map(ord, "\xa0\u2009\u202f\u3000\u2002\u2003"), " "
-)
-_TABLE |= dict.fromkeys(map(ord, "’‘′"), "'") | dict.fromkeys(map(ord, "“”″"), '"') | {ord("∶"): ":"}
+_INVISIBLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]+")
+_PLAINLY = str.maketrans("−–‐‑‒—\xa0\u2009\u202f\u3000\u2002\u2003’‘′“”″∶", "------      '''\"\"\":")
+_PLAINLY |= {c: c - 0xFEE0 for c in range(0xFF01, 0xFF5F)}  # full width
 
 
 def clean(
     text: str,  # as a model or a data set wrote it
 ) -> str:  # the same without invisible characters and with plain signs
     "Plain characters for those that only look different."
-    return (text if text.isascii() and text.isprintable() else text.translate(_TABLE)).strip()
+    if not text.isascii() or not text.isprintable():
+        text = _INVISIBLE.sub("", text).translate(_PLAINLY)
+    return text.strip()
 
 # %% ../../nbs/inputs/11_parsers.ipynb #7fdb6dec
 _LEAD = re.compile(
     r"(?:(?:so|thus|therefore|hence|then)\b[,"
     r" ]*)?(?:(?:(?:my|the|our)\s+)?(?:(?:final|correct|right|best)\s+)?(?:answer|result|solution)s?\s*"
     r"(?:(?:to|of|for) (?:the|this) \w+\s*)?(?:is|are|:|=|would be|must be)\s*:?|it is|it's|it equals|looks"
-    r" like)\s+|answer:",
+    r" like)\s+|answer:|(?:so|thus|therefore|hence|then),\s+|答案?(?:是|为|[:：])\s*",
     re.I,
 )
-_PAIRS = (
-    ("$$", "$$"),
-    ("$", "$"),
-    ("\\(", "\\)"),
-    ("\\[", "\\]"),
-    ("**", "**"),
-    ("`", "`"),
-    ('"', '"'),
-    ("'", "'"),
-)
+_PAIRS = [(mark, mark) for mark in ("$$", "$", "**", "`", '"', "'")] + [("\\(", "\\)"), ("\\[", "\\]")]
 # ✅ and its like; a cross, a question mark or a thumb down is a verdict and stays
 _ORNAMENT = re.compile(r"(?:(?![✕-✘❌❎❓-❕🚫👎])[\u2600-\u27bf\U0001f300-\U0001faff\ufe0f\s])+")
 _MACRO = re.compile(
-    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|boldsymbol|fbox)\s*\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox|rm|operatorname|boldsymbol|fbox)\s*\{([^{}]*)\}"
 )
+
+# %% ../../nbs/inputs/11_parsers.ipynb #1a9c1040
+_SIZE = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])")  # of brackets
+
+
+def _bare(text):
+    "Without the sizes of brackets"
+    return _SIZE.sub("", text).strip()
+
+# %% ../../nbs/inputs/11_parsers.ipynb #c66a981f
+# reasoning before the answer, as R1, GSM8K and chat models write it
+_MARK = re.compile(r"</think>|####|\n\s*\**(?:(?:final )?answer|答案?)\s*[:：]\**[:：]?", re.I)
 
 
 def _peel(text):
+    if len(parts := _MARK.split(text)) == 2 and parts[1].strip():
+        return parts[1]
     if "\\boxed" in text and (found := list(dict.fromkeys(boxed(text)))):
         return ", ".join(found)
     for a, b in _PAIRS:
@@ -131,89 +121,55 @@ _LARGE = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10*
 _SCALES = {"dozen": 12, "hundred": 100, **_LARGE}
 
 # %% ../../nbs/inputs/11_parsers.ipynb #1ad5a804
+# what is measured, then names and their sizes
 _TABLE_OF_UNITS = """
-length   mm 1/1000 cm 1/100 centimeter 1/100 centimetre 1/100 dm 1/10 m 1 meter 1 metre 1
-length   km 1000 kilometer 1000 kilometre 1000
+length   mm 1/1000 cm 1/100 centimeter 1/100 centimetre 1/100 dm 1/10 m 1 meter 1 metre 1 km 1000
+length   kilometer 1000 kilometre 1000 米 1 厘米 1/100 毫米 1/1000 分米 1/10 千米 1000 公里 1000
 length   in 127/5000 inch 127/5000 inches 127/5000 ft 381/1250 foot 381/1250 feet 381/1250
-length   mi 201168/125 mile 201168/125
+length   yard 1143/1250 yd 1143/1250 mi 201168/125 mile 201168/125
 mass     mg 1/1000 g 1 gram 1 kg 1000 kilogram 1000 t 1000000 lb 45359237/100000 lbs 45359237/100000
-time     ms 1/1000 s 1 sec 1 second 1 min 60 minute 60 h 3600 hr 3600 hour 3600 day 86400
-volume   ml 1/1000 mL 1/1000 l 1 L 1 liter 1 litre 1
+mass     克 1 千克 1000 公斤 1000 吨 1000000 毫克 1/1000 斤 500 oz 45359237/1600000 ounce 45359237/1600000
+time     ms 1/1000 s 1 sec 1 second 1 min 60 minute 60 h 3600 hr 3600 hour 3600 day 86400 week 604800
+time     秒 1 分 60 分钟 60 小时 3600 时 3600 天 86400
+year     year 1 年 1 month 1/12 月 1/12 decade 10 century 100 centuries 100
+volume   ml 1/1000 mL 1/1000 cl 1/100 cL 1/100 dl 1/10 dL 1/10 l 1 L 1 liter 1 litre 1 升 1 毫升 1/1000
+volume   gallon 473176473/125000000
+area     hectare 10000 acre 316160658/78125
+speed    m/s 1 km/h 5/18 kph 5/18 mph 1397/3125
 percent  % 1/100 percent 1/100 pct 1/100
-angle    ° 1 degree 1 deg 1
+angle    ° 1 degree 1 deg 1 度 1
 radian   rad 1 radian 1
 celsius  °C 1
 fahrenheit °F 1
 kelvin   K 1
-dollar   $ 1 dollar 1 USD 1 cent 1/100
-euro     € 1 euro 1 EUR 1
-pound    £ 1 GBP 1
-yen      ¥ 1 yen 1
-speed    m/s 1 km/h 5/18 kph 5/18 mph 1397/3125
-force    N 1 kN 1000
-energy   J 1 kJ 1000
-power    W 1 kW 1000
-voltage  V 1 mV 1/1000
-current  A 1 mA 1/1000
-resistance Ω 1 kΩ 1000
+force    N 1 kN 1000 newton 1
+energy   J 1 kJ 1000 joule 1 kWh 3600000 cal 523/125 kcal 4184 eV 1602176634/10000000000000000000000000000
+power    W 1 kW 1000 watt 1
+voltage  V 1 mV 1/1000 volt 1
+current  A 1 mA 1/1000 ampere 1 amp 1
+resistance Ω 1 kΩ 1000 ohm 1
 frequency Hz 1 kHz 1000 hertz 1
-force    newton 1
-energy   joule 1
-power    watt 1
-voltage  volt 1
-current  ampere 1 amp 1 mA 1/1000
-resistance ohm 1
-pressure pascal 1
-amount   mole 1
-pressure Pa 1 kPa 1000 MPa 1000000
-amount   mol 1
-length   米 1 厘米 1/100 毫米 1/1000 分米 1/10 千米 1000 公里 1000 yard 1143/1250 yd 1143/1250
-mass     克 1 千克 1000 公斤 1000 吨 1000000 毫克 1/1000
-time     秒 1 分 60 分钟 60 小时 3600 时 3600 天 86400 week 604800
-volume   升 1 毫升 1/1000
-angle    度 1
+pressure Pa 1 kPa 1000 MPa 1000000 pascal 1
+amount   mol 1 mole 1
+data     kB 1000 KB 1000 MB 1000000 GB 1000000000 TB 1000000000000
+count    个 1
+dollar   $ 1 dollar 1 USD 1 cent 1/100 美元 1 美金 1 美分 1/100
+euro     € 1 euro 1 EUR 1 欧元 1
+pound    £ 1 GBP 1 英镑 1 pence 1/100 penny 1/100
+yen      ¥ 1 yen 1 日元 1 日圆 1 JPY 1
 yuan     元 1 yuan 1 块 1 块钱 1 角 1/10 毛 1/10 人民币 1 CNY 1 RMB 1
-dollar   美元 1 美金 1 美分 1/100
-euro     欧元 1
-pound    英镑 1
-yen      日元 1 日圆 1 JPY 1
+hkd      港元 1 港币 1
 peso     peso 1
 rupee    rupee 1 ₹ 1 卢比 1
 won      won 1 ₩ 1 韩元 1
-franc    franc 1
-hkd      港元 1 港币 1
-mass     斤 500
-year     year 1 年 1 month 1/12 月 1/12
-count    个 1
-year     decade 10 century 100 centuries 100
-volume   gallon 473176473/125000000 cl 1/100 cL 1/100 dl 1/10 dL 1/10
-mass     oz 45359237/1600000 ounce 45359237/1600000
-energy   kWh 3600000 cal 523/125 kcal 4184
-data     kB 1000 KB 1000 MB 1000000 GB 1000000000 TB 1000000000000
-area     hectare 10000 acre 316160658/78125"""
+franc    franc 1"""
 
+# %% ../../nbs/inputs/11_parsers.ipynb #b18551bb
 _PREFIXES = {"p": -12, "n": -9, "μ": -6, "µ": -6, "m": -3, "k": 3, "M": 6, "G": 9}
-# what may stand before a unit; pm is a time, and mm, ms and kg are in the table
-_PREFIXED = {
-    "m": ("length", "nμµ", 1),
-    "g": ("mass", "nμµ", 1),
-    "s": ("time", "nμµ", 1),
-    "L": ("volume", "nμµ", 1),
-    "N": ("force", "μµmM", 1),
-    "J": ("energy", "nμµmMG", 1),
-    "W": ("power", "nμµmMG", 1),
-    "V": ("voltage", "nμµkM", 1),
-    "A": ("current", "pnμµk", 1),
-    "Ω": ("resistance", "mMG", 1),
-    "Hz": ("frequency", "mMG", 1),
-    "Pa": ("pressure", "mG", 1),
-    "mol": ("amount", "nμµmk", 1),
-    "eV": ("energy", "mkMG", Fraction(1602176634, 10**28)),
-    "F": ("capacitance", "pnμµm", 1),
-    "H": ("inductance", "nμµm", 1),
-    "T": ("field", "nμµm", 1),
-    "C": ("charge", "pnμµm", 1),
-}
+_PREFIXED = """
+length m nμµ, mass g nμµ, time s nμµ, volume L nμµ, force N μµmM, energy J nμµmMG, power W nμµmMG
+voltage V nμµkM, current A pnμµk, resistance Ω mMG, frequency Hz mMG, pressure Pa mG, amount mol nμµmk
+energy eV mkMG, capacitance F pnμµm, inductance H nμµm, field T nμµm, charge C pnμµm"""
 
 # %% ../../nbs/inputs/11_parsers.ipynb #01c41d5c
 def _units(table):
@@ -224,10 +180,10 @@ def _units(table):
             # 1 is a litre
             if dim == "length":
                 units[f"{name}^2"], units[f"{name}^3"] = ("area", factor**2), ("volume", factor**3 * 1000)
-    for base, (dim, prefixes, size) in _PREFIXED.items():
+    for dim, base, prefixes in map(str.split, re.split("[,\n]", _PREFIXED.strip())):
+        size = units.get(base, (dim, 1))[1]
         for prefix in prefixes:
             units[prefix + base] = dim, size * Fraction(10) ** _PREFIXES[prefix]
-    units["eV"] = _PREFIXED["eV"][::2]
     return units
 
 
@@ -248,6 +204,7 @@ _UNIT_SPELLINGS = [
         (r"\b(?:square|sq\.?) (\w+)", r"\1^2"),
         (r"\bcubic (\w+)", r"\1^3"),
         (r"(\w+) squared\b", r"\1^2"),
+        (r"^degrees? ([CF])(?:elsius|ahrenheit)?$", r"°\1"),
         (r" ?(?:\bper\b|每) ?", "/"),
         (r" ?([/·*⋅]) ?", r"\1"),
         (r" \^", "^"),
@@ -256,7 +213,7 @@ _UNIT_SPELLINGS = [
     )
 ]
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #55aa1376
 @lru_cache(maxsize=4096)
 def unit_of(
     name: str,  # such as `cm`, `g/cm^3`, `square meters`
@@ -295,7 +252,7 @@ _INT = (
 _DEC = rf"(?P<dec>(?:{_INT})(?:\.\d+)?|\.\d+)"
 _FRAC = (
     r"(?:(?P<whole>\d+) ?)?\\frac ?(?:\{(?P<n1>-?\d+)\}"
-    r" ?\{(?P<d1>\d+)\}|(?P<n2>\d)(?P<d2>\d))|(?:(?P<whole2>\d+) )?\(?(?P<n3>\d+)(?: ?/"
+    r" ?\{(?P<d1>\d+)\}|(?P<n2>\d)(?P<d2>\d))|(?:(?P<whole2>\d+) )?\(?(?P<n3>\d+(?:\.\d+)?)(?: ?/"
     r" ?|:(?!\d\d))(?P<d3>\d+)\)?"
 )
 _SCI = r"(?:[eE](?P<e1>[-+]?\d{1,4})|(?P<x> ?× ?10 ?\^ ?\{?(?P<e2>[-+]?\d{1,4})\}?))"
@@ -304,6 +261,8 @@ _NUMBER = re.compile(
     rf" ?(?P<sign2>-?)(?:{_FRAC}|10\^\{{?(?P<e3>[-+]?\d{{1,4}})\}}?|{_DEC}{_SCI}?(?![\d.,]*\d))(?P<tail>.*)",
     re.A | re.S,
 )
+
+# %% ../../nbs/inputs/11_parsers.ipynb #3340571e
 _TAIL = re.compile(r" ?(?:(?P<large>dozen|hundred|thousand|million|billion|trillion)\b)? ?(?P<unit>.*)", re.S)
 _NO_UNIT = re.compile(
     r"\b(?:or|and|to|past|o'? ?clock|not|than|least|most|pi|sqrt|plus|minus|times|if|but|out"
@@ -314,6 +273,8 @@ _NO_UNIT = re.compile(
     r"|n't|[或和与及至到不非错没倍约半点负乘加减除根分]",
     re.I,
 )
+
+# %% ../../nbs/inputs/11_parsers.ipynb #7b9f0841
 # words and signs that make another number of the one they stand beside, or deny it
 _CHANGED = re.compile(
     r"""\b(?: no | not | cannot | too | never | neither | nor | none | without | except | but | anything
@@ -347,33 +308,46 @@ _CHANGED = re.compile(
       | \.?$)) [b-zB-HJ-Z] (?![\w/^'])""",
     re.I | re.X,
 )
+
+# %% ../../nbs/inputs/11_parsers.ipynb #8012920d
 _TIDY = [
     (re.compile(p), r)
     for p, r in (
         (r"(?<!\\)\$([^$]+)\$", r"\1"),
-        (r"\{,\}|,\\!", ","),
+        (r"\{,\}|,\\! ?", ","),
         (r"\\[,!;: ]|\\quad|~", " "),
         (r"\\[dt]frac", r"\\frac"),
-        (r"\\(?:left|right)(?![a-z])", ""),
+        (_SIZE, ""),
         (r"\\(?:times|cdot)(?![a-z])|[xX](?= ?10 ?\^)|\*", "×"),
         (r"\^?\{?\\circ(?![a-z])\}?|\\degree", "°"),
+        (r"℃", "°C"),
+        (r"\\Omega(?![a-z])", "Ω"),
+        (r"\\mu ?(?=(?:\\(?:text|mathrm) ?\{)?[mgsLAFVC](?![A-Za-z]))", "μ"),
         (r"\\%", "%"),
         (r"\\\$", "$"),
-        (r"\\(?:text|mathrm|mbox|rm)\s*\{([^{}]*)\}", r" \1 "),
+        (_MACRO, r" \1 "),
         (r" +", " "),
+        (r"° (?=[CF]\b)", "°"),
     )
 ]
-_SUP = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_SUP = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+
+
+def _raised(text, form="^{}"):
+    "Superscripts as powers"
+    return re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda m: form.format(m[0].translate(_SUP)), text)
+
+
 _VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8"}
 
 # %% ../../nbs/inputs/11_parsers.ipynb #ac408094
 def _tidy(text):
-    if text.isascii() and "\\" not in text and "{" not in text:
+    if text.isascii() and "\\" not in text and "{" not in text and text.count("$") < 2:
         text = text.replace("*", "×").replace("x10^", "×10^").replace("x 10^", "×10^")
     else:
         for pattern, new in _TIDY:
             text = pattern.sub(new, text)
-        text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^" + m[0].translate(_SUP), text)
+        text = _raised(text)
         for k, v in _VULGAR.items():
             text = re.sub(rf"(\d?) ?{k}", lambda m, v=v: f"{m[1]} {v}".strip(), text)
     return re.sub(r"\s+", " ", text).strip()
@@ -385,7 +359,7 @@ def _fraction(m):
         return Fraction(10) ** max(-400, min(400, int(m["e3"]))), 0
     for w, n, d in (("whole", "n1", "d1"), ("whole", "n2", "d2"), ("whole2", "n3", "d3")):
         if m[n]:
-            return (int(m[w] or 0) + Fraction(int(m[n]), int(m[d])), None) if int(m[d]) else None
+            return (int(m[w] or 0) + Fraction(m[n]) / int(m[d]), None) if int(m[d]) else None
     dec, exp = m["dec"], int(m["e1"] or m["e2"] or 0)
     if abs(exp) > 400:
         return None
@@ -456,8 +430,8 @@ def _with_unit(value, places, tail):
 
 # %% ../../nbs/inputs/11_parsers.ipynb #380b04fe
 _CARDINAL = "|".join((*sorted(_WORDS, key=len, reverse=True), *_SCALES))
-_PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8}
-_PARTS |= {"ninth": 9, "tenth": 10, "halve": 2}
+_PARTS = "half third fourth fifth sixth seventh eighth ninth tenth".split()
+_PARTS = {w: i for i, w in enumerate(_PARTS, 2)} | {"quarter": 4, "halve": 2}
 _PART_WORD = rf"(?:{'|'.join(_PARTS)})s?"
 _COUNT = rf"(?:an? )?(?:{_CARDINAL})(?:(?:[ -]| and )(?:{_CARDINAL})\b)*"
 _PHRASE = re.compile(
@@ -466,13 +440,15 @@ _PHRASE = re.compile(
     rf"|[ -]{_PART_WORD})?|(?:an? |one )?(?P<half>half)|an? (?P<part>{_PART_WORD}))\b",
     re.I,
 )
+
+# %% ../../nbs/inputs/11_parsers.ipynb #71cf808f
 _HAN = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 _HAN_SCALES = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
 _HAN_NUMBER = re.compile(
     r"(负?)([零〇一二两三四五六七八九十百千万亿]{1,20})(?:分之([零〇一二两三四五六七八九十百千万亿]{1,20}))?"
 )
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #14c42a58
 def _count(words):
     "The value of words such as two thousand five hundred, or None if they are no single number"
     total, now, last = 0, 0, None
@@ -497,7 +473,7 @@ def _count(words):
         last = w
     return Fraction(total + now)
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #1706bfb9
 def _in_words(m):
     "The value of a match of `_PHRASE`, or None"
     part = lambda t: Fraction(1, _PARTS[t.lower().removesuffix("s")])
@@ -513,7 +489,7 @@ def _in_words(m):
                 value *= part(which)
     return value if value is None or not m["sign"] else -value
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #a45e6b4f
 def _han(text):
     "The value of Chinese numerals"
     total, now, one = 0, 0, 0
@@ -551,7 +527,20 @@ def _compound(text):
     return Number(sum(v * u[1] for v, u, _ in parts) / sizes[0], None, parts[0][2])
 
 # %% ../../nbs/inputs/11_parsers.ipynb #7bb6146d
-_MONEY = {"US": "$", "EU": "€", "GB": "£"}
+_REWRITTEN = [
+    (re.compile(p, re.I), r)
+    for p, r in (
+        (
+            r"^(?:[a-z](?:_\w)? ?= ?|[=≈] ?|\\approx ?|(?:about|approximately|roughly|around) (?=[$€£¥\d]))",
+            "",
+        ),
+        (r"^(?:minus|negative|零下) ?(?=[\d.$\\])", "-"),
+        (r"^(\d\S*(?: degrees?)?) below (?:zero|0)\b", r"-\1"),
+        (r"^(?:USD|US ?\$) ?(?=\d)", "$"),
+        (r"^EUR ?(?=\d)", "€"),
+        (r"^GBP ?(?=\d)", "£"),
+    )
+]
 
 
 def read_number(
@@ -563,9 +552,9 @@ def read_number(
         return Number(Fraction(text), len(m[1] or m[2] or ""))
     if len(text) > _DIGITS:
         return None
-    text = re.sub(r"^(?:[A-Za-z](?:_\w)? ?= ?|[=≈] ?|\\approx ?)", "", _tidy(text))
-    text = re.sub(r"^(?:minus|negative) (?=[\d.$\\])", "-", text, flags=re.I)
-    text = re.sub(r"^(?:USD|US ?\$|EUR|GBP) ?(?=\d)", lambda m: _MONEY[m[0][:2]], text)
+    text = _tidy(text)
+    for pattern, new in _REWRITTEN:
+        text = pattern.sub(new, text)
     if (m := re.fullmatch(r"(\d{1,4}) (?:in|out of) (\d{1,6})", text)) and 0 < int(m[1]) < int(m[2]):
         text = f"{m[1]}/{m[2]}"  # 1 in 4
     if (m := _NUMBER.fullmatch(text)) and (read := _fraction(m)):
@@ -595,7 +584,7 @@ _HEDGE = re.compile(
     r" to|never|unsure|maybe|wrong|incorrect|false|untrue|eliminated?|excluded?|ruled?|except|but|other"
     r" than|half of)\b|n't"
     # in Chinese: not, or, negative, more, less, at least, root, power, times
-    r"|[不非或负]|[大小多少低高]于|至[少多]|超过|根号|[平立]方(?!厘|分|米|千)|倍",
+    r"|[不非或负比另差超约第]|[大小多少低高]于|至[少多]|超过|根号|[平立]方(?!厘|分|米|千)|倍",
     re.I,
 )
 
@@ -608,7 +597,7 @@ def numbers_in(
     for m in _ANY.finditer(text):
         number, _, unit = m[0].partition(" ")
         found.append(
-            read_number(f"{number} {unit}" if unit_of(unit.rstrip(".")) else number.rstrip(".,;:!?)"))
+            read_number(f"{number} {unit}" if unit_of(unit.rstrip(".")) else number.rstrip(".,;:!?)。，！"))
         )
     if found:
         return found
@@ -684,6 +673,11 @@ def close(
     )
 
 # %% ../../nbs/inputs/11_parsers.ipynb #28670894
+# units that measure one of two things
+_EITHER = {"¥", "°", "度", "degree", "degrees"}
+_OF_TWO = {"yen", "yuan"}, {"angle", "celsius"}, {"angle", "fahrenheit"}
+
+
 def same_number(
     p: Number,  # predicted
     g: Number,  # gold
@@ -694,7 +688,7 @@ def same_number(
     values, scale = [p.value], Fraction(1)
     if p.unit and g.unit:
         (p_dim, p_factor), (g_dim, g_factor) = unit_of(p.unit), unit_of(g.unit)
-        if p_dim != g_dim and not ("¥" in (p.unit, g.unit) and {p_dim, g_dim} == {"yen", "yuan"}):
+        if p_dim != g_dim and not (_EITHER & {p.unit, g.unit} and {p_dim, g_dim} in _OF_TWO):
             return False
         scale = p_factor / g_factor
     elif p.unit and unit_of(p.unit)[0] == "percent":
@@ -729,51 +723,31 @@ _DENIED = re.compile(
 
 # %% ../../nbs/inputs/11_parsers.ipynb #53327baf
 _DROP = re.compile(r"\b(?:the|an?)\b(?=\s+[A-Za-zÀ-ɏ]{2})", re.I)
-_GREEK = dict(
-    zip(
-        "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
-        (
-            "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau"
-            " upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
-        ).split(),
-    )
+_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi"
+    " chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
 )
-_SPELLED = {
-    **_GREEK,
-    **dict(
-        zip(
-            "√∛≤≥≠≈∥⊥∠△≅∽∼∞±∓×÷∪∩∈∉∅⊂⊆→←↔⇒∘⊙□≡",
-            (
-                "sqrt cbrt le ge neq approx parallel perp angle triangle cong sim sim infty pm mp times div"
-                " cup cap in notin emptyset subset subseteq to gets leftrightarrow Rightarrow circ odot"
-                " square equiv"
-            ).split(),
-        )
-    ),
-}  # sign → the LaTeX command that means the same
-_SAME_COMMAND = {
-    "leq": "le",
-    "leqslant": "le",
-    "geq": "ge",
-    "geqslant": "ge",
-    "ne": "neq",
-    "varnothing": "emptyset",
-    "rightarrow": "to",
-    "varepsilon": "epsilon",
-    "varphi": "phi",
-    "backsim": "sim",
-    "thicksim": "sim",
-    "lt": "<",
-    "gt": ">",
-}
-_UP, _DOWN = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "₀₁₂₃₄₅₆₇₈₉"
+_MARKS = (
+    "sqrt cbrt le ge neq approx parallel perp angle triangle cong sim sim infty pm mp times div cup cap in"
+    " notin emptyset subset subseteq to gets leftrightarrow Rightarrow circ odot square equiv"
+)
+# sign → the LaTeX command that means the same
+_SPELLED = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", _GREEK.split()))
+_SPELLED |= dict(zip("√∛≤≥≠≈∥⊥∠△≅∽∼∞±∓×÷∪∩∈∉∅⊂⊆→←↔⇒∘⊙□≡", _MARKS.split()))
+_SAME_COMMAND = dict(
+    pair.split(":")
+    for pair in (
+        "leq:le leqslant:le geq:ge geqslant:ge ne:neq varnothing:emptyset rightarrow:to varepsilon:epsilon"
+        " varphi:phi backsim:sim thicksim:sim lt:< gt:>"
+    ).split()
+)
+_DOWN = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #6c75fe38
 def _spelled(text):
     "Signs as LaTeX commands, so that `√2` and `\\sqrt{2}` meet; and `x²` as `x^2`, `H₂O` as `H2O`"
     if not text.isascii():
-        text = re.sub(f"[{_UP}]+", lambda m: "^" + m[0].translate(str.maketrans(_UP, "0123456789+-")), text)
-        text = text.translate(str.maketrans(_DOWN, "0123456789"))
+        text = _raised(text).translate(_DOWN)
         text = re.sub(f"[{''.join(_SPELLED)}]", lambda m: f" \\{_SPELLED[m[0]]} ", text)
     if "\\" in text:
         text = re.sub(r"\\([A-Za-z]+)", lambda m: "\\" + _SAME_COMMAND.get(m[1], m[1]), text)
@@ -781,6 +755,11 @@ def _spelled(text):
     if "_" in text:
         text = re.sub(r"(?<=[A-Za-z)])_(?:\{(\d+)\}|(\d))", lambda m: m[1] or m[2], text)
     return re.sub(r"\^\{(\w|-?\d+|\d*[+-])\}", r"^\1", text)
+
+# %% ../../nbs/inputs/11_parsers.ipynb #c1ac7a8b
+def _one_way(m):
+    "`angle cba` as `angle abc`"
+    return "angle " + "".join(m.groups() if m[1] < m[3] else m.groups()[::-1])
 
 
 def plain_words(
@@ -798,6 +777,7 @@ def plain_words(
         " ",
         text,
     )
+    words = re.sub(r"\bangle +([b-z])(\w)(?!\1)([a-y])\b", _one_way, words)
     return " ".join(_DROP.sub(" ", words).split()) or " ".join(text.split())
 
 # %% ../../nbs/inputs/11_parsers.ipynb #8b87077d
@@ -822,6 +802,8 @@ _CODES = {
     "a formula": r"(?=.*[_^₀-₉⁺⁻])(?:[A-Z][a-z]?(?:_?\{?\d+\}?|[₀-₉]+)?)+(?:\^?\{?\d?[+-]\}?|[⁰-⁹]?[⁺⁻])?",
 }
 _CODE = {name: re.compile(pattern) for name, pattern in _CODES.items()}
+
+# %% ../../nbs/inputs/11_parsers.ipynb #1a16a291
 # written in words; `3 to 4` is a ratio, unless it says otherwise
 _MOMENT = re.compile(
     r"(?i:\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z.]*,? |\d(?:st|nd|rd|th)? (?:of"
@@ -830,7 +812,7 @@ _MOMENT = re.compile(
     r" )|点.|时.+分"
 )
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #b0c2c5f0
 def code_of(
     text: str,  # unwrapped
 ) -> str:  # such as `a date`, or None
@@ -846,9 +828,9 @@ def code_of(
     name = next((name for name, pattern in _CODE.items() if pattern.fullmatch(text)), None)
     return None if name == "a formula" and re.fullmatch(r"[A-Z]_\{?\d\}?|[A-Z]\^\d", text) else name
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #5dad67d1
 def _code_key(text):
-    text = re.sub(r"\\(?:text|mathrm)\s*\{([^{}]*)\}", r"\1", text)
+    text = _MACRO.sub(r"\1", text)
     text = re.sub(r"^(?:from|between) ", "", _spelled(text).casefold())
     text = re.sub(r"(?<=\d) ?(?:to|-+|and) ?(?=[$\d])", "-", text)
     text = re.sub(r"\^(?=\{?\d*[+-])", "", text)  # an ion's charge, but no power
@@ -856,12 +838,14 @@ def _code_key(text):
 
 # %% ../../nbs/inputs/11_parsers.ipynb #44e4e1b3
 _RELATION = re.compile(r"\\(?:parallel|perp|cong|sim)(?![a-z])|//")
+_IN_WORDS = re.compile(r" (?:is|are) (parallel|perp(?=endicular)|cong(?=ruent)|sim(?=ilar))\w* to (?:line )?")
 
 
 def statement(
     text: str,  # unwrapped
 ) -> tuple:  # (relation, its two sides), or None
     "A symmetric geometric relation between two things."
+    text = _IN_WORDS.sub(r" \\\1 ", re.sub("^[Ll]ine ", "", text))
     parts = _RELATION.split(_spelled(text))
     if len(parts) != 2 or not all(len(p.strip()) < 40 and p.strip() for p in parts):
         return None
@@ -884,7 +868,7 @@ def _carried(text):
         return None, text
     return m[1].casefold(), m[2]
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #762ca170
 def _grade_code(p, g, name):
     (noun, said), (gold_noun, gold) = _carried(p), _carried(g)
     if _code_key(said) == _code_key(gold):
@@ -896,10 +880,10 @@ def _grade_code(p, g, name):
     for kind, read, same in (("a date", read_date, same_date), ("a clock time", read_clock, same_clock)):
         if name == kind and (a := read(said)) and (b := read(gold)):
             return same(a, b), f"compared as {kind}"
-    if name == "a code" and (m := re.fullmatch(r"[a-z' ]{3,60} (?:is|reads|says) (\S+)", p, re.I)):
-        head = p[: m.start(1)]
-        if _code_key(m[1]) == _code_key(gold) and not _DENIED.search(head) and not _CHANGED.search(head):
-            return True, "said in a sentence"
+    m = re.fullmatch(r"[a-z' ]{2,60} (?:is|was|reads|says|shows|displays|dated|at|on) (\S.*)", p, re.I)
+    if m and not _DENIED.search(head := p[: m.start(1)]) and not _CHANGED.search(head):
+        if (verdict := _grade_code(m[1], g, name))[0]:
+            return verdict
     if name == "a date" and re.search(r"[A-Za-z]{3}", p):
         return None, "a date among words"
     if name == "a code" and _code_key(said).replace("-", "") == _code_key(gold).replace("-", ""):
@@ -919,24 +903,30 @@ def _infinity(text):
 _YES = {"yes": True, "true": True, "no": False, "false": False}
 _YES_HAN = dict.fromkeys(("是", "是的", "对", "对的", "正确"), True)
 _YES_HAN |= dict.fromkeys(("否", "不是", "不", "不对", "错", "错误", "不正确"), False)
+_YES_HAN |= dict.fromkeys("√✓✔", True) | dict.fromkeys("×✗✘", False)
+
+# %% ../../nbs/inputs/11_parsers.ipynb #2f093561
 _NOTHING = re.compile(
-    r"(?:there (?:is|are) )?(?:none|no (?:real )?solutions?|(?:the )?empty set)|emptyset|has no"
-    r" solutions?|无解|\{ *\}",
+    r"(?:there (?:is|are) )?(?:none|no (?:real )?solutions?|(?:the )?empty set)|\\?emptyset|\\varnothing|∅"
+    r"|has no solutions?|无解|\\?\{\s*\\?\}",
+    re.I,
+)
+_ENDLESS = re.compile(
+    r"(?:there (?:is|are) )?(?:an )?infinite(?:ly many)?(?: number of)?(?: real)?(?:"
+    r" solutions?)?|无[数穷]多?[个组]?解?",
     re.I,
 )
 _MANY = re.compile(r"\b(?:or|and|not|neither|nor|either)\b|n't|[,;/]", re.I)
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #2d0b8e82
 _SIGN = re.compile(r"[<>=≤≥≠+×÷±-]|\\(?:leq?|geq?|neq?|lt|gt|times|div|pm)")
-_SIGN_NAMES = {
-    "less than": "<",
-    "greater than": ">",
-    "equal to": "=",
-    "equals": "=",
-    "equal": "=",
-    "plus": "+",
-}
-_SIGN_NAMES |= {"minus": "-", "is less than": "<", "is greater than": ">", "<=": "\\le", ">=": "\\ge"}
+_SIGN_NAMES = dict(
+    pair.split(":")
+    for pair in (
+        r"less than:<,is less than:<,greater than:>,is greater than:>,equal to:=,equals:=,equal:=,plus:+"
+        r",minus:-,<=:\le,>=:\ge"
+    ).split(",")
+)
 
 
 def _sign(text):
@@ -944,10 +934,13 @@ def _sign(text):
     text = _SIGN_NAMES.get(text.strip().casefold(), text)
     return _spelled(text).strip()
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #0faa25ea
 def _grade_text(p, g, **kw):
+    p, g = re.split(r"(?<=\w),? (?:because|since)\b|, (?:with|which|due to) ", unwrap(p))[0], unwrap(g)
     words_p, words_g = plain_words(p), plain_words(g)
-    p, g = unwrap(p), unwrap(g)
+    said, asked = (_YES_HAN.get(words, _YES_HAN.get(t)) for t, words in ((p, words_p), (g, words_g)))
+    if asked is not None and (said is not None or not _SIGN.fullmatch(g)):
+        return said is asked, "yes or no"
     if _SIGN.fullmatch(g):
         return _sign(p) == _sign(g), "compared as signs"
     if not re.search(r"\w", words_g):
@@ -962,10 +955,9 @@ def _grade_text(p, g, **kw):
         return True, "same words"
     if words_g in _YES:
         return _grade_yes(words_p, words_g)
-    if words_g in _YES_HAN:
-        return _YES_HAN.get(words_p) is _YES_HAN[words_g], "yes or no"
-    if _NOTHING.fullmatch(words_g):
-        return bool(_NOTHING.fullmatch(words_p)), "nothing, or something"
+    for same in (_NOTHING, _ENDLESS):
+        if same.fullmatch(words_g):
+            return bool(same.fullmatch(words_p)), "nothing, something or without end"
     a, b = read_number(p), read_number(g)
     if b:
         return bool(a and same_number(a, b)), "compared as numbers"
@@ -979,7 +971,7 @@ def _grade_text(p, g, **kw):
         return None, "a rule can't compare sentences"
     return False, "different words"
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #30ba323f
 def _told(p, g):
     "Does a sentence say `g` in so many words (True), or deny it (False)? None: neither"
     words = re.escape(g)
@@ -989,10 +981,12 @@ def _told(p, g):
         rf"{words} (?:is|are) (?:wrong|incorrect|false|not \w+|eliminated|excluded|ruled out)", p
     ):
         return False
-    says = re.fullmatch(rf"[a-z' ]{{2,60}} (?:is|are|was|were) {words}", p)
-    return True if says and not _DENIED.search(p) and not _CHANGED.search(p) else None
+    verb = "(?:is|are|was|were)(?: (?:called|named|made of|in|at))?"
+    says = re.fullmatch(rf"(?:([a-z' ]{{2,60}}) {verb} )?{words}(?: in colou?r)?", p)
+    head = says and (says[1] or "")
+    return None if head is None or _DENIED.search(head) or _CHANGED.search(head) else True
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #173c2584
 def _lists(p, g):
     "Compare lists of words, or None where the gold answer is none"
     p, g = (t[1:-1] if re.fullmatch(r"\[[^\[\]]+\]", t) else t for t in (p, g))  # [Rent, Food]
@@ -1009,30 +1003,12 @@ def _lists(p, g):
     joined = re.search(r" and | & |和|与|及", g)
     return (True, "the same things") if joined or gold == said else (None, "the same things in another order")
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #9808c57c
 def _grade_yes(p, g):
     said = {_YES[w] for w in p.split() if w in _YES}
     return p.split()[:1] != [] and said == {_YES[g]} and p.split()[0] in _YES, "yes or no"
 
 # %% ../../nbs/inputs/11_parsers.ipynb #51954c10
-_SIGNS = {
-    "×": r"\times ",
-    "·": r"\cdot ",
-    "÷": "/",
-    "≤": r"\le ",
-    "≥": r"\ge ",
-    "≠": r"\neq ",
-    "∞": r"\infty ",
-    "∪": r"\cup ",
-    "∩": r"\cap ",
-    "∈": r"\in ",
-    "±": r"\pm ",
-    "∅": r"\emptyset ",
-    "θ": r"\theta ",
-    "α": r"\alpha ",
-    "β": r"\beta ",
-    "°": r"^\circ ",
-}
 _FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|lg|exp"
 _ASCII = [
     (re.compile(p), r)
@@ -1054,6 +1030,9 @@ _ASCII = [
         (r"(?<![\\A-Za-z])(log)_?(\d+|[a-z])?\s*\(", r"\\\1_{\2}("),
         (r"(?<![\\A-Za-z])(log)_(\d+|[a-z])\s+", r"\\\1_{\2} "),
         (r"_\{\}", ""),
+        (r"(?<=[\d}]) i(?![A-Za-z])", "i"),
+        (r"\\?\blog_\{?e\}?(?![a-z])", r"\\ln "),
+        (r"(?<![\\A-Za-z])C\((\d+), ?(\d+)\)", r"\\binom{\1}{\2}"),
         (rf"(?<!\\)\b(pi|{_FUNCTIONS}|infty)\b", r"\\\1 "),
         (
             rf"(\\(?:{_FUNCTIONS})\s*)[{{(]?\s*(\d+(?:\.\d+)?)\s*(?:\^\s*\{{?\s*\\circ\s*\}}?)\s*[}})]?",
@@ -1066,11 +1045,15 @@ _ASCII = [
         (r"\\[dt]frac", r"\\frac"),
         (r"\\[,!;:]|\\quad", " "),
         (r"(?<![\\\d])e\^(\w)", r"e^{\1}"),
-        (r"\\(?:left|right)(?![a-z])", ""),
+        (_SIZE, ""),
+        (
+            r"[\[(]\s*\\begin\{array\}\s*\{[clr|]+\}(.*?)\\end\{array\}\s*[\])]",
+            r"\\begin{pmatrix}\1\\end{pmatrix}",
+        ),
     )
 ]
 
-
+# %% ../../nbs/inputs/11_parsers.ipynb #280355ec
 _MIXED = re.compile(r"(?<![\d.^_{\\}])(\d{1,6})\s*(\\frac\s*\{(\d{1,6})\}\s*\{(\d{1,6})\})")
 
 
@@ -1079,9 +1062,8 @@ def as_latex(
 ) -> str:  # LaTeX without dollars
     "`text` with plain signs written as LaTeX."
     if not text.isascii():
-        text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^{" + m[0].translate(_SUP) + "}", text)
-        for sign, latex in _SIGNS.items():
-            text = text.replace(sign, latex)
+        text = _raised(text, "^{{{}}}").replace("°", r"^\circ ").replace("·", r"\cdot ")
+        text = re.sub("[×÷≤≥≠∞∪∩∈±∅θαβ]", lambda m: rf"\{_SPELLED[m[0]]} ", text)
         for sign, latex in _VULGAR.items():
             text = text.replace(sign, r"\frac{%s}{%s}" % tuple(latex.split("/")))
     for pattern, new in _ASCII:
