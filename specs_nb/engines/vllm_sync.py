@@ -553,7 +553,7 @@ def beside_vllm(
     config=None,  # a `core.VLLMConfig`
     longest=lambda: 0,  # gives the tokens of the longest prompt; asked only if no length is set
 ):
-    "Inside this context, TRL starts vLLM with `keywords_beside`, and for adapters where they can be handed over."
+    "Inside this context, TRL starts vLLM with `keywords_beside` and, where it can, for adapters."
     if not args.use_vllm or args.vllm_mode != "colocate":
         yield
         return
@@ -684,8 +684,8 @@ def watch_vllm(
     instruction: str,  # of the format that is asked for
     config=None,  # a `core.VLLMConfig`
 ):  # the check's callback, or None
-    """Keep vLLM's prompts, weights and tokens those of the trainer, and check it; without vLLM, only keep image
-    tokens out of answers. Raises `SpecsError` for an adapter under FSDP1."""
+    """Keep vLLM's prompts, weights and tokens those of the trainer, and check it; without vLLM, only keep
+    image tokens out of answers. Raises `SpecsError` for an adapter under FSDP1."""
     never_written(trainer)
     if not trainer.args.use_vllm:
         return None
