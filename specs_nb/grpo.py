@@ -29,10 +29,10 @@ from specs_nb.engines.models import (
     tokenizer_of,
 )
 from .engines.monitor import monitor
-from .engines.prompts import PromptTable, drop_long, once_trainer
+from .engines.prompts import PromptTable, drop_long, longest_prompt, once_trainer
 from .engines.ranks import is_main, need_one_gpu, save_trained, stop_agreed, wait_for_ranks
 from .engines.track import hush_trackio, samples
-from .engines.vllm_sync import before_vllm, beside_vllm, longest_prompt, vllm_ends, watch_vllm
+from .engines.vllm_sync import before_vllm, beside_vllm, vllm_ends, watch_vllm
 from .rewards import REWARDS, accuracy_reward, load_reward
 from .sampling import choose_questions, need_accuracy, sampling_trainer
 from .validate import accuracy_place, hold_out, validator
@@ -435,7 +435,7 @@ def grpo_trainer(
         args.chat_template_kwargs = chat["kwargs"]
     dataset = grpo_dataset(rows, format.instruction, format.name, chat["system"])
     dataset = _fitting(dataset, model, processor, args, stage, config.max_prompt_tokens)
-    with beside_vllm(args, model, vllm, lambda: longest_prompt(rows, processor, format.instruction)):
+    with beside_vllm(args, model, vllm, lambda: longest_prompt(dataset, processor, **chat["kwargs"])):
         cls = once_trainer(fast_trainer(GRPOTrainer) if config.fast else GRPOTrainer)
         cls = opinion_trainer(sampling_trainer(cls))
         trainer = timed_trainer(cls)(

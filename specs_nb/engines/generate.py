@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..core import SpecsError
 from ..data import conversation
-from .fast import write
+from .fast import answered, write
 from .models import chat_of, tokenizer_of
 
 # %% ../../nbs/engines/30_generate.ipynb #fed57c24
@@ -218,25 +218,17 @@ def score_tokens(
         for one in zip(rows, instructions, answers, strict=True)
     ]
 
-
+# %% ../../nbs/engines/30_generate.ipynb #0116bbf2
 def _score_row(model, processor, row, instruction, answers, temperature, bias=None):
+    "Log-probabilities of the answers to one question"
     import torch
-    from torch.nn.functional import pad
 
-    inputs, k, longest = encode(processor, [row], [instruction]), len(answers), max(map(len, answers))
-    asked, new = inputs["input_ids"], torch.tensor([a + [0] * (longest - len(a)) for a in answers])
-    extended = {"input_ids": torch.cat([asked.repeat(k, 1), new], 1)}
-    seen = torch.tensor([[1] * len(a) + [0] * (longest - len(a)) for a in answers])
-    for name, v in inputs.items():  # of the same length as the prompt, or one for each image
-        if name == "attention_mask":
-            extended[name] = torch.cat([v.repeat(k, 1), seen], 1)
-        elif name in ("token_type_ids", "mm_token_type_ids"):
-            extended[name] = pad(v.repeat(k, 1), (0, longest))
-        elif name != "input_ids":
-            extended[name] = torch.cat([v] * k)
+    prompts = {k: torch.cat([v] * len(answers)) for k, v in encode(processor, [row], [instruction]).items()}
+    inputs, new, _ = answered(prompts, answers)
+    longest = new.shape[1]
     keep = dict(logits_to_keep=longest + 1) if _keeps_few(model) else {}
     with torch.no_grad():
-        inputs = {n: v.to(model.device) for n, v in extended.items()}
+        inputs = {n: v.to(model.device) for n, v in inputs.items()}
         logits = model(**inputs, **keep).logits[:, -longest - 1 : -1]
     new, parts = new.to(model.device), []
     for some, ids in zip(logits.split(64, 1), new.split(64, 1)):  # 64 places at a time in float32

@@ -22,6 +22,7 @@ from specs_nb.core import (
     count_seconds,
     write_json,
 )
+from specs_nb.engines.generate import score_tokens
 from specs_nb.engines.models import load_model
 from specs_nb.formats import FORMATS
 from specs_nb.grpo import grpo_trainer, train_grpo
@@ -71,6 +72,31 @@ def checked(out, **how):
         moved=moved,
         handed=handed and [handed.number, handed.merged],
     )
+
+
+def gap(trainer, rows, batch):
+    """The largest difference between vLLM's log-probability of a token and the trainer's, from the same
+    distribution: without the tokens that are never written"""
+    model, processor = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+    never, most = trainer.vllm_generation.generation_kwargs["logit_bias"], 0.0
+    columns = batch["completion_ids"], batch["sampling_per_token_logps"], batch["completion_mask"].bool()
+    for row, ids, theirs, some in zip(rows, *columns):
+        answer = [[ids[some].tolist()]]
+        ours = score_tokens(model, processor, [row], [FMT.instruction], answer, bias=never)[0][0]
+        most = max(most, (theirs[some].cpu() - torch.tensor(ours)).abs().max().item())
+    return most
+
+
+def mixed_rows(out):
+    "What vLLM writes for rows with pictures and rows without in one batch, before any step"
+    mixed = [r if i % 3 else {**r, "images": []} for i, r in enumerate(ROWS)]
+    stage = GRPOStage(steps=1, trainer={**GRPO, **BESIDE, "per_device_train_batch_size": 32})
+    t = grpo_trainer("tiny", mixed, out, stage, FMT, vllm=VLLMConfig(options=EAGER))
+    t.model.train()
+    inputs = next(iter(t.get_train_dataloader()))
+    rows = [mixed[x["row_number"]] for x in inputs]
+    found = gap(t, rows, t._generate_and_score_completions(inputs))
+    return dict(gap=found, without=sum(not r["images"] for r in rows), rows=len(rows))
 
 
 def questions(out):
@@ -128,6 +154,7 @@ CASES = dict(
     lora=lambda out: checked(out, lora=True, lora_rank=4),
     qlora=lambda out: checked(out, qlora=True, lora_rank=4),
     questions=questions,
+    mixed_rows=mixed_rows,
     broken_sync=broken_sync,
     other_prompts=other_prompts,
 )
