@@ -16,6 +16,7 @@ HEAVY = [
     "test_fast.py",
     "test_models.py",
     "test_doctor.py",
+    "test_doctor_measured.py",
     "test_ablate.py",
     "test_report.py",
     "test_monitor.py",
