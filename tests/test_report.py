@@ -22,13 +22,13 @@ from specs_nb.analysis import (
     title,
 )
 from specs_nb.core import SpecsError
+from specs_nb.study.charts import LOOKS
 from specs_nb.study.report import (
     SCRIPTS,
     WEB,
     Table,
     compare,
     contrast_words,
-    embed,
     grid_report,
     group_table,
     hashed,
@@ -172,7 +172,7 @@ class Reader(html.parser.HTMLParser):
 def test_page_is_whole_and_self_contained(run):
     text = write_report(run).read_text()
     page = Reader(text)
-    assert not page.open and len(text) < 3e6
+    assert not page.open and len(text) < 1.5e6
     # 40 examples of each test, 6 questions through all models, 3 pairs
     assert (page.tags.count("svg"), page.tags.count("img")) == (13, 40 * len(SPLITS) + 6 + 3)
     assert all(l.startswith(("data:image/png;base64,", "#")) or (run / l).is_file() for l in page.links)
@@ -190,11 +190,10 @@ def test_page_is_whole_and_self_contained(run):
 
 def test_what_models_wrote_is_text(run):
     text = write_report(run).read_text()
-    assert (
-        Reader(text).tags.count("script") == 4
-        and not {"iframe", "link", "object"} & set(Reader(text).tags)
-        and "<i>run" not in text
-    )
+    tags = Reader(text).tags
+    assert tags.count("script") == 1
+    assert not {"iframe", "link", "object"} & set(tags)
+    assert "<i>run" not in text
     assert "{{ 7*7 }} {% raw %}" in text, "and no template either"
 
 
@@ -208,7 +207,7 @@ def test_only_the_pages_own_scripts_may_run(run):
         and "unsafe-eval" not in policy
         and "unsafe-inline" not in policy.split("script-src")[1]
     )
-    assert re.findall(r"'sha256-[^']*'", policy) == [hashed(s) for s in scripts] and len(scripts) == 3
+    assert re.findall(r"'sha256-[^']*'", policy) == [hashed(s) for s in scripts] and len(scripts) == 1
 
 
 def test_parts_of_the_page_are_whole_and_readable():
@@ -216,6 +215,7 @@ def test_parts_of_the_page_are_whole_and_readable():
 
     own = [WEB / name for name in (*SCRIPTS, "report.css")] + sorted(WEB.glob("*.j2"))
     assert len(own) > 20
+    assert set(own) == set(WEB.iterdir()), "nothing lies there that no page uses"
     for part in own:
         text = part.read_text(encoding="utf-8")
         assert max(map(len, text.splitlines())) <= 110, part.name
@@ -223,8 +223,24 @@ def test_parts_of_the_page_are_whole_and_readable():
             Environment().parse(text)
 
 
-def test_data_cannot_end_its_script():
-    assert json.loads(embed(HOSTILE)) == HOSTILE and not set("<>&") & set(embed(HOSTILE))
+def test_marks_say_their_values(run):
+    "By titles that any browser shows, and by names that the script finds; a file has them too"
+    text = write_report(run).read_text()
+    assert "<title>final trained format\n80 [75, 85]\nn = 60</title>" in text
+    assert "<title>GRPO-zero\nstep 4: 0.4444</title>" in text
+    assert "<a " not in text.split("<svg", 2)[1].split("</svg>")[0], "no mark is a link"
+    assert "<title>" in (run / "report/reward.svg").read_text()
+    for chart in re.findall(r"<figure.*?</figure>", text, re.S):
+        names = set(re.findall(r'data-of="([^"]*)"', chart))
+        assert names and names == set(re.findall(r'data-key="([^"]*)"', chart))
+
+
+def test_charts_turn_dark_with_the_page(run):
+    page = write_report(run).read_text()
+    for drawn in re.findall(r"<svg.*?</svg>", page, re.S):
+        colours = set(re.findall(r"#[0-9a-f]{6}\b", drawn.split("<defs>")[0]))
+        assert not colours & {look[0] for look in LOOKS.values()}
+        assert "var(--ink)" in drawn
 
 
 def test_same_run_same_page(run):
@@ -560,11 +576,7 @@ READY = "document.documentElement.dataset.ready"
 def test_page_works_in_a_browser(run, browser, width, dark):
     browser.look(width, dark=dark)
     browser.open(write_report(run), READY)
-    assert (
-        browser.run("document.querySelectorAll('figure[data-drawn] .plot svg').length")
-        == browser.run("document.querySelectorAll('figure[data-chart]').length")
-        == 12
-    )
+    assert browser.run("document.querySelectorAll('figure[data-chart] > svg').length") == 12
     assert browser.run("document.title") == "SPECS: <i>run" and not browser.complaints(), browser.complaints()
     assert browser.run("document.documentElement.scrollWidth") <= width, "nothing to scroll sideways"
     light = browser.run("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]")
@@ -593,21 +605,17 @@ def test_page_works_in_a_browser(run, browser, width, dark):
     assert browser.run("document.querySelector('output').value") == "no answer fits"
 
 
-def test_charts_answer(run, browser):
-    "A name in the legend is switched off; the pointer is told a value"
+def test_names_of_a_legend_hide_their_marks(run, browser):
     browser.look(1000)
     browser.open(write_report(run), READY)
-    drawn = "document.querySelector('figure[data-chart=score-accuracy]').dataset.drawn"
-    assert browser.run(drawn) == "4"
-    browser.run("document.querySelector('figure[data-chart=score-accuracy] .legend button').click()")
-    assert browser.run(drawn) == "3"
-    browser.run("document.querySelector('figure[data-chart=reward]').scrollIntoView()")
-    at = browser.run(
-        "(r => [r.x + r.width/2, r.y + r.height/2])(document.querySelector('figure[data-chart=reward]"
-        " svg').getBoundingClientRect())"
-    )
-    browser.ask("Input.dispatchMouseEvent", type="mouseMoved", x=at[0], y=at[1])
-    browser.run("new Promise(r => setTimeout(r, 500))")
-    assert "step 4: " in browser.run(
-        "document.querySelector('figure[data-chart=reward] [aria-label=tip]').textContent"
-    )
+    figure = "document.querySelector('figure[data-chart=score-accuracy]')"
+    marks = f"[...{figure}.querySelectorAll('[data-of=final]')]"
+    seen = f"{marks}.filter(m => getComputedStyle(m).display !== 'none').length"
+    every = browser.run(seen)
+    assert every == browser.run(f"{marks}.length") > 0
+    click = f"{figure}.querySelector('[data-key=final]').onclick()"
+    browser.run(click)
+    assert browser.run(seen) == 0
+    assert browser.run(f"{figure}.querySelector('[data-key=final]').ariaPressed") == "false"
+    browser.run(click)
+    assert browser.run(seen) == every
