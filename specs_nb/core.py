@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ALSO', 'SECTIONS', 'PART', 'CHOICES', 'POSITIVE', 'FROM_ZERO', 'RENAMED', 'EXECUTION', 'TESTS', 'PHASES',
-           'SpecsError', 'nearest', 'DataConfig', 'ModelConfig', 'QuestionSampling', 'Validation',
+           'SpecsError', 'nearest', 'DataConfig', 'ModelConfig', 'QuestionSampling', 'Validation', 'Trained',
            'grpo_trainer_defaults', 'GRPOStage', 'PairsStage', 'ColdStartStage', 'EvalStage', 'JudgeConfig',
-           'VLLMConfig', 'Config', 'present_names', 'merge', 'parts', 'setting', 'check', 'read_yaml', 'parse_override',
-           'builtin_configs', 'load_config', 'atomic', 'write_json', 'read_json', 'Run', 'fingerprint', 'file_digest',
-           'why_execution', 'flat', 'differences', 'reset_peak_memory', 'peak_gpu_gb', 'peak_memory_gb', 'versions',
-           'machine', 'folder_bytes', 'in_words', 'set_aside_folders', 'Clock', 'count_seconds', 'phase', 'fill_up',
-           'spent_on', 'Stage', 'Interrupted', 'stop_asked', 'signals_ask', 'patient', 'worker_pool', 'Progress',
-           'derive_seed']
+           'VLLMConfig', 'Config', 'as_number', 'typed', 'present_names', 'merge', 'parts', 'setting', 'check',
+           'read_yaml', 'parse_override', 'builtin_configs', 'load_config', 'atomic', 'write_json', 'read_json', 'Run',
+           'fingerprint', 'file_digest', 'why_execution', 'flat', 'differences', 'reset_peak_memory', 'peak_gpu_gb',
+           'peak_memory_gb', 'versions', 'machine', 'folder_bytes', 'in_words', 'set_aside_folders', 'Clock',
+           'count_seconds', 'phase', 'fill_up', 'spent_on', 'StageFolder', 'Stage', 'Interrupted', 'stop_asked',
+           'signals_ask', 'patient', 'worker_pool', 'Progress', 'derive_seed']
 
 # %% ../nbs/method/00_core.ipynb #e7bd4e6c
 import contextlib
@@ -90,7 +90,7 @@ class DataConfig:
         "Do all rows come from the drawn world?"
         return self.source == "world" and not self.sources
 
-
+# %% ../nbs/method/00_core.ipynb #7b7d0501
 @dataclass
 class ModelConfig:
     "Which model to use, and how to load it"
@@ -103,7 +103,7 @@ class ModelConfig:
     # in which the final stage's weights are saved; `auto`: bfloat16 above 1 GB in float32, else as trained
     save_dtype: str = "auto"
 
-# %% ../nbs/method/00_core.ipynb #3eb07c85
+# %% ../nbs/method/00_core.ipynb #87cfa6a9
 @dataclass
 class QuestionSampling:
     "Which questions a step of GRPO asks"
@@ -117,9 +117,10 @@ class QuestionSampling:
 
     @property
     def on(self):
+        "Is anything of this switched on?"
         return self.by_pass_rate or self.refill > 0
 
-
+# %% ../nbs/method/00_core.ipynb #5fd42fb8
 @dataclass
 class Validation:
     "Greedy evaluation on held-out questions during GRPO"
@@ -129,7 +130,24 @@ class Validation:
     keep: str = "last"  # which weights the stage keeps: `last` or `best` (of equal steps, the earlier)
     patience: int = 0  # evaluations without improvement after which the stage ends; 0: never
 
-# %% ../nbs/method/00_core.ipynb #7b7d0501
+# %% ../nbs/method/00_core.ipynb #36e1b275
+@dataclass
+class Trained:
+    "What GRPO and the cold start have in common: where from, and which weights"
+
+    # `from` in a file: an existing model to use instead of training the stage; not for `final`
+    start: str = ""
+    lora: bool = False  # train and save a LoRA adapter; false trains all weights
+    qlora: bool = False  # LoRA on a model held in 4 bits, see `models`; implies an adapter
+    lora_rank: int = 16
+    lora_alpha: int = 0  # the adapter's output is scaled by alpha / rank; 0: twice the rank
+    lora_dropout: float = 0.0  # share of the adapter's inputs dropped during training
+    # names of layers that get an adapter, such as [q_proj, v_proj]; empty: all projections of the language
+    # model
+    lora_targets: list = field(default_factory=list)
+    lora_tower: bool = False  # the linear layers of the vision tower get an adapter too
+
+# %% ../nbs/method/00_core.ipynb #8bdee572
 def grpo_trainer_defaults(
     learning_rate: float,  # of AdamW
 ) -> dict:  # fields of TRL's GRPOConfig
@@ -145,27 +163,16 @@ def grpo_trainer_defaults(
         save_steps=20,
     )
 
-
+# %% ../nbs/method/00_core.ipynb #6a2e93e8
 @dataclass
-class GRPOStage:
+class GRPOStage(Trained):
     "GRPO, for GRPO-zero and for the final model"
 
-    # `from` in a file: an existing model to use instead of training the stage; not for `final`
-    start: str = ""
     steps: int = 12  # optimizer steps
     # questions with longer prompts, in tokens, are left out; 0: the limit is the model's context
     max_prompt_tokens: int = 0
     # name → weight; they pay 0.5 and 1, as in the paper's final stage
     rewards: dict[str, float] = field(default_factory=lambda: {"format": 1.0, "accuracy": 1.0})
-    lora: bool = False  # train and save a LoRA adapter; false trains all weights
-    qlora: bool = False  # LoRA on a model held in 4 bits, see `models`; implies an adapter
-    lora_rank: int = 16
-    lora_alpha: int = 0  # the adapter's output is scaled by alpha / rank; 0: twice the rank
-    lora_dropout: float = 0.0  # share of the adapter's inputs dropped during training
-    # names of layers that get an adapter, such as [q_proj, v_proj]; empty: all projections of the language
-    # model
-    lora_targets: list = field(default_factory=list)
-    lora_tower: bool = False  # the linear layers of the vision tower get an adapter too
     # compute a prompt and its image once for all its answers, see `fast`; false: plain TRL
     fast: bool = True
     # tokens of prompts and answers per forward pass, see `fast`; 0: the whole batch
@@ -179,7 +186,7 @@ class GRPOStage:
     # any field of TRL's GRPOConfig
     trainer: dict = field(default_factory=lambda: grpo_trainer_defaults(1e-4))
 
-
+# %% ../nbs/method/00_core.ipynb #9b4247dd
 @dataclass
 class PairsStage:
     "Self-distillation: how preference pairs are made"
@@ -209,24 +216,15 @@ class PairsStage:
     alike: float = 0.5
     formats: list[str] = field(default_factory=list)  # further formats that pairs ask for
 
-# %% ../nbs/method/00_core.ipynb #87cfa6a9
+# %% ../nbs/method/00_core.ipynb #1bc3d5ac
 @dataclass
-class ColdStartStage:
+class ColdStartStage(Trained):
     "Cold start: DPO + λ·SFT on the pairs"
 
-    start: str = ""  # `from` in a file: an existing model to use instead of training the stage
+    lora: bool = True  # train and save a LoRA adapter; false trains all weights
     loss: str = "dpo+sft"  # `dpo+sft`, `dpo`, `sft`, `dpo+kl`, `dpo_norm+sft`, or `none`: no cold start
     lam: float = 1.0  # λ, weight of the SFT or KL term; 1 in the paper
     fast: bool = True  # compute the reference once per pair and encode its image once; false: plain TRL
-    lora: bool = True  # train and save a LoRA adapter; false trains all weights
-    qlora: bool = False  # LoRA on a model held in 4 bits, see `models`; implies an adapter
-    lora_rank: int = 16
-    lora_alpha: int = 0  # the adapter's output is scaled by alpha / rank; 0: twice the rank
-    lora_dropout: float = 0.0  # share of the adapter's inputs dropped during training
-    # names of layers that get an adapter, such as [q_proj, v_proj]; empty: all projections of the language
-    # model
-    lora_targets: list = field(default_factory=list)
-    lora_tower: bool = False  # the linear layers of the vision tower get an adapter too
     trainer: dict = field(
         default_factory=lambda: dict(  # any field of TRL's DPOConfig
             per_device_train_batch_size=16,
@@ -238,7 +236,7 @@ class ColdStartStage:
         )
     )
 
-
+# %% ../nbs/method/00_core.ipynb #06b37b0a
 @dataclass
 class EvalStage:
     "How each model is evaluated"
@@ -251,7 +249,7 @@ class EvalStage:
     # ask every question in each of `data.ood_formats`; false: alternate between them
     all_formats: bool = False
 
-
+# %% ../nbs/method/00_core.ipynb #dacde5dd
 @dataclass
 class JudgeConfig:
     "Models that judge what the rules can't; none by default"
@@ -270,7 +268,7 @@ class JudgeConfig:
     cache: str = ""  # file of verdicts and usage; empty: judge.sqlite in the run folder
     calibrate: int = 50  # answers of each kind on which judge and rules are compared; 0: none
 
-
+# %% ../nbs/method/00_core.ipynb #51d8acd7
 @dataclass
 class VLLMConfig:
     "vLLM, in this process or as a server"
@@ -287,7 +285,7 @@ class VLLMConfig:
     sync_tolerance: float = 0.0
     options: dict = field(default_factory=dict)  # any other keyword of `vllm.LLM`
 
-
+# %% ../nbs/method/00_core.ipynb #9c3742ab
 @dataclass
 class Config:
     "A whole run"
@@ -316,6 +314,62 @@ class Config:
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
 # %% ../nbs/method/00_core.ipynb #a0dcc734
+def as_number(
+    value,  # what YAML has read
+):  # a float where the value is text that says a number; otherwise the value
+    "Read a number that YAML takes for text, such as 1e-6."
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+# %% ../nbs/method/00_core.ipynb #2b951866
+def _quotes(value, kinds):
+    "A hint to use quotes, which keep the shell from expanding braces and YAML from reading a date"
+    whole = {get_origin(k) or k for k in kinds}
+    if isinstance(value, str) and value and whole & {dict, list}:
+        return ". On a command line the whole of it stands in quotes: 'key={name: value}', 'key=[one, two]'"
+    return ": put it in quotes" if str in whole and not isinstance(value, (dict, list, type(None))) else ""
+
+# %% ../nbs/method/00_core.ipynb #6b9f1b6c
+def _item(value, kind, path):
+    "A value inside a list or a mapping"
+    # a whole number stays one: keys of stages that have run are made of it
+    if type(value) is kind or kind is float and type(value) is int:
+        return value
+    found = as_number(value) if kind is float else value
+    if type(found) is kind:
+        return found
+    what = {float: "a number", str: "a text", dict: "a mapping of keys to values"}.get(kind, kind.__name__)
+    way = ": take it out of the list" if value is None else _quotes(value, (kind,))
+    if value is None and ":" in path:
+        way = ": YAML wants a space behind the colon, {name: 1}"
+    raise SpecsError(f"{path} must be {what}, not {'null' if value is None else repr(value)}{way}")
+
+# %% ../nbs/method/00_core.ipynb #99788697
+def typed(
+    value,  # what YAML has read
+    kind,  # the field's type
+    old,  # a value that would do, for the message
+    path: str,  # of the key, for the message
+):  # the value, its numbers as the type wants them
+    "Check a value against a field's type; raises `SpecsError` for another one."
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    for k in kinds:
+        whole, inner = get_origin(k) or k, get_args(k)[-1:]  # list and (str,) of list[str]
+        if whole is float and type(value) is not bool:
+            value = float(value) if type(value) is int else as_number(value)
+        if type(value) is not whole:
+            continue
+        if inner and whole is dict:
+            return {name: _item(v, *inner, f"{path}.{name}") for name, v in value.items()}
+        return [_item(v, *inner, f"{path}[{i}]") for i, v in enumerate(value)] if inner else value
+    names = " or ".join((get_origin(k) or k).__name__ for k in kinds)
+    raise SpecsError(
+        f"{path} must be of type {names} (such as {old!r}), not {value!r}{_quotes(value, kinds)}"
+    )
+
+# %% ../nbs/method/00_core.ipynb #406779f2
 ALSO = {"from": "start"}  # what a file may say → the field: `from` is a word of Python
 SECTIONS = {"distill": "pairs"}  # a section's old name → its name, which is also the stage's
 
@@ -332,20 +386,18 @@ def present_names(
         out[key] = {**out[key], **value} if both else value
     return out
 
-
+# %% ../nbs/method/00_core.ipynb #e07d47a9
 def merge(
     config,  # a dataclass instance
     values: dict,  # nested, as YAML gives it
     where: str = "",  # path of `config` in the whole, for messages
 ):  # a new instance of the same class
     "A copy of `config` with `values` set; raises `SpecsError` for an unknown key or a wrong type."
-    if not isinstance(values, dict):
-        raise SpecsError(
-            f"{where or 'the configuration'} must be a mapping of keys to values, not {values!r}"
-        )
     fields, new = {f.name: f for f in dataclasses.fields(config)}, {}
+    values = _mapping(values, where or "the configuration")
     if isinstance(config, Config):
-        _tell_renamed(values)
+        for old in SECTIONS.keys() & values.keys():
+            print(f"{'config':10} the section {old} is called {SECTIONS[old]} now and is read", flush=True)
         values = present_names(values)
     for key, value in values.items():
         path = f"{where}.{key}".lstrip(".")
@@ -358,7 +410,7 @@ def merge(
         elif key == "trainer":
             new[key] = {**old, **_mapping(value, path)}
         else:
-            new[key] = _typed(value, fields[key].type, old, path)
+            new[key] = typed(value, fields[key].type, old, path)
     return dataclasses.replace(config, **new)
 
 
@@ -367,84 +419,27 @@ def _mapping(value, path):
         raise SpecsError(f"{path} must be a mapping of keys to values, not {value!r}")
     return value
 
-
-def _typed(value, kind, old, path):
-    "A value of the field's type, such as `int`, `str | list[str]` or `dict[str, float]`"
-    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    for k in kinds:
-        whole = get_origin(k) or k
-        value = _number(value) if whole is float else value
-        if type(value) is whole:
-            return _filled(value, k, path)
-    names = " or ".join((get_origin(k) or k).__name__ for k in kinds)
-    raise SpecsError(
-        f"{path} must be of type {names} (such as {old!r}), not {value!r}{_quotes(value, kinds)}"
-    )
-
-
-def _quotes(value, kinds):
-    "A hint to use quotes, which keep the shell from expanding braces and YAML from reading a date"
-    whole = {get_origin(k) or k for k in kinds}
-    if isinstance(value, str) and value and whole & {dict, list}:
-        return ". On a command line the whole of it stands in quotes: 'key={name: value}', 'key=[one, two]'"
-    return ": put it in quotes" if str in whole and not isinstance(value, (dict, list, type(None))) else ""
-
-
-def _number(value):
-    if isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, str):  # YAML reads 1e-6 as a string
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
-
-
-def _filled(value, kind, path):
-    "A list or dictionary whose values are of the type that the field names"
-    if not get_args(kind):
-        return value
-    inner = get_args(kind)[-1]
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return type(value)(
-        {k: _item(v, inner, f"{path}.{k}") for k, v in items}
-        if isinstance(value, dict)
-        else [_item(v, inner, f"{path}[{k}]") for k, v in items]
-    )
-
-
-def _item(value, kind, path):
-    # a whole number stays one: keys of stages that have run are made of it
-    if type(value) is kind or kind is float and type(value) is int:
-        return value
-    found = _number(value) if kind is float else value
-    if type(found) is kind:
-        return found
-    what = {float: "a number", str: "a text", dict: "a mapping of keys to values"}.get(kind, kind.__name__)
-    way = ": take it out of the list" if value is None else _quotes(value, (kind,))
-    if value is None and ":" in path:
-        way = ": YAML wants a space behind the colon, {name: 1}"
-    raise SpecsError(f"{path} must be {what}, not {'null' if value is None else repr(value)}{way}")
-
-
-def _tell_renamed(values):
-    "Name each section that is called otherwise today"
-    for old in SECTIONS.keys() & values.keys():
-        print(f"{'config':10} the section {old} is called {SECTIONS[old]} now and is read", flush=True)
-
-
 # %% ../nbs/method/00_core.ipynb #e2437062
-PART = (
-    "source",
-    "path",
-    "subset",
-    "split",
-    "columns",
-    "images",
-    "max_pixels",
-    "shrink_to",
-    "pass_rate",
-    "bad_rows",
-)
+# what an entry of `data.sources` may set; the last five hold for all entries unless one sets its own
+PART = "source path subset split columns images max_pixels shrink_to pass_rate bad_rows".split()
+
+
+def _part(data, entry, where):
+    "An entry of `data.sources`: its name, its weight, and a `DataConfig` for it alone"
+    entry = dict(entry)
+    weight, name = entry.pop("weight", 1), entry.pop("name", None)
+    if type(weight) not in (int, float) or not 0 < weight < float("inf"):
+        raise SpecsError(f"{where}.weight must be a number above 0, not {weight!r}")
+    if not entry.get("source"):
+        raise SpecsError(f"{where} has no source: a folder, world, or a name with a path")
+    for key in entry:
+        if key not in PART:
+            raise SpecsError(f"{where} can't set {key!r}: {nearest(str(key), (*PART, 'weight', 'name'))}")
+    common = {k: getattr(data, k) for k in (*PART[5:], "pass_rate_samples", "seed")}
+    one = merge(DataConfig(**common), entry, where)
+    if not name and one.path and one.source != "datasets":
+        name = one.source
+    return str(name or Path(one.path or one.source).name), weight, one
 
 
 def parts(
@@ -455,69 +450,14 @@ def parts(
         raise SpecsError(
             "data.sources names several sources: leave data.source, path, subset and columns to its entries"
         )
-    out, names, rest = [], set(), {k: getattr(data, k) for k in (*PART[5:], "pass_rate_samples")}
-    for i, entry in enumerate(data.sources):
-        where, entry = f"data.sources[{i}]", dict(entry)
-        weight, name = entry.pop("weight", 1), entry.pop("name", None)
-        if type(weight) not in (int, float) or not 0 < weight < float("inf"):
-            raise SpecsError(f"{where}.weight must be a number above 0, not {weight!r}")
-        if not entry.get("source"):
-            raise SpecsError(f"{where} has no source: a folder, world, or a name with a path")
-        for key in entry:
-            if key not in PART:
-                raise SpecsError(f"{where} can't set {key!r}: {nearest(str(key), (*PART, 'weight', 'name'))}")
-        one = merge(DataConfig(**{**rest, "seed": data.seed}), entry, where)
-        name = first = str(
-            name
-            or (one.source if one.source != "datasets" and one.path else Path(one.path or one.source).name)
-        )
-        while name in names:
-            name = f"{first}-{len(names) + 1}"
-        names.add(name)
-        out.append((name, weight, one))
-    whole = sum(w for _, w, _ in out)
-    return [(name, w / whole, one) for name, w, one in out]
-
-# %% ../nbs/method/00_core.ipynb #650288bf
-def _sense(name, stage):
-    "Conditions on `sampling` and `validate`: (path, whether it holds, the rest of the message)"
-    s, v = stage.sampling, stage.validate
-    return [
-        (
-            f"{name}.sampling.floor",
-            0 < s.floor <= 1,
-            f"is a share, above 0 (or questions would vanish) and at most 1, not {s.floor}",
-        ),
-        (
-            f"{name}.sampling.refill",
-            0 <= s.refill <= 64,
-            f"is a share of a step's answers, 0 (none) to 64, such as 1.0, not {s.refill}",
-        ),
-        (
-            f"{name}.validate.every",
-            v.every >= 0,
-            f"must be a number of steps, or 0 for no validation, not {v.every}",
-        ),
-        (f"{name}.validate.rows", v.rows > 0, f"must be a number of questions, not {v.rows}"),
-        (
-            f"{name}.validate.keep",
-            v.keep in ("best", "last"),
-            f"says whose weights are kept, best or last, not {v.keep!r}",
-        ),
-        (
-            f"{name}.validate.patience",
-            v.patience >= 0,
-            f"must be a number of looks, or 0 for all steps, not {v.patience}",
-        ),
-        (
-            f"{name}.validate.every",
-            v.every > 0 or v.keep == "last" and not v.patience,
-            (
-                "is 0, so nothing tells which step is best: set how often to look, such as"
-                f" {name}.validate.every=10"
-            ),
-        ),
-    ]
+    found = [_part(data, entry, f"data.sources[{i}]") for i, entry in enumerate(data.sources)]
+    whole, out = sum(weight for _, weight, _ in found), {}
+    for first, weight, one in found:
+        name = first
+        while name in out:
+            name = f"{first}-{len(out) + 1}"
+        out[name] = weight / whole, one
+    return [(name, *rest) for name, rest in out.items()]
 
 # %% ../nbs/method/00_core.ipynb #e68ec415
 CHOICES = {  # key → the words it may be
@@ -569,13 +509,17 @@ def setting(
         config = getattr(config, part)
     return config
 
-
+# %% ../nbs/method/00_core.ipynb #791b02f1
 def _need(ok, message):
     if not ok:
         raise SpecsError(message)
 
 
-def _check_numbers(config):
+def _check_tables(config):
+    "What the three tables say, and one share"
+    for key, known in CHOICES.items():
+        value = setting(config, key)
+        _need(value in known, f"{key}: no {value!r}; {nearest(str(value), known)}")
     for key in POSITIVE:
         value = setting(config, key)
         _need(value > 0, f"{key} must be positive, not {value}")
@@ -588,18 +532,45 @@ def _check_numbers(config):
         f"vllm.gpu_memory is a share of the GPU's memory, above 0 and at most 1, not {share}",
     )
 
-
+# %% ../nbs/method/00_core.ipynb #fd7b8b3c
 def _check_lora(name, stage):
+    dropout, targets = stage.lora_dropout, stage.lora_targets
+    _need(0 <= dropout < 1, f"{name}.lora_dropout is a share, 0 or more and below 1, not {dropout}")
     _need(
-        0 <= stage.lora_dropout < 1,
-        f"{name}.lora_dropout is a share, 0 or more and below 1, not {stage.lora_dropout}",
-    )
-    _need(
-        all(isinstance(target, str) for target in stage.lora_targets),
-        f"{name}.lora_targets is a list of layers' names, such as [q_proj, v_proj], not {stage.lora_targets}",
+        all(isinstance(target, str) for target in targets),
+        f"{name}.lora_targets is a list of layers' names, such as [q_proj, v_proj], not {targets}",
     )
 
 
+def _check_grpo(name, stage):
+    "How GRPO samples questions, and how it validates"
+    s, v = stage.sampling, stage.validate
+    s_at, v_at = f"{name}.sampling", f"{name}.validate"
+    _need(
+        0 < s.floor <= 1,
+        f"{s_at}.floor is a share, above 0 (or questions would vanish) and at most 1, not {s.floor}",
+    )
+    _need(
+        0 <= s.refill <= 64,
+        f"{s_at}.refill is a share of a step's answers, 0 (none) to 64, such as 1.0, not {s.refill}",
+    )
+    _need(v.every >= 0, f"{v_at}.every must be a number of steps, or 0 for no validation, not {v.every}")
+    _need(v.rows > 0, f"{v_at}.rows must be a number of questions, not {v.rows}")
+    _need(
+        v.keep in ("best", "last"),
+        f"{v_at}.keep says whose weights are kept, best or last, not {v.keep!r}",
+    )
+    _need(
+        v.patience >= 0,
+        f"{v_at}.patience must be a number of looks, or 0 for all steps, not {v.patience}",
+    )
+    _need(
+        v.every > 0 or v.keep == "last" and not v.patience,
+        f"{v_at}.every is 0, so nothing tells which step is best: set how often to look, such as"
+        f" {v_at}.every=10",
+    )
+
+# %% ../nbs/method/00_core.ipynb #e47795d3
 def _is_range(rate):
     if len(rate) != 2 or any(type(r) not in (int, float) for r in rate):
         return False
@@ -620,20 +591,16 @@ def _check_data(data):
         f"data.grader must be module:function of your own, not {data.grader!r}",
     )
 
-
+# %% ../nbs/method/00_core.ipynb #3a7e00b7
 def check(
     config: Config,  # as merged
 ) -> Config:  # the same
     "Raise `SpecsError` for values out of range."
-    for key, known in CHOICES.items():
-        value = setting(config, key)
-        _need(value in known, f"{key}: no {value!r}; {nearest(str(value), known)}")
-    _check_numbers(config)
+    _check_tables(config)
     for name in ("zero", "coldstart", "final"):
         _check_lora(name, getattr(config, name))
     for name in ("zero", "final"):
-        for path, ok, message in _sense(name, getattr(config, name)):
-            _need(ok, f"{path} {message}")
+        _check_grpo(name, getattr(config, name))
     _check_data(config.data)
     _need(not config.final.start, "final.from has no effect: the final stage starts from coldstart.from")
     for i, (_, _, part) in enumerate(parts(config.data)):
@@ -692,14 +659,12 @@ def parse_override(
         value = {part: value}
     return value
 
-
+# %% ../nbs/method/00_core.ipynb #84898714
 def builtin_configs() -> dict:  # name → path
     "The configurations that ship with the package."
-    return (
-        {p.stem: p for p in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
-        if "__file__" in globals()
-        else {p.stem: p for p in sorted(Path("../../specs_nb/configs").glob("*.yaml"))}
-    )
+    import specs_nb
+
+    return {p.stem: p for p in sorted((Path(specs_nb.__file__).parent / "configs").glob("*.yaml"))}
 
 # %% ../nbs/method/00_core.ipynb #31e9b7d5
 RENAMED = {"qwen7b_qlora_80gb": "qwen7b_qlora_48gb"}  # a shipped configuration: its old name → its name
@@ -743,7 +708,7 @@ def atomic(
     yield part
     os.replace(part, path)
 
-
+# %% ../nbs/method/00_core.ipynb #9ff78fe1
 def write_json(
     path,  # the file
     data,  # what JSON can say
@@ -867,23 +832,16 @@ EXECUTION = {
     "vllm.tensor_parallel": "GPUs that hold one model together: the same to rounding",
     "vllm.sync_every": "how often weights are compared; a difference ends the run",
     "vllm.sync_tolerance": "as vllm.sync_every",
+    "*.trainer.save_*": "when checkpoints are written; a resumed run takes the same steps",
+    "*.trainer.output_dir": "where checkpoints are written",
     **dict.fromkeys(
-        ("*.trainer.save_*", "*.trainer.output_dir"),
-        "when checkpoints are written, and where; a resumed run takes the same steps",
-    ),
-    **dict.fromkeys(
-        (
-            "*.trainer.report_to",
-            "*.trainer.run_name",
-            "*.trainer.project",
-            "*.trainer.trackio_*",
-            "*.trainer.log*",
-            "*.trainer.disable_tqdm",
-            "*.trainer.num_completions_to_print",
-            "*.trainer.include_*",
-            "*.trainer.push_to_hub*",
-            "*.trainer.hub_*",
-        ),
+        [
+            f"*.trainer.{key}"
+            for key in (
+                "report_to run_name project trackio_* log* disable_tqdm num_completions_to_print include_*"
+                " push_to_hub* hub_*"
+            ).split()
+        ],
         "what is shown and told, and to whom",
     ),
     "*.trainer.dataloader_num_workers": "who reads the rows; their order is the sampler's",
@@ -906,39 +864,14 @@ EXECUTION = {
 # keys that say what is asked in the tests, where nothing of them is held out of the training rows
 TESTS = ("data.test", "data.n_test", "data.ood_formats")
 
-
+# %% ../nbs/method/00_core.ipynb #811137f6
 def why_execution(
     key: str,  # path in the configuration
 ) -> str:  # the reason in `EXECUTION`; empty for a key that changes results
     "Why changing a key doesn't change results."
     return next((why for pattern, why in EXECUTION.items() if fnmatch.fnmatchcase(key, pattern)), "")
 
-# %% ../nbs/method/00_core.ipynb #811137f6
-def flat(
-    values: dict,  # nested, as `asdict` gives a configuration or a part of it
-    where: str = "",  # path of `values` in the whole
-) -> dict:  # path → value, without the keys of execution
-    "The part of a configuration that changes results, as a flat table."
-    out = {}
-    for key, value in values.items():
-        path = f"{where}.{key}".lstrip(".")
-        if isinstance(value, dict) and key == "trainer":
-            out.update(flat(_batches(value), path))
-        elif isinstance(value, dict):
-            out.update(flat(value, path))
-        elif not why_execution(path):
-            out[path] = _as_number(value) if ".trainer." in path else value
-    return out
-
-
-def _as_number(value):
-    "Convert a number that YAML read as text, such as 1e-6"
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
-
-
+# %% ../nbs/method/00_core.ipynb #e84128d7
 _MICRO, _STEPS, _ROUNDS = "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"
 
 
@@ -954,6 +887,23 @@ def _batches(trainer):
             out[f"{_MICRO} × {_ROUNDS}"] = micro * int(rounds)
         return out
     return dict(trainer)  # not numbers: TRL will refuse them
+
+# %% ../nbs/method/00_core.ipynb #6895d8d0
+def flat(
+    values: dict,  # nested, as `asdict` gives a configuration or a part of it
+    where: str = "",  # path of `values` in the whole
+) -> dict:  # path → value, without the keys of execution
+    "The part of a configuration that changes results, as a flat table."
+    out = {}
+    for key, value in values.items():
+        path = f"{where}.{key}".lstrip(".")
+        if isinstance(value, dict) and key == "trainer":
+            out.update(flat(_batches(value), path))
+        elif isinstance(value, dict):
+            out.update(flat(value, path))
+        elif not why_execution(path):
+            out[path] = as_number(value) if ".trainer." in path else value
+    return out
 
 # %% ../nbs/method/00_core.ipynb #dde79cc4
 def differences(
@@ -980,7 +930,7 @@ def reset_peak_memory():
     if peak_gpu_gb() is not None:
         sys.modules["torch"].cuda.reset_peak_memory_stats()
 
-
+# %% ../nbs/method/00_core.ipynb #928f24fe
 def peak_gpu_gb():  # GiB, or None where this process uses no GPU
     """Peak memory that torch allocated on this process's GPU since `reset_peak_memory`, without vLLM's own
     process."""
@@ -991,7 +941,7 @@ def peak_gpu_gb():  # GiB, or None where this process uses no GPU
         else None
     )
 
-
+# %% ../nbs/method/00_core.ipynb #64f16d83
 def peak_memory_gb(
     workers: int = 0,  # processes that worked beside this one, each as large as the largest
 ) -> float:  # GiB
@@ -1033,7 +983,7 @@ def folder_bytes(
     "The size of a folder."
     return sum(os.lstat(os.path.join(where, f)).st_size for where, _, files in os.walk(folder) for f in files)
 
-
+# %% ../nbs/method/00_core.ipynb #4c3d334f
 def in_words(
     size: int,  # bytes
 ) -> str:  # such as `1.2 GB`
@@ -1044,7 +994,7 @@ def in_words(
         size /= 1000
     return f"{size:.1f} GB"
 
-
+# %% ../nbs/method/00_core.ipynb #6850e58e
 def set_aside_folders(
     run,  # a run folder, or a grid's
 ) -> list:  # paths, in order
@@ -1063,7 +1013,7 @@ PHASES = (
     "other",  # starting, loading models, and whatever no phase claims
 )
 
-
+# %% ../nbs/method/00_core.ipynb #200ea507
 class Clock:
     "Measures seconds by phase; only the innermost phase is timed"
 
@@ -1092,8 +1042,8 @@ def _when_done():
             cuda.synchronize()
     return time.perf_counter()
 
-# %% ../nbs/method/00_core.ipynb #200ea507
-_counting = []  # the clock that runs, if one does
+# %% ../nbs/method/00_core.ipynb #ff074f2a
+_counting = []  # the clock that runs, if any
 
 
 def count_seconds(
@@ -1134,7 +1084,7 @@ def fill_up(
     rest = round(seconds - sum(named.values()), 2)
     return {**named, "other": max(0.0, rest)}
 
-
+# %% ../nbs/method/00_core.ipynb #0443fe53
 def spent_on(
     by: dict,  # seconds by phase
 ) -> str:  # such as `write 12 s, train 5 s`
@@ -1145,9 +1095,8 @@ def spent_on(
 
 # %% ../nbs/method/00_core.ipynb #a3175e50
 @dataclass
-class Stage:
-    """One stage of a run: a folder with files and a `stage.json`. Results of another fingerprint are never
-    deleted."""
+class StageFolder:
+    "A stage's folder with its `stage.json`: is the result that it holds still valid?"
 
     dir: Path  # the stage's folder
     key: str  # fingerprint of what its result follows from
@@ -1157,6 +1106,7 @@ class Stage:
 
     @property
     def info(self):
+        "What stage.json says, with the sections' present names"
         info = read_json(self.dir / "stage.json") or {}
         table = info.get("inputs") or {}
         if present_names(table) != table and info.get("key") == fingerprint(table):
@@ -1165,15 +1115,12 @@ class Stage:
         return info
 
     @property
-    def missing(self):
-        return [f for f in self.outputs if not (self.dir / f).exists()]
-
-    @property
     def done(self):
+        "Is there nothing left to do?"
         return self.why() == "done"
 
     def why(self):
-        "Why the stage has to run, in words."
+        "Why the stage has to run, in words; `done` if it needn't."
         info = self.info
         if not info:
             return "not run yet"
@@ -1181,7 +1128,8 @@ class Stage:
             return self._changed(info.get("inputs"))
         if info.get("state") != "done":
             return "it was cut off"
-        return f"{', '.join(self.missing)} is missing" if self.missing else "done"
+        missing = [f for f in self.outputs if not (self.dir / f).exists()]
+        return f"{', '.join(missing)} is missing" if missing else "done"
 
     def _changed(self, before):
         "The inputs that differ from those in stage.json"
@@ -1191,31 +1139,27 @@ class Stage:
             return "it was made by an older version of specs_nb, which didn't note what it follows from"
         return f"changed: {differences(before, self.inputs)}"
 
+    def say(self, text):
+        "Print a line with the stage's name in front."
+        print(f"{self.dir.name:10} {text}", flush=True)
+
+# %% ../nbs/method/00_core.ipynb #a385f824
+class Stage(StageFolder):
+    "A stage of a run. Results of another fingerprint are set aside, never deleted."
+
     def begin(self):
-        """Mark the stage as begun; results of another fingerprint are set aside, those of this one are kept
-        and continued."""
+        "Mark the stage as begun; a result of the same fingerprint is continued, another one set aside."
         if self.info.get("key") not in (None, self.key):
             self.set_aside()
         info, now = self.info, versions()
-        before = info.get("seconds", 0)
-        # noted, not compared
-        if changed := differences(info.get("versions", now), now):
-            print(f"{self.dir.name:10} goes on with other versions: {changed}", flush=True)
-        self._t0, by = time.monotonic() - before, info.get("seconds_by") or {}
-        self._clock = count_seconds(by)
+        before, by = info.get("seconds", 0), info.get("seconds_by") or {}
+        note = dict(state="running", key=self.key, versions=now)
+        if changed := differences(info.get("versions", now), now):  # noted, not compared
+            self.say(f"goes on with other versions: {changed}")
+            note["begun_with"] = info.get("begun_with", info["versions"])
+        self._start_clocks(before, by)
         reset_peak_memory()
-        write_json(
-            self.dir / "stage.json",
-            {
-                "state": "running",
-                "key": self.key,
-                "versions": now,
-                **({"begun_with": info.get("begun_with", info["versions"])} if changed else {}),
-                "seconds": before,
-                "seconds_by": by,
-                "inputs": self.inputs,
-            },
-        )
+        self._note({**note, "seconds": before, "seconds_by": by, "inputs": self.inputs})
 
     def set_aside(self) -> Path:  # where it is now; None if there was nothing but a stage.json
         "Rename the folder to the next free `NAME.before-1`, and print that with its size."
@@ -1226,10 +1170,9 @@ class Stage:
         while (to := self.dir.with_name(f"{self.dir.name}.before-{n}")).exists():
             n += 1
         self.dir.rename(to)
-        print(
-            f"{self.dir.name:10} what was there is kept as {to.name} ({in_words(folder_bytes(to))}); `specs"
-            f" clean --run-dir {self.dir.parent}` lists such folders and removes them",
-            flush=True,
+        self.say(
+            f"what was there is kept as {to.name} ({in_words(folder_bytes(to))}); `specs clean --run-dir"
+            f" {self.dir.parent}` lists such folders and removes them"
         )
         return to
 
@@ -1238,29 +1181,18 @@ class Stage:
         import shutil
 
         folder = self.dir / "checkpoints"
-        if not self.done or not folder.is_dir():
-            return
-        size = folder_bytes(folder)
-        shutil.rmtree(folder)
-        print(
-            f"{self.dir.name:10} is done: its checkpoints ({in_words(size)}) are removed;"
-            " keep_checkpoints=true keeps them",
-            flush=True,
-        )
+        if self.done and folder.is_dir():
+            size = in_words(folder_bytes(folder))
+            shutil.rmtree(folder)
+            self.say(f"is done: its checkpoints ({size}) are removed; keep_checkpoints=true keeps them")
 
     def tick(self):
         "Record the time spent so far, so that an interrupted run keeps it."
-        write_json(self.dir / "stage.json", {**self.info, **self._spent()})
+        self._note({**self.info, **self._spent()})
 
     def go_on(self):
         "Continue the first process's clocks in another process of the same stage."
-        self._t0 = time.monotonic() - self.info["seconds"]
-        self._clock = count_seconds(self.info.get("seconds_by"))
-
-    def _spent(self, by=None):
-        "Seconds so far, in total and by phase"
-        seconds = round(time.monotonic() - self._t0, 1)
-        return {"seconds": seconds, "seconds_by": fill_up(by or self._clock.turn(), seconds)}
+        self._start_clocks(self.info["seconds"], self.info.get("seconds_by"))
 
     def end(
         self,
@@ -1270,19 +1202,26 @@ class Stage:
         **facts,  # kept in stage.json
     ):
         "Mark the stage as done, with its cost."
-        write_json(
-            self.dir / "stage.json",
-            {
-                **self.info,
-                "state": "done",
-                **self._spent(seconds_by),
-                "peak_memory_gb": round(peak_memory_gb(workers), 2),
-                **({"peak_gpu_gb": round(gpu, 2)} if (gpu := peak_gpu_gb()) is not None else {}),
-                "machine": machine(),
-                "finished": time.strftime("%Y-%m-%d %H:%M"),
-                **facts,
-            },
+        gpu = peak_gpu_gb()
+        cost = dict(
+            self._spent(seconds_by),
+            peak_memory_gb=round(peak_memory_gb(workers), 2),
+            **({} if gpu is None else {"peak_gpu_gb": round(gpu, 2)}),
+            machine=machine(),
+            finished=time.strftime("%Y-%m-%d %H:%M"),
         )
+        self._note({**self.info, "state": "done", **cost, **facts})
+
+    def _note(self, info):
+        write_json(self.dir / "stage.json", info)
+
+    def _start_clocks(self, seconds, by):
+        self._t0, self._clock = time.monotonic() - seconds, count_seconds(by)
+
+    def _spent(self, by=None):
+        "Seconds so far, in total and by phase"
+        seconds = round(time.monotonic() - self._t0, 1)
+        return {"seconds": seconds, "seconds_by": fill_up(by or self._clock.turn(), seconds)}
 
 # %% ../nbs/method/00_core.ipynb #6c5f572b
 class Interrupted(Exception):
@@ -1296,7 +1235,7 @@ def stop_asked() -> str:  # the signal's name; empty if nobody asked
     "Has a signal asked this process to stop?"
     return _asked[0] if _asked else ""
 
-
+# %% ../nbs/method/00_core.ipynb #fde43eee
 @contextlib.contextmanager
 def signals_ask():
     """Inside this context SIGINT and SIGTERM ask for a stop, and the second one raises `KeyboardInterrupt`;
@@ -1358,7 +1297,7 @@ class _Spawn(multiprocessing.context.SpawnContext):
         worker.grace = self.grace
         return worker
 
-
+# %% ../nbs/method/00_core.ipynb #fc91aeae
 def patient():
     "For a worker: leave Ctrl-C and SIGTERM to the main process, and exit when that is gone."
     import signal
@@ -1375,7 +1314,7 @@ def patient():
     if parent_process():
         threading.Thread(target=watch, daemon=True).start()
 
-
+# %% ../nbs/method/00_core.ipynb #62c8351b
 def _begin_worker(then, args):
     patient()
     if then:
