@@ -1019,8 +1019,10 @@ def _without_units(p, g):
         if not _letters(bare_p[: m.start()]):
             bare_p, u = bare_p[: m.start()], m[1]  # 5√3 m, where nothing else is a letter
     a, b = (unit_of(x) if x else None for x in (u, v))
-    if not a or not b or read_number(p) and read_number(g):
-        return (p, g, None) if read_number(p) and read_number(g) else (bare_p, bare_g, None)
+    if read_number(p) and read_number(g):
+        return p, g, None
+    if not a or not b:
+        return bare_p, bare_g, None
     if a[0] != b[0]:
         return p, g, f"in {u}, not {v}"
     scale = a[1] / b[1]

@@ -60,7 +60,7 @@ _MARK = re.compile(r"</think>|####|\n\s*\**(?:(?:final )?answer|答案?)\s*[:：
 
 
 def _peel(text):
-    if len(parts := _MARK.split(text)) == 2 and parts[1].strip():
+    if len(text) > 6 and len(parts := _MARK.split(text)) == 2 and parts[1].strip():
         return parts[1]
     if "\\boxed" in text and (found := list(dict.fromkeys(boxed(text)))):
         return ", ".join(found)
