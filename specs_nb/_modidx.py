@@ -1300,6 +1300,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'specs_nb.inputs.parsers._one_way': ('inputs/parsers.html#_one_way', 'specs_nb/inputs/parsers.py'),
                                          'specs_nb.inputs.parsers._peel': ('inputs/parsers.html#_peel', 'specs_nb/inputs/parsers.py'),
                                          'specs_nb.inputs.parsers._raised': ('inputs/parsers.html#_raised', 'specs_nb/inputs/parsers.py'),
+                                         'specs_nb.inputs.parsers._rewrite': ('inputs/parsers.html#_rewrite', 'specs_nb/inputs/parsers.py'),
+                                         'specs_nb.inputs.parsers._rules': ('inputs/parsers.html#_rules', 'specs_nb/inputs/parsers.py'),
                                          'specs_nb.inputs.parsers._sign': ('inputs/parsers.html#_sign', 'specs_nb/inputs/parsers.py'),
                                          'specs_nb.inputs.parsers._spelled': ('inputs/parsers.html#_spelled', 'specs_nb/inputs/parsers.py'),
                                          'specs_nb.inputs.parsers._tidy': ('inputs/parsers.html#_tidy', 'specs_nb/inputs/parsers.py'),
