@@ -763,21 +763,24 @@ def _one_way(m):
     return "angle " + "".join(m.groups() if m[1] < m[3] else m.groups()[::-1])
 
 
+_NO_COMMANDS = _rules(r"""
+\\(?:left|right|text|mathrm|mathbf|textbf|displaystyle|quad|rm)(?![a-z]) → ␣
+\\[dt]frac → \\frac
+\\([a-z]+) → ␣\1␣
+[{}$\\] → ␣""")
+_NO_PUNCTUATION = re.compile(
+    r"(?<!\d)[.,](?!\d)|[^\w.,%/°+<>=^!\[\]↑-⇿-]|(?<=\D)[.,]|[.,](?!\d)|(?<![\d)])!|_|(?<=\w)-(?=[^\W\d])"
+)
+
+
 def plain_words(
     text: str,  # any text
 ) -> str:  # lower case, single spaces, no accents, articles or punctuation
     "What two texts are compared by."
     text = _spelled(unwrap(text))
     text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c)).casefold()
-    text = re.sub(r"\\(?:left|right|text|mathrm|mathbf|textbf|displaystyle|quad|rm)(?![a-z])", " ", text)
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = re.sub(r"\\([a-z]+)", r" \1 ", text)
-    text = re.sub(r"[{}$\\]", " ", text)
-    words = re.sub(
-        r"(?<!\d)[.,](?!\d)|[^\w.,%/°+<>=^!\[\]↑-⇿-]|(?<=\D)[.,]|[.,](?!\d)|(?<![\d)])!|_|(?<=\w)-(?=[^\W\d])",
-        " ",
-        text,
-    )
+    text = _rewrite(_NO_COMMANDS, text)
+    words = _NO_PUNCTUATION.sub(" ", text)
     words = re.sub(r"\bangle +([b-z])(\w)(?!\1)([a-y])\b", _one_way, words)
     return " ".join(_DROP.sub(" ", words).split()) or " ".join(text.split())
 
@@ -830,12 +833,16 @@ def code_of(
     return None if name == "a formula" and re.fullmatch(r"[A-Z]_\{?\d\}?|[A-Z]\^\d", text) else name
 
 # %% ../../nbs/inputs/11_parsers.ipynb #5dad67d1
+_ONE_KEY = _rules(r"""
+^(?:from|between)␣ →
+(?<=\d) ?(?:to|-+|and) ?(?=[$\d]) → -
+\^(?=\{?\d*[+-]) →
+(?<=[ap])\.?(?=m)|(?<=m)\.$|[\s{}_] →""")
+
+
 def _code_key(text):
-    text = _MACRO.sub(r"\1", text)
-    text = re.sub(r"^(?:from|between) ", "", _spelled(text).casefold())
-    text = re.sub(r"(?<=\d) ?(?:to|-+|and) ?(?=[$\d])", "-", text)
-    text = re.sub(r"\^(?=\{?\d*[+-])", "", text)  # an ion's charge, but no power
-    return re.sub(r"(?<=[ap])\.?(?=m)|(?<=m)\.$|[\s{}_]", "", text)
+    "What two spellings of a code share; the charge of an ion is no power"
+    return _rewrite(_ONE_KEY, _spelled(_MACRO.sub(r"\1", text)).casefold())
 
 # %% ../../nbs/inputs/11_parsers.ipynb #44e4e1b3
 _RELATION = re.compile(r"\\(?:parallel|perp|cong|sim)(?![a-z])|//")
