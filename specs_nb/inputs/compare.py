@@ -325,16 +325,11 @@ def read_set(
     if m := re.fullmatch(r"\\?[{\[](.*?)\\?[}\]]", text, re.S):
         text = m[1]
     parts = [re.sub(r"^[A-Za-z](?:_\{?\w\}?)?\s*=\s*", "", unwrap(s)) for s in split_parts(text)]
-    both = [
-        s
-        for part in parts
-        for s in (
-            [re.sub(r"(?:\\pm|±)\s*", sign, part).strip() for sign in ("+", "-")]
-            if re.search(r"\\pm|±", part)
-            else [part]
-        )
-    ]
-    return [s.lstrip("+") for s in both] if 0 < len(both) <= 50 else None
+    found = []
+    for part in parts:
+        signs = "+-" if re.search(r"\\pm|±", part) else "+"
+        found += [re.sub(r"(?:\\pm|±)\s*", sign, part).strip().lstrip("+") for sign in signs]
+    return found if 0 < len(found) <= 50 else None
 
 # %% ../../nbs/inputs/14_compare.ipynb #447c26b3
 def _part(p, g, kind=None):
@@ -364,16 +359,11 @@ def _grade_set(p, g, **kw):
         return False, "no set can be read"
     if len(set(re.findall(r"(?<![A-Za-z\\])([A-Za-z])(?:_\{?\w\}?)?\s*=", p))) > 1:
         return False, "about two names"
+    if bool(said) != bool(gold):
+        return False, "one of them is empty"
     same = [[_part(a, b) for b in gold] for a in said]
-    if all(None in row for row in same) and same and gold:
-        return None, "the gold's elements can't be compared"
-
-    def paired(*good):
-        return all(any(v in good for v in row) for row in (*same, *zip(*same))) and bool(said) == bool(gold)
-
-    if not paired(True) and paired(True, None):
-        return None, "an element can't be compared"
-    return paired(True), "compared element by element"
+    partners = [True if True in row else None if None in row else False for row in (*same, *zip(*same))]
+    return _all(partners), "compared element by element"
 
 # %% ../../nbs/inputs/14_compare.ipynb #269459c1
 _PIECE = re.compile(r"([\[\](])([^,;]+)[,;](.+)([\[\])])", re.S)
@@ -423,18 +413,18 @@ def _chain(text):
 # %% ../../nbs/inputs/14_compare.ipynb #c3c5ade9
 def _joined(pieces):
     "Sort, drop empty pieces and join those that touch, where all bounds are numbers"
-    pieces = [(a, ao or a == -float("inf"), b, bo or b == float("inf")) for a, ao, b, bo in pieces]
+    inf = float("inf")
     if any(isinstance(x, str) for a, _, b, _ in pieces for x in (a, b)):
-        return pieces
+        return [(a, ao or a == -inf, b, bo or b == inf) for a, ao, b, bo in pieces]
+    # an open bound stands a little above a closed one on the left, and a little below it on the right
+    ends = [((a, ao or a == -inf), (b, not (bo or b == inf))) for a, ao, b, bo in pieces]
     out = []
-    for a, ao, b, bo in sorted(p for p in pieces if p[0] < p[2] or p[0] == p[2] and not (p[1] or p[3])):
-        if out and (a < out[-1][2] or a == out[-1][2] and not (ao and out[-1][3])):
-            low, lo, high, ho = out.pop()
-            out.append((low, lo and (ao or a > low), *max((high, not ho), (b, not bo))))
-            out[-1] = (*out[-1][:3], not out[-1][3])
+    for low, high in sorted(pair for pair in ends if pair[0] < pair[1]):
+        if out and low <= out[-1][1]:
+            out[-1] = out[-1][0], max(out[-1][1], high)
         else:
-            out.append((a, ao, b, bo))
-    return out
+            out.append((low, high))
+    return [(*low, high[0], not high[1]) for low, high in out]
 
 # %% ../../nbs/inputs/14_compare.ipynb #7850d57f
 _AND = re.compile(r"\s*(?:\\text\s*\{\s*and\s*\}|\band\b|\\cap|∩|\\wedge|,(?=\s*[a-z]\s*(?:\\ne|≠|!=)))\s*")
@@ -512,10 +502,8 @@ def read_interval(
 
 # %% ../../nbs/inputs/14_compare.ipynb #ee72cb2c
 def _same_bound(a, b):
-    if a == b:
-        return True
-    if isinstance(a, float) or isinstance(b, float) or not isinstance(a, str) and not isinstance(b, str):
-        return False
+    if not isinstance(a, str) and not isinstance(b, str):
+        return a == b
     return _part(str(a), str(b), "latex")
 
 
@@ -532,11 +520,7 @@ def _grade_interval(p, g, **kw):
     if len(gold) != len(said):
         return False, "not as many pieces"
     return (
-        _all(
-            _same_bound(a, b) if i % 2 == 0 else a == b
-            for x, y in zip(said, gold)
-            for i, (a, b) in enumerate(zip(x, y))
-        ),
+        _all(_same_bound(a, b) for x, y in zip(said, gold) for a, b in zip(x, y)),
         "compared bound by bound",
     )
 
@@ -807,23 +791,14 @@ _NO_THING = re.compile(r"units?|in total|altogether")
 
 
 def _other_thing(p, g):
-    "(verdict, reason) where `3 apples` meets `3 pears`, or a unit a word that no table has; or None"
+    "Why `3 apples` may be no `3 pears`, or None: two nouns that are no units, and neither holds the other"
     a, b = _THINGS.fullmatch(p), _THINGS.fullmatch(g)
-    if not a or not b:
+    if not a or not b or a[1] != b[1]:
         return None
     first, second = (m[2].casefold().removesuffix("s") for m in (a, b))
-    units = [bool(unit_of(x) or unit_of(m[2])) for x, m in ((first, a), (second, b))]
-    if (
-        first in second
-        or second in first
-        or all(units)
-        or _NO_THING.fullmatch(a[2])
-        or _NO_THING.fullmatch(b[2])
-    ):
+    if first in second or second in first or unit_of(a[2]) and unit_of(b[2]):
         return None
-    if a[1] != b[1] and any(units):
-        return None
-    return None if a[1] == b[1] else False, f"{a[2]}, not {b[2]}"
+    return None if any(_NO_THING.fullmatch(m[2]) for m in (a, b)) else f"{a[2]}, not {b[2]}"
 
 # %% ../../nbs/inputs/14_compare.ipynb #070b493a
 def _grade_number(p, g, tol=None, precision=None, **kw):
@@ -838,7 +813,7 @@ def _grade_number(p, g, tol=None, precision=None, **kw):
     if "=" in text and (other := _other_name(text, g)):
         return False, other
     if other := _other_thing(text, g):
-        return other
+        return None, other
     if said := find_number(text) or _concluded(text, find_number):
         return same_number(said, gold, tol, precision), "compared as numbers"
     if m := re.fullmatch(r"(-?\d+),(\d{1,2})", text):
@@ -1044,8 +1019,10 @@ def _without_units(p, g):
         if not _letters(bare_p[: m.start()]):
             bare_p, u = bare_p[: m.start()], m[1]  # 5√3 m, where nothing else is a letter
     a, b = (unit_of(x) if x else None for x in (u, v))
-    if not a or not b or read_number(p) and read_number(g):
-        return (p, g, None) if read_number(p) and read_number(g) else (bare_p, bare_g, None)
+    if read_number(p) and read_number(g):
+        return p, g, None
+    if not a or not b:
+        return bare_p, bare_g, None
     if a[0] != b[0]:
         return p, g, f"in {u}, not {v}"
     scale = a[1] / b[1]
