@@ -122,42 +122,22 @@ def _pairs_for(format, corruptions):
     return good, {c: CORRUPTIONS[c](good, format) for c in corruptions}
 
 
-def template_faults(
-    processor,  # of the model, or its tokenizer
-    format,  # that is trained, of `FORMATS`
-    corruptions: list = ("drop_all_tags", "drop_think_tags"),  # names of `CORRUPTIONS`
-    pairs: bool = True,  # pairs are trained; False: only prompts matter
-    images: bool = True,  # questions have images, where the model reads them
-) -> list:  # of words; empty: all reads back
-    "What a chat template does to a format."
-    from jinja2 import TemplateError
-    from PIL import Image
-
-    row = dict(question="What is two and two?", choices=None)
-    chat, faults = chat_of(processor), []
-    prompt = conversation(row, format.instruction, chat["system"])
-    seen = [Image.new("RGB", (56, 56))] if images and tokenizer_of(processor) is not processor else []
-    good, bad = _pairs_for(format, corruptions)
-    try:
-        turns = {c: render_turn(processor, prompt, good, text, seen) for c, text in bad.items()}
-    except TemplateError as e:
-        return [f"it refuses the conversation ({' '.join(str(e).split())})"]
-    turn = next(iter(turns.values()))
-    for what, text in (
-        ("the question and its instruction", prompt[-1]["content"]),
-        ("data.system", chat["system"]),
-    ):
-        if _squeezed(text) not in _squeezed(turn.asked):
+def _faults_of_prompt(format, prompt, system, asked):
+    "What a template does to a prompt for a new answer"
+    faults = []
+    for what, text in (("the question and its instruction", prompt[-1]["content"]), ("data.system", system)):
+        if _squeezed(text) not in _squeezed(asked):
             faults.append(f"it leaves out or changes {what}")
-    if turn.asked.rstrip().endswith("<think>"):
+    if asked.rstrip().endswith("<think>"):
         what = "no answer then has that tag, and the format reward stays 0"
         if "<think>" not in marks_of(format):
             what = "an answer then begins within a thought"
         faults.append(f"its prompt for a new answer already opens <think>: {what}")
-    return faults + (_faults_of_pairs(processor, format, turns, good, bad) if pairs else [])
+    return faults
 
-
+# %% ../../nbs/engines/40_templates.ipynb #843b492a
 def _faults_of_pairs(processor, format, turns, good, bad):
+    "What a template does to answers that are trained on"
     faults, turn = [], next(iter(turns.values()))
     if any(t.asked != t.prompt for t in turns.values()):
         short = min((t.prompt for t in turns.values()), key=len)
@@ -184,6 +164,30 @@ def _faults_of_pairs(processor, format, turns, good, bad):
         faults.append("the tokens of a prompt are others when an answer follows")
     return faults
 
+# %% ../../nbs/engines/40_templates.ipynb #8deeab03
+def template_faults(
+    processor,  # of the model, or its tokenizer
+    format,  # that is trained, of `FORMATS`
+    corruptions: list = ("drop_all_tags", "drop_think_tags"),  # names of `CORRUPTIONS`
+    pairs: bool = True,  # pairs are trained; False: only prompts matter
+    images: bool = True,  # questions have images, where the model reads them
+) -> list:  # of words; empty: all reads back
+    "What a chat template does to a format."
+    from jinja2 import TemplateError
+    from PIL import Image
+
+    row = dict(question="What is two and two?", choices=None)
+    chat = chat_of(processor)
+    prompt = conversation(row, format.instruction, chat["system"])
+    seen = [Image.new("RGB", (56, 56))] if images and tokenizer_of(processor) is not processor else []
+    good, bad = _pairs_for(format, corruptions)
+    try:
+        turns = {c: render_turn(processor, prompt, good, text, seen) for c, text in bad.items()}
+    except TemplateError as e:
+        return [f"it refuses the conversation ({' '.join(str(e).split())})"]
+    faults = _faults_of_prompt(format, prompt, chat["system"], next(iter(turns.values())).asked)
+    return faults + (_faults_of_pairs(processor, format, turns, good, bad) if pairs else [])
+
 # %% ../../nbs/engines/40_templates.ipynb #b92f27d3
 _SWITCHES = "enable_thinking", "thinking", "preserve_thinking", "keep_thinking", "clear_thinking"
 
@@ -198,7 +202,7 @@ def way_out(
     format,  # that doesn't survive, of `FORMATS`
     **how,  # keywords of `template_faults`
 ) -> str:  # settings, as on the command line; empty: none was found
-    "Settings of `data` with which everything reads back."
+    "Settings of `data` with which every answer survives."
     chat, template = chat_of(processor), _template_of(processor)
     switches = [{name: value} for name in _SWITCHES if name in template for value in (False, True)]
     formats = [format, *(f for f in FORMATS.values() if f is not format and hasattr(f, "think"))]
@@ -215,6 +219,7 @@ def way_out(
 
 
 def _settings(chat, format, system, kwargs, fmt):
+    "What differs from the run's own settings, as on the command line"
     words = []
     if fmt is not format:
         words.append(f"data.format={fmt.name}")

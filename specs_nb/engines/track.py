@@ -59,7 +59,7 @@ def tracked(
 def hush_trackio(
     trainer,  # of transformers or TRL
 ):
-    "Let trackio work without a word."
+    "Have trackio print nothing."
     import contextlib
     import io
 
@@ -85,14 +85,8 @@ def last_samples(
     "A few completions of the trainer's last batch."
     logs, found, seen = trainer._logs, [], set()
     rewards = {k: list(v) for k, v in logs["rewards"].items()}
-    rows = list(
-        zip(
-            logs["prompt"],
-            logs["completion"],
-            logs["advantages"],
-            list(logs["images"]) or [[]] * len(logs["prompt"]),
-        )
-    )
+    pictures = list(logs["images"]) or [[]] * len(logs["prompt"])
+    rows = zip(logs["prompt"], logs["completion"], logs["advantages"], pictures)
     for i, (prompt, completion, advantage, images) in enumerate(rows):
         if (key := _words(prompt)) in seen or len(found) == n:
             continue
@@ -123,45 +117,20 @@ def _plain(v):
     return None if v is None or v != v else float(v)
 
 # %% ../../nbs/engines/51_track.ipynb #5ece3de2
-def samples(
-    trainer,  # a `GRPOTrainer`
-    out: Path,  # the stage's folder: gets `samples/`
-    every: int = 10,  # steps from one look to the next; 0: never
-    n: int = 4,  # completions each time
-):  # a `TrainerCallback`
-    "A callback that keeps a few completions with their images, and shows them to the trackers."
-    from transformers import TrainerCallback
-
-    class Samples(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **kw):
-            if (
-                not every
-                or not logs
-                or "loss" not in logs
-                or state.global_step % every
-                and state.global_step != 1
-            ):
-                return
-            if not state.is_world_process_zero:
-                return
-            found, folder, step = last_samples(trainer, n), Path(out) / "samples", state.global_step
-            folder.mkdir(parents=True, exist_ok=True)
-            for i, s in enumerate(found):
-                for k, image in enumerate(s["images"]):
-                    image.save(folder / f"{step:05d}-{i}-{k}.png")
-            plain = [
-                {**s, "images": [f"{step:05d}-{i}-{k}.png" for k in range(len(s["images"]))]}
-                for i, s in enumerate(found)
-            ]
-            write_json(folder / f"{step:05d}.json", plain)
-            for name in args.report_to:
-                _show(name, trainer, found, step)
-
-    return Samples()
+def _write_samples(found, folder, step):
+    "Write samples of a step, with their images beside them"
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = []
+    for i, s in enumerate(found):
+        names = [f"{step:05d}-{i}-{k}.png" for k in range(len(s["images"]))]
+        for name, image in zip(names, s["images"]):
+            image.save(folder / name)
+        plain.append({**s, "images": names})
+    write_json(folder / f"{step:05d}.json", plain)
 
 
 def _show(name, trainer, found, step):
-    "Hand samples to one tracker."
+    "Send samples to one tracker"
     if name in ("trackio", "wandb"):
         import pandas as pd
 
@@ -179,16 +148,41 @@ def _show(name, trainer, found, step):
         ]
         tracker.log({"samples": tracker.Table(dataframe=pd.DataFrame(rows))})
     if name == "tensorboard":
-        import numpy as np
+        for callback in trainer.callback_handler.callbacks:
+            if writer := getattr(callback, "tb_writer", None):
+                _to_tensorboard(writer, found, step)
 
-        for writer in (w for c in trainer.callback_handler.callbacks if (w := getattr(c, "tb_writer", None))):
-            for i, s in enumerate(found):
-                if s["images"]:
-                    writer.add_image(
-                        f"samples/{i}", np.asarray(s["images"][0].convert("RGB")), step, dataformats="HWC"
-                    )
-                writer.add_text(
-                    f"samples/{i}",
-                    f"{s['prompt']}\n\n{s['completion']}\n\n{s['rewards']}".replace("\n", "  \n"),
-                    step,
-                )
+
+def _to_tensorboard(writer, found, step):
+    import numpy as np
+
+    for i, s in enumerate(found):
+        if s["images"]:
+            image = np.asarray(s["images"][0].convert("RGB"))
+            writer.add_image(f"samples/{i}", image, step, dataformats="HWC")
+        text = f"{s['prompt']}\n\n{s['completion']}\n\n{s['rewards']}"
+        writer.add_text(f"samples/{i}", text.replace("\n", "  \n"), step)
+
+# %% ../../nbs/engines/51_track.ipynb #31eecd30
+def samples(
+    trainer,  # a `GRPOTrainer`
+    out: Path,  # the stage's folder: gets `samples/`
+    every: int = 10,  # steps from one look to the next; 0: never
+    n: int = 4,  # completions each time
+):  # a `TrainerCallback`
+    "A callback that keeps a few completions with their images, and shows them to the trackers."
+    from transformers import TrainerCallback
+
+    class Samples(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kw):
+            step = state.global_step
+            if not every or "loss" not in (logs or {}) or (step % every and step != 1):
+                return
+            if not state.is_world_process_zero:
+                return
+            found = last_samples(trainer, n)
+            _write_samples(found, Path(out) / "samples", step)
+            for name in args.report_to:
+                _show(name, trainer, found, step)
+
+    return Samples()
