@@ -177,7 +177,7 @@ def _outcome(code, folder, log, first_word):
         how = f"{first_word} ended with code {code}" if code else "rank 0 ended without a result"
         raise RankFailed(
             f"{folder.name}: {how} and no rank could say why (killed? out of memory?). Finished work is kept:"
-            f" the same command continues from there. The end of {log}:\n"
+            f" the same command goes on from there. The end of {log}:\n"
             + "\n".join(last)
         )
     (folder / "facts.json").unlink()
