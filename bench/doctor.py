@@ -2,7 +2,8 @@
 
 Usage: python bench/doctor.py [--json OUT.json] [--cases NAME …]
 
-`nbs/scale/30_doctor.ipynb` estimates from the shapes in the file that this writes, and compares with its peaks.
+`nbs/scale/30_doctor.ipynb` estimates from the shapes in the file that this writes, and compares with its
+peaks.
 """
 
 import argparse

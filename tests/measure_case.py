@@ -1,8 +1,8 @@
 """Measures what the doctor estimates: the peak memory of a small random model on the CPU.
 
-`measure` starts a process that builds a model of some 30 million parameters, trains it for two steps or lets it
-answer, and reads the peak of its resident memory from the kernel, less what it held before the model was there.
-The allocator is told to give memory back at once; otherwise its reserve would be measured too.
+`measure` starts a process that builds a model of some 30 million parameters, trains it for two steps or lets
+it answer, and reads the peak of its resident memory from the kernel, less what it held before the model was
+there. The allocator is told to give memory back at once; otherwise its reserve would be measured too.
 test_doctor_measured.py measures some of the `CASES`, bench/doctor.py all of them."""
 
 import gc

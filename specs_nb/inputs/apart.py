@@ -21,7 +21,7 @@ NEAR_BITS, NEAR_SHADES, THUMB = 20, 50, (32, 32)  # of 64 bits; of 255, where tw
 def fingerprint_of(
     img,  # a PIL image, RGB
 ) -> tuple:  # (64 bits as an integer, a thumbnail as 3072 bytes)
-    "What near-duplicates are found by; needs the `data` extra."
+    "The hash and the thumbnail that near-duplicates are found by; needs the `data` extra."
     try:
         import imagehash
     except ImportError:
@@ -50,7 +50,7 @@ def alike(
 def stem(
     question: str,  # with or without choices
 ) -> str:  # its words
-    "What two questions are compared by."
+    "The words by which two questions are compared."
     text = _PLACE.sub(" ", question)
     at = find_choices(text)[1]
     text = re.sub(r"\b(?:choices|options)\s*:?\s*$", "", (text[:at] if at else text).strip(), flags=re.I)
@@ -66,29 +66,26 @@ def options(
     return tuple(stem(c) for c in found) if found else None
 
 # %% ../../nbs/inputs/32_apart.ipynb #8c20f064
+def _is_image(x, named):
+    "Does a value hold a picture? Of paths and bare bytes only the column's name says so"
+    if isinstance(x, dict):
+        return bool(x.get("bytes") or named and x.get("path"))
+    if isinstance(x, str):
+        return named and bool(re.search(r"\.(?:png|jpe?g|webp|gif|bmp)$", x, re.I))
+    return named and isinstance(x, bytes)
+
+
 def _parts(d):
     "Questions and images of a benchmark's row, whatever its schema"
-    texts = [d.get(k) for k in ("question", "problem", "question_for_eval", "task_description")] + [
-        m.get("content", m.get("value"))
-        for k in TURNS
-        for m in (d.get(k) if isinstance(d.get(k), list) else [])
-        if isinstance(m, dict)
-    ]
+    texts = [d.get(k) for k in ("question", "problem", "question_for_eval", "task_description")]
+    for k in TURNS:
+        turns = d.get(k) if isinstance(d.get(k), list) else []
+        texts += [m.get("content", m.get("value")) for m in turns if isinstance(m, dict)]
     images = []
     for k, v in d.items():
-        named = "image" in k.lower()
-        for x in v if isinstance(v, list) else [v]:
-            if isinstance(x, dict) and x.get("bytes") or isinstance(x, bytes) and named:
-                images.append(x)
-            elif named and (
-                isinstance(x, dict)
-                and x.get("path")
-                or isinstance(x, str)
-                and re.search(r"\.(?:png|jpe?g|webp|gif|bmp)$", x, re.I)
-            ):
-                images.append(x)
-    # a path beside the bytes is its name
-    if any(not isinstance(x, str) for x in images):
+        found = v if isinstance(v, list) else [v]
+        images += [x for x in found if _is_image(x, "image" in k.lower())]
+    if any(not isinstance(x, str) for x in images):  # a path beside the bytes is its name
         images = [x for x in images if not isinstance(x, str)]
     return [t for t in texts if isinstance(t, str) and stem(t)], images
 
@@ -164,7 +161,6 @@ class Guard:
                     raise Unwanted("its picture is in a benchmark", self.names[i])
 
     def __str__(self):
-        return (
-            f"guarded against {len({w for w, _ in self.questions})} questions and {len(self.hashes)} pictures"
-            + (f" ({self.unread} pictures could not be read)" if self.unread else "")
-        )
+        unread = f" ({self.unread} pictures could not be read)" if self.unread else ""
+        asked = len({words for words, _ in self.questions})
+        return f"guarded against {asked} questions and {len(self.hashes)} pictures{unread}"

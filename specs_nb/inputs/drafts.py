@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_CHARS', 'SPECIAL', 'MAX_BYTES', 'TURNS', 'ASKERS', 'ANSWERERS', 'OURS', 'Drop', 'Unwanted', 'Tally',
            'tidy_question', 'unbox', 'infer', 'check_gold', 'image_bytes', 'pictures', 'draft_virl39k', 'draft_orsta',
-           'draft_mathvista', 'draft_mapped', 'finish', 'grading_of', 'place_boxes']
+           'draft_mathvista', 'draft_mapped', 'grading_of', 'place_boxes', 'finish']
 
 # %% ../../nbs/inputs/30_drafts.ipynb #ca38bab6
 import ast
@@ -64,14 +64,10 @@ class Tally:
         self.kinds[row["kind"]] += 1
 
     def __str__(self):
-        lines = [
-            f"{self.read:7} rows read, {self.kept} of use"
-            f" ({', '.join(f'{n} {k}' for k, n in self.kinds.most_common())})"
-        ]
-        lines += [
-            f"{n:7} dropped: {reason}, as in {self.examples[reason][0]}"
-            for reason, n in self.dropped.most_common()
-        ]
+        kinds = ", ".join(f"{n} {k}" for k, n in self.kinds.most_common())
+        lines = [f"{self.read:7} rows read, {self.kept} of use ({kinds})"]
+        for reason, n in self.dropped.most_common():
+            lines.append(f"{n:7} dropped: {reason}, as in {self.examples[reason][0]}")
         return "\n".join(lines + [f"{n:7} {note}" for note, n in self.notes.most_common()])
 
 # %% ../../nbs/inputs/30_drafts.ipynb #6e17101a
@@ -101,17 +97,15 @@ def tidy_question(
             "its image marks don't fit its images",
             f"{max(named) if named else len(marks)} marked, {n_images} there",
         )
-    front, count = len(_PLACE.findall(re.match(r"(?:\s|<image>)*", question)[0])), iter(
-        range(1, len(marks) + 1)
-    )
+    front = len(_PLACE.findall(re.match(r"(?:\s|<image>)*", question)[0]))
+    count = iter(range(1, len(marks) + 1))
 
     def name(m):
         k = int(m[1] or next(count))
         return "" if n_images == 1 or not m[1] and k <= front else f" [image {k}] "
 
-    text = re.sub(
-        r" (?=[.,;:?!])", "", re.sub(r"[ \t]+", " ", _PLACE.sub(name, question.replace("\r\n", "\n")))
-    ).strip()
+    text = re.sub(r"[ \t]+", " ", _PLACE.sub(name, question.replace("\r\n", "\n")))
+    text = re.sub(r" (?=[.,;:?!])", "", text).strip()
     if not text:
         raise Drop("it has no question")
     return text
@@ -123,19 +117,20 @@ def unbox(
     "The answer alone; raises `Drop` if there is none, or its box isn't closed and can't be."
     if isinstance(answer, (dict, list, tuple, bytes)):
         raise Drop("its answer is no text and no number", repr(answer)[:80])
-    text = clean("" if answer is None or answer != answer else str(answer))
-    text = _untagged(text)
+    text = _untagged(clean("" if answer is None or answer != answer else str(answer)))
     if "\\boxed" in text:
-        found = list(dict.fromkeys(b.strip() for b in boxed(text)))
-        if not found:
-            inside = text.split("\\boxed", 1)[1].strip(" $.").removeprefix("{")
-            if inside.count("{") != inside.count("}"):
-                raise Drop("the box of its answer isn't closed", text)
-            found = [inside.strip()]
-        text = ", ".join(found)
+        text = ", ".join(dict.fromkeys(b.strip() for b in boxed(text) or [_unclosed(text)]))
     if not text:
         raise Drop("it has no answer")
     return text
+
+
+def _unclosed(text):
+    "What stands in a box that isn't closed, if its own braces balance"
+    inside = text.split("\\boxed", 1)[1].strip(" $.").removeprefix("{")
+    if inside.count("{") != inside.count("}"):
+        raise Drop("the box of its answer isn't closed", text)
+    return inside
 
 
 def _untagged(text):
@@ -147,53 +142,86 @@ def _untagged(text):
     return (tagged[-1][1] or tagged[-1][3]).strip() if tagged else text
 
 # %% ../../nbs/inputs/30_drafts.ipynb #a0bd29f0
-_OTHER = "7.1719"  # an answer that nothing has
-
-
-def infer(
-    question: str,  # tidy
-    answer: str,  # unboxed
-    choices=None,  # texts, if the set has them apart
-    as_text=False,  # the answer is a choice's text, even if it looks like a letter (MathVista)
-) -> tuple:  # (answer, kind, choices)
-    """Which kind of answer this is, with a choice's answer as its letter; raises `Drop` if it is none of the
-    choices."""
-    listed = None if choices else find_choices(question)[0]
-    if listed and not _is_listing(question, listed, answer):
-        listed = None
-    choices = choices or listed
-    if not choices:
-        return *_as_asked(question, answer), None
+def _letters(answer, choices, as_text=False):
+    "The letters of the choices that an answer names; raises `Drop` if it names none, or by its text several"
     exact = [chr(65 + i) for i, c in enumerate(choices) if c.strip() == answer.strip()]
     several = re.fullmatch(r"\(?[A-J]\)?(?:(?:[,;& ]|and)*\(?[A-J]\)?)+", answer) and not exact
     if several:
         letters = re.findall("[A-J]", answer)
     else:
         letters = exact[:1] if as_text and exact else read_letters(unwrap(answer), tuple(choices))
-    if not several and len(letters) > 1:
-        raise Drop("its answer is more than one of its choices", f"{answer!r} of {choices}"[:200])
-    if not letters or max(letters) > chr(64 + len(choices)):
-        raise Drop("its answer is none of its choices", f"{answer!r} of {choices}"[:200])
-    return ", ".join(letters), "choice", list(choices)
+    wrong = "more than one" if not several and len(letters) > 1 else ""
+    if not letters or not wrong and max(letters) > chr(64 + len(choices)):
+        wrong = "none"
+    if wrong:
+        raise Drop(f"its answer is {wrong} of its choices", f"{answer!r} of {choices}"[:200])
+    return letters
 
-
-def _is_listing(question, choices, answer):
-    """Do the labels end the question, rather than name two tanks or figures? A letter as the gold answer says
-    yes"""
+# %% ../../nbs/inputs/30_drafts.ipynb #9d48569a
+def _is_listing(question, answer):
+    "Are the labels in a question choices, rather than names of two tanks or figures?"
     if re.fullmatch(r"\(?[A-J]\)?[.:]?(?:(?:[,;& ]|and)*\(?[A-J]\)?)*", answer):
         return True
-    last = question[find_choices(question)[1] :]
+    at = find_choices(question)[1]
+    last, before = question[at:], question[:at].rstrip()
     asked = "?" in last or re.search(
         r"\b(?:how (?:many|much)|what is|which|find|calculate|determine|compare)\b", last, re.I
     )
-    before = question[: find_choices(question)[1]].rstrip()
     inside = re.search(
         r"\b(?:and|or|in|of|from|to|figure|plan|tank|bar|point|line|box|group|option)$", before, re.I
     )
     inside = inside and not before.endswith(("?", ":", ".", "\n"))
     return not asked and not inside
 
+# %% ../../nbs/inputs/30_drafts.ipynb #2d4a25c4
+# the unit that a question wants; `in in` and degrees (of an angle or Celsius) are left alone
+_ASKS_UNIT = re.compile(
+    r"\(unit:? ?(?P<a>[^()\d]{1,30})\)|[（(]单位[：:] ?(?P<b>[^()（）]{1,10})[)）]"
+    r"|\bin (?P<c>[^\W\d]{2,12}(?:/[^\W\d]{1,6})?(?:\^[23])?|(?:square|cubic) [a-z]{1,12})(?=[?.;)]|$)"
+    r"|\bnearest (?P<d>[a-z]{2,12})(?=[?.;)]|$)"
+    r"|\bhow many"
+    r" (?P<e>(?:milli|centi|kilo)?(?:met(?:er|re)|gram|lit(?:er|re))s|hours|minutes|years|months|cm|mm|km"
+    r"|kg|ml|mL)\b",
+    re.I,
+)
+_NO_ASKED_UNIT = re.compile(
+    r"(?i:in|degrees?|cents?|pounds?|min|second|g|h|s|t|percent|total|days?|ones)|个|%"
+)
+_ASKS_DEGREES = re.compile(
+    r"\b(?:measure of (?:the )?(?:\w+ )?(?:angle|∠|\\angle)|how many degrees)|m"
+    r" ?(?:∠|\\angle)|∠\w+的?度数|角的?度数"
+)
 
+
+def _asked_unit(question):
+    "The unit in which a question wants its answer, or None"
+    if re.search(r"\bradians?\b|弧度", question):
+        return "rad" if re.search(r"\bin radians?[.?]?$", question) else None
+    found = {next(x for x in m.groups() if x).strip() for m in _ASKS_UNIT.finditer(question)}
+    found = {u for u in found if unit_of(u) and not _NO_ASKED_UNIT.fullmatch(u)}
+    if not found and _ASKS_DEGREES.search(question):
+        return "°"
+    return found.pop() if len(found) == 1 else None
+
+# %% ../../nbs/inputs/30_drafts.ipynb #53b8ed45
+_OTHER = "7.1719"  # an answer that nothing has
+
+
+def _kind(answer):
+    "The kind of an answer by itself"
+    if answer.lower().rstrip(".") in ("yes", "no", "true", "false"):
+        return "text"  # no is not n·o
+    if re.fullmatch(r"[(\[].*(?:\\infty|∞).*[)\]]", answer, re.S):
+        return "interval"
+    kind = kind_of(answer)
+    names = (
+        kind == "latex"
+        and not re.search(r"[\\^+*/=<>]", answer)
+        and explain_grade(_OTHER, answer, kind)[0] is None
+    )
+    return "text" if names else kind  # ∠A is a name, not mathematics
+
+# %% ../../nbs/inputs/30_drafts.ipynb #74a1aa55
 # what a question asks for, where its answer alone could be two things
 _ASKS_PERCENT = re.compile(
     r"\b(?:what|which|how many)\s+(?:(?:is|was|are|were)\s+)?(?:the\s+)?(?:[a-z]+\s+){0,2}percent(?:age)?s?\b"
@@ -214,25 +242,6 @@ _ASKS_AMOUNT = re.compile(
     r" (?:much|many|long|far|large|big|strong|hot|fast|high))\b|电|力|功|温|体积|容积|质量",
     re.I,
 )
-
-
-# the unit that a question wants; `in in` and degrees (of an angle or Celsius) are left alone
-_ASKS_UNIT = re.compile(
-    r"\(unit:? ?(?P<a>[^()\d]{1,30})\)|[（(]单位[：:] ?(?P<b>[^()（）]{1,10})[)）]"
-    r"|\bin (?P<c>[^\W\d]{2,12}(?:/[^\W\d]{1,6})?(?:\^[23])?|(?:square|cubic) [a-z]{1,12})(?=[?.;)]|$)"
-    r"|\bnearest (?P<d>[a-z]{2,12})(?=[?.;)]|$)"
-    r"|\bhow many"
-    r" (?P<e>(?:milli|centi|kilo)?(?:met(?:er|re)|gram|lit(?:er|re))s|hours|minutes|years|months|cm|mm|km"
-    r"|kg|ml|mL)\b",
-    re.I,
-)
-_NO_ASKED_UNIT = re.compile(
-    r"(?i:in|degrees?|cents?|pounds?|min|second|g|h|s|t|percent|total|days?|ones)|个|%"
-)
-_ASKS_DEGREES = re.compile(
-    r"\b(?:measure of (?:the )?(?:\w+ )?(?:angle|∠|\\angle)|how many degrees)|m"
-    r" ?(?:∠|\\angle)|∠\w+的?度数|角的?度数"
-)
 _ASKS_ORDER = re.compile(
     r"\brespectively\b|\b(?:from|in) (?:the )?(?:order\b(?!"
     r" to)|(?:least|smallest|lowest|greatest|largest|highest|biggest"
@@ -241,19 +250,10 @@ _ASKS_ORDER = re.compile(
     r" ,.?]|$)|从[小大左上]到|由[小大左上][到至]|依次|分别",
     re.I,
 )
-_ASKS_BOX = re.compile(r"\bb(?:ounding ?)?box|\bbox (?:of|around)\b|\b(?:detect|locate)\b|[边方]框|检测|定位", re.I)
+_ASKS_BOX = re.compile(
+    r"\bb(?:ounding ?)?box|\bbox (?:of|around)\b|\b(?:detect|locate)\b|[边方]框|检测|定位", re.I
+)
 _ROUGHLY = re.compile(r"(?:approximately|about|around|roughly|approx\.?|≈|大约|约为?)\s*(?=[$€£¥\d])", re.I)
-
-
-def _asked_unit(question):
-    "The unit in which a question wants its answer, or None"
-    if re.search(r"\bradians?\b|弧度", question):
-        return "rad" if re.search(r"\bin radians?[.?]?$", question) else None
-    found = {next(x for x in m.groups() if x).strip() for m in _ASKS_UNIT.finditer(question)}
-    found = {u for u in found if unit_of(u) and not _NO_ASKED_UNIT.fullmatch(u)}
-    if not found and _ASKS_DEGREES.search(question):
-        return "°"
-    return found.pop() if len(found) == 1 else None
 
 
 def _as_asked(question, answer):
@@ -280,19 +280,21 @@ def _as_asked(question, answer):
         return answer, "text"  # a sign
     return answer, _kind(answer)
 
-# %% ../../nbs/inputs/30_drafts.ipynb #c81c07d1
-def _kind(answer):
-    if answer.lower().rstrip(".") in ("yes", "no", "true", "false"):
-        return "text"  # no is not n·o
-    if re.fullmatch(r"[(\[].*(?:\\infty|∞).*[)\]]", answer, re.S):
-        return "interval"
-    kind = kind_of(answer)
-    names = (
-        kind == "latex"
-        and not re.search(r"[\\^+*/=<>]", answer)
-        and explain_grade(_OTHER, answer, kind)[0] is None
-    )
-    return "text" if names else kind  # ∠A is a name, not mathematics
+# %% ../../nbs/inputs/30_drafts.ipynb #842da71e
+def infer(
+    question: str,  # tidy
+    answer: str,  # unboxed
+    choices=None,  # texts, if the set has them apart
+    as_text=False,  # the answer is a choice's text, even if it looks like a letter (MathVista)
+) -> tuple:  # (answer, kind, choices)
+    """Which kind of answer this is, with a choice's answer as its letter; raises `Drop` if it is none of the
+    choices."""
+    if not choices:
+        choices = find_choices(question)[0]
+        choices = choices if choices and _is_listing(question, answer) else None
+    if not choices:
+        return *_as_asked(question, answer), None
+    return ", ".join(_letters(answer, choices, as_text)), "choice", list(choices)
 
 # %% ../../nbs/inputs/30_drafts.ipynb #62e8b4b4
 def check_gold(
@@ -309,10 +311,30 @@ def check_gold(
     if verdict is not True:
         raise Drop("its answer can't be graded", f"{answer!r}: {why}"[:200])
 
+# %% ../../nbs/inputs/30_drafts.ipynb #b954fbb7
+_BEGINS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*", b"MM\0")
+
+
+def _written_out(text):
+    "The bytes of an image that is written as a data URL or in base64; None for what looks like a path"
+    import base64
+    import binascii
+
+    url = re.match(r"data:[\w./+;=-]*,", text[:200])
+    if not url and (len(text) < 64 or not re.fullmatch(r"[\w+/=\s-]+", text, re.A)):
+        return None
+    body = re.sub(r"\s", "", text[url.end() :] if url else text).translate(str.maketrans("-_", "+/"))
+    try:
+        found = base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
+    except binascii.Error as e:
+        if not url:
+            return None
+        raise Drop("an image can't be read", f"its data URL is no base64: {e}") from None
+    return found if url or found.startswith(_BEGINS) else None
+
 # %% ../../nbs/inputs/30_drafts.ipynb #569caba4
 MAX_BYTES = 100_000_000  # of an image file
 _INSIDE = ("bytes", "path", "url", "image", "image_url")  # where a mapping may hold its image
-_BEGINS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*", b"MM\0")
 
 
 def image_bytes(
@@ -335,41 +357,28 @@ def image_bytes(
         raise Drop("an image is an address in the web", _short(item))
     if (found := _written_out(item)) is not None:
         return found
-    if len(item) > 4096:
-        raise Drop("an image is missing", _short(item))  # no path is so long
+    return _file_bytes(item, folder)
+
+
+def _file_bytes(name, folder):
+    "The bytes of an image file below a folder"
+    if len(name) > 4096:
+        raise Drop("an image is missing", _short(name))  # no path is so long
     for base in (folder, folder / "images"):
         try:
-            path = (base / item).resolve()
+            path = (base / name).resolve()
         except (OSError, ValueError):
-            raise Drop("an image is missing", repr(item[:80])) from None
+            raise Drop("an image is missing", repr(name[:80])) from None
         if not path.is_relative_to(folder.resolve()):
-            raise Drop("an image lies outside of the folder", _short(item))
+            raise Drop("an image lies outside of the folder", _short(name))
         try:
             if path.is_file() and path.stat().st_size > MAX_BYTES:
-                raise Drop("an image can't be read", f"{item} has more than {MAX_BYTES} bytes")
+                raise Drop("an image can't be read", f"{name} has more than {MAX_BYTES} bytes")
             if path.is_file():
                 return path.read_bytes()
         except OSError as e:
-            raise Drop("an image can't be read", f"{item}: {e.strerror}") from None
-    raise Drop("an image is missing", _short(item))
-
-
-def _written_out(text):
-    "The bytes of an image that is written as a data URL or in base64; None for what looks like a path"
-    import base64
-    import binascii
-
-    url = re.match(r"data:[\w./+;=-]*,", text[:200])
-    if not url and (len(text) < 64 or not re.fullmatch(r"[\w+/=\s-]+", text, re.A)):
-        return None
-    body = re.sub(r"\s", "", text[url.end() :] if url else text).translate(str.maketrans("-_", "+/"))
-    try:
-        found = base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
-    except binascii.Error as e:
-        if not url:
-            return None
-        raise Drop("an image can't be read", f"its data URL is no base64: {e}") from None
-    return found if url or found.startswith(_BEGINS) else None
+            raise Drop("an image can't be read", f"{name}: {e.strerror}") from None
+    raise Drop("an image is missing", _short(name))
 
 # %% ../../nbs/inputs/30_drafts.ipynb #ba13042f
 def pictures(
@@ -479,45 +488,16 @@ def draft_mathvista(
     return dict(out, answer=answer)
 
 # %% ../../nbs/inputs/30_drafts.ipynb #5f7f39a2
-TURNS = ("prompt", "messages", "conversations")  # columns that hold a talk
-ASKERS, ANSWERERS = ("user", "human"), ("assistant", "gpt", "model")  # who speaks in it
-OURS = ("question", "answer", "images", "choices", "kind", "id", "source", "pass_rate")
-
-
-def draft_mapped(
-    d: dict,  # a row of any set
-    columns: dict,  # our name → theirs
-) -> dict:  # a draft
-    "A row by a map of columns; raises `Drop` for a value that is nothing of the kind."
-
-    get = lambda name: _inside(d, columns.get(name, name))
-    asked, turns = get("question"), None
-    if isinstance(asked, (list, tuple, dict)):
-        turns = asked
-    elif asked is None and "question" not in columns:
-        turns = next((d[k] for k in TURNS if d.get(k)), None)
-    answer = get("answer")
-    if answer is None and "answer" not in columns:
-        answer = _inside(d, "reward_model.ground_truth")
-    if answer is None and "answer" not in columns and turns:
-        answer = _said(turns, ANSWERERS)
-    images = get("images") if "images" in columns or d.get("images") is not None else d.get("image")
-    images = _listed(images) or (_shown(turns) if turns else [])
-    rate = get("pass_rate")
-    if rate is not None and not (isinstance(rate, (int, float)) and rate == rate):
-        raise Drop("its pass rate is no number", repr(rate))
-    return dict(
-        id=get("id"),
-        question=_said(turns, ASKERS) if turns else asked,
-        answer=answer,
-        images=images,
-        choices=_texts(get("choices") or (None if "choices" in columns else d.get("options"))),
-        kind=get("kind"),
-        source=get("source") or d.get("data_source"),
-        rate=rate if rate is not None and 0 <= rate <= 1 else None,
-        tol=get("tol"),
-        precision=get("precision"),
-    )
+def _read(value):
+    "A list or mapping that is written as text, JSON's or Python's; anything else as it is"
+    if not isinstance(value, str) or not re.match(r"\s*(?:\[.*\]|\{.*\})\s*\Z", value, re.S):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            pass
+    return value
 
 
 def _inside(d, path):
@@ -535,19 +515,7 @@ def _inside(d, path):
             return None
     return value
 
-
-def _read(value):
-    "A list or mapping that is written as text, JSON's or Python's; anything else as it is"
-    if not isinstance(value, str) or not re.match(r"\s*(?:\[.*\]|\{.*\})\s*\Z", value, re.S):
-        return value
-    for read in (json.loads, ast.literal_eval):
-        try:
-            return read(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            pass
-    return value
-
-
+# %% ../../nbs/inputs/30_drafts.ipynb #80d77b13
 def _listed(images):
     "A row's images as a list, whatever they come as"
     found = _read(images)
@@ -571,7 +539,12 @@ def _texts(choices):
         raise Drop("its choices can't be read", repr(choices)[:80])
     return plain_choices([str(c) for c in choices])
 
-# %% ../../nbs/inputs/30_drafts.ipynb #7cbdce0c
+# %% ../../nbs/inputs/30_drafts.ipynb #606ad05c
+TURNS = ("prompt", "messages", "conversations")  # columns that hold a talk
+ASKERS, ANSWERERS = ("user", "human"), ("assistant", "gpt", "model")  # who speaks in it
+OURS = ("question", "answer", "images", "choices", "kind", "id", "source", "pass_rate")
+
+
 def _turns(turns):
     "Speaker and words of each turn; raises `Drop` if it is no talk"
     turns = _read(turns)
@@ -606,59 +579,39 @@ def _shown(turns):
     parts = [p for speaker, content in _turns(turns) if speaker in ASKERS for p in _parts_of(content)]
     return [p for p in parts if p.get("type") in ("image", "image_url") and set(p) & set(_INSIDE)]
 
-# %% ../../nbs/inputs/30_drafts.ipynb #f17b9606
-def finish(
-    draft: dict,  # from a `draft_…` function
-    where: str,  # file and row: the id if it has none
-    folder: Path,  # image paths lie below it
-    data: DataConfig,  # images, max_pixels, pass_rate
-    limits: bool = True,  # apply `data.pass_rate`
-) -> dict:  # a row of the schema; its images are `Picture`s
-    "A draft as a valid row; raises `Drop`."
-    images = _listed(draft["images"])
-    if data.images == "with" and not images:
-        raise Unwanted("it has no image, and data.images is with")
-    if data.images == "without" and images:
-        raise Unwanted("it has images, and data.images is without")
-    asked = "" if draft["question"] is None else draft["question"]
-    if not isinstance(asked, str):
-        raise Drop(
-            "its question is no text", f"but of type {type(asked).__name__}: name its text in data.columns"
-        )
-    question = tidy_question(asked, len(images))
-    given = [str(c) for c in draft.get("choices") or ()]
-    choices = plain_choices(given) or None
-    if special := SPECIAL.search(" ".join(choices or ())):
-        raise Drop("it is written in a model's template", f"{special[0]} in its choices")
-    answer = unbox(draft["answer"])
-    if given != (choices or []) and answer in map(clean, given):
-        answer = choices[[*map(clean, given)].index(answer)]  # given with its label
-    if draft.get("kind"):
-        kind = str(draft["kind"])
-    else:
-        answer, kind, choices = infer(question, answer, choices, draft.get("as_text", False))
-    if limits and data.pass_rate and not data.pass_rate_samples:
-        _within(draft["rate"], data.pass_rate)
-    if not data.grader:
-        check_gold(answer, kind, choices)
-    shown = pictures(images, folder, data.max_pixels)
-    smaller = [shrink(p, data.shrink_to) for p in shown]
-    if kind == "box":
-        answer, question = place_boxes(answer, question, draft.get("boxes"), data.boxes, shown, smaller)
-    row = dict(
-        id=str(where if draft["id"] in (None, "") else draft["id"]),
-        question=question,
-        images=smaller,
+# %% ../../nbs/inputs/30_drafts.ipynb #86d4786d
+def draft_mapped(
+    d: dict,  # a row of any set
+    columns: dict,  # our name → theirs
+) -> dict:  # a draft
+    "A row by a map of columns; raises `Drop` for a value of the wrong kind."
+    get = lambda name: _inside(d, columns.get(name, name))
+    asked, answer = get("question"), get("answer")
+    turns = asked if isinstance(asked, (list, tuple, dict)) else None
+    if asked is None and "question" not in columns:
+        turns = next((d[k] for k in TURNS if d.get(k)), None)
+    if answer is None and "answer" not in columns:
+        answer = _inside(d, "reward_model.ground_truth")
+        answer = _said(turns, ANSWERERS) if answer is None and turns else answer
+    images = get("images") if "images" in columns or d.get("images") is not None else d.get("image")
+    images = _listed(images) or (_shown(turns) if turns else [])
+    rate = get("pass_rate")
+    if rate is not None and not (isinstance(rate, (int, float)) and rate == rate):
+        raise Drop("its pass rate is no number", repr(rate))
+    return dict(
+        id=get("id"),
+        question=_said(turns, ASKERS) if turns else asked,
         answer=answer,
-        kind=kind,
-        choices=choices,
-        source=str(draft.get("source") or folder.name),
-        rate=draft["rate"],
+        images=images,
+        choices=_texts(get("choices") or (None if "choices" in columns else d.get("options"))),
+        kind=get("kind"),
+        source=get("source") or d.get("data_source"),
+        rate=rate if rate is not None and 0 <= rate <= 1 else None,
+        tol=get("tol"),
+        precision=get("precision"),
     )
-    how = grading_of(draft, data)
-    return dict(row, grading=how) if how else row
 
-
+# %% ../../nbs/inputs/30_drafts.ipynb #f17b9606
 def grading_of(
     draft: dict,  # may have `tol` and `precision`
     data: DataConfig,  # grader
@@ -678,7 +631,7 @@ def grading_of(
         how["grader"] = data.grader
     return json.dumps(how) if how else None
 
-
+# %% ../../nbs/inputs/30_drafts.ipynb #34d8dc72
 def place_boxes(
     answer: str,  # gold boxes
     question: str,  # tidy
@@ -700,9 +653,69 @@ def place_boxes(
         x, y = (w2 / w, h2 / h) if asked == "pixels" else (1000 / w, 1000 / h)
     return (answer if x == y == 1 else scale_boxes(answer, x, y)), question
 
-
+# %% ../../nbs/inputs/30_drafts.ipynb #6a76fcdd
 def _within(rate, limits):
     if rate is None:
         raise Unwanted("no pass rate of it is known")
     if not limits[0] <= rate <= limits[1]:
         raise Unwanted("its pass rate is out of data.pass_rate", f"{rate:g}")
+
+
+def _question_of(draft, data, n_images):
+    "A draft's question, tidy, if its images are as the configuration wants them"
+    if data.images == "with" and not n_images:
+        raise Unwanted("it has no image, and data.images is with")
+    if data.images == "without" and n_images:
+        raise Unwanted("it has images, and data.images is without")
+    asked = "" if draft["question"] is None else draft["question"]
+    if not isinstance(asked, str):
+        way = f"but of type {type(asked).__name__}: name its text in data.columns"
+        raise Drop("its question is no text", way)
+    return tidy_question(asked, n_images)
+
+
+def _answer_of(draft, question):
+    "A draft's answer, its kind and its choices"
+    given = [str(c) for c in draft.get("choices") or ()]
+    choices = plain_choices(given) or None
+    if special := SPECIAL.search(" ".join(choices or ())):
+        raise Drop("it is written in a model's template", f"{special[0]} in its choices")
+    answer, bare = unbox(draft["answer"]), [*map(clean, given)]
+    if given != (choices or []) and answer in bare:
+        answer = choices[bare.index(answer)]  # given with its label
+    if draft.get("kind"):
+        return answer, str(draft["kind"]), choices
+    return infer(question, answer, choices, draft.get("as_text", False))
+
+# %% ../../nbs/inputs/30_drafts.ipynb #a56c16d8
+def finish(
+    draft: dict,  # from a `draft_…` function
+    where: str,  # file and row: the id if it has none
+    folder: Path,  # image paths lie below it
+    data: DataConfig,  # images, max_pixels, pass_rate
+    limits: bool = True,  # apply `data.pass_rate`
+) -> dict:  # a row of the schema; its images are `Picture`s
+    "A draft as a valid row; raises `Drop`."
+    images = _listed(draft["images"])
+    question = _question_of(draft, data, len(images))
+    answer, kind, choices = _answer_of(draft, question)
+    if limits and data.pass_rate and not data.pass_rate_samples:
+        _within(draft["rate"], data.pass_rate)
+    if not data.grader:
+        check_gold(answer, kind, choices)
+    shown = pictures(images, folder, data.max_pixels)
+    smaller = [shrink(p, data.shrink_to) for p in shown]
+    if kind == "box":
+        answer, question = place_boxes(answer, question, draft.get("boxes"), data.boxes, shown, smaller)
+    how = grading_of(draft, data)
+    return dict(
+        id=str(where if draft["id"] in (None, "") else draft["id"]),
+        question=question,
+        images=smaller,
+        answer=answer,
+        kind=kind,
+        choices=choices,
+        source=str(draft.get("source") or folder.name),
+        rate=draft["rate"],
+        **({"grading": how} if how else {}),
+    )

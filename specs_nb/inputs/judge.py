@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['JUDGE_TASKS', 'VERDICTS', 'SETTINGS', 'REPLY_LIMIT', 'LONGEST', 'JUDGED_KINDS', 'judge_reward',
            'judge_consistency_reward', 'quoted', 'Task', 'judge_prompt', 'read_verdict', 'vote', 'Member', 'members',
-           'Ledger', 'NoReply', 'failure', 'settings', 'leave_out', 'post', 'Endpoint', 'check_endpoint', 'Background',
-           'Judge', 'wilson', 'agreement', 'calibrate', 'calibration_table', 'in_bulk', 'open_judge', 'JudgeReward',
-           'use_judge']
+           'Ledger', 'NoReply', 'failure', 'settings', 'leave_out', 'post', 'open_client', 'Endpoint', 'check_endpoint',
+           'Background', 'Judge', 'wilson', 'agreement', 'calibrate', 'calibration_table', 'in_bulk', 'open_judge',
+           'JudgeReward', 'use_judge']
 
 # %% ../../nbs/inputs/20_judge.ipynb #35d83006
 import asyncio
@@ -118,14 +118,10 @@ def read_verdict(
         said = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError):
         return None, "unreadable"
-    if (
-        not isinstance(said, dict)
-        or set(said) != {"code", "verdict"}
-        or not isinstance(said["verdict"], str)
-        or said["verdict"] not in VERDICTS
-    ):
+    verdict = said.get("verdict") if isinstance(said, dict) and set(said) == {"code", "verdict"} else None
+    if not isinstance(verdict, str) or verdict not in VERDICTS:
         return None, "unreadable"
-    return (VERDICTS[said["verdict"]], said["verdict"]) if said["code"] == code else (None, "wrong code")
+    return (VERDICTS[verdict], verdict) if said["code"] == code else (None, "wrong code")
 
 # %% ../../nbs/inputs/20_judge.ipynb #00505551
 def vote(
@@ -153,44 +149,49 @@ class Member:
         return os.environ[self.key_env].strip() if self.key_env else "none"
 
 
+def _member(entry, config):
+    "One judge, as an entry of `judge.models` describes it"
+    known, given = ("model", "url", "key_env"), {"model": entry} if isinstance(entry, str) else entry
+    texts = isinstance(given, dict) and all(isinstance(v, str) for v in given.values())
+    if not texts or not given.get("model"):
+        raise SpecsError(
+            "judge.models: an entry is a model's name or a mapping with model, url and key_env, not"
+            f" {entry!r}"
+        )
+    if odd := set(given) - set(known):
+        raise SpecsError(f"judge.models: unknown key {min(odd)!r}: {nearest(min(odd), known)}")
+    m = Member(**{"url": config.url, "key_env": config.key_env, **given})
+    if not re.match(r"https?://[^/\s]", m.url):
+        raise SpecsError(f"judge: the url of {m.model} must begin with http:// or https://, not {m.url!r}")
+    if m.key_env and not os.environ.get(m.key_env):
+        raise SpecsError(
+            f"judge: the environment variable {m.key_env} should hold the key for {m.url} and is not set"
+        )
+    return m
+
+
 def members(
     config: JudgeConfig,  # of the judge
 ) -> list:  # of `Member`
     """The judges that a configuration names; raises `SpecsError` for an entry that makes no sense or a key
     that isn't set."""
-    found = []
-    for entry in config.models:
-        entry = {"model": entry} if isinstance(entry, str) else entry
-        known = ("model", "url", "key_env")
-        if (
-            not isinstance(entry, dict)
-            or not all(isinstance(v, str) for v in entry.values())
-            or not entry.get("model")
-        ):
-            raise SpecsError(
-                "judge.models: an entry is a model's name or a mapping with model, url and key_env, not"
-                f" {entry!r}"
-            )
-        if odd := set(entry) - set(known):
-            raise SpecsError(f"judge.models: unknown key {min(odd)!r}: {nearest(min(odd), known)}")
-        m = Member(**{"url": config.url, "key_env": config.key_env, **entry})
-        if not re.match(r"https?://[^/\s]", m.url):
-            raise SpecsError(
-                f"judge: the url of {m.model} must begin with http:// or https://, not {m.url!r}"
-            )
-        if m.key_env and not os.environ.get(m.key_env):
-            raise SpecsError(
-                f"judge: the environment variable {m.key_env} should hold the key for {m.url} and is not set"
-            )
-        found.append(m)
+    found = [_member(entry, config) for entry in config.models]
     names = [m.model for m in found]
     if len(set(names)) < len(names):
         raise SpecsError(f"judge.models names a model twice: {', '.join(names)}")
     return found
 
 # %% ../../nbs/inputs/20_judge.ipynb #e2740098
+_TABLES = (
+    "pragma synchronous=normal",
+    "create table if not exists verdicts (key text primary key, model text, task text, verdict text)",
+    "create table if not exists spent (id integer primary key check (id = 1), calls integer, tokens integer)",
+    "insert or ignore into spent values (1, 0, 0)",
+)
+
+
 class Ledger:
-    "Verdicts and spendings on disk"
+    "Verdicts and costs on disk"
 
     def __init__(
         self,
@@ -199,23 +200,15 @@ class Ledger:
         self.path, self._lock = path, threading.Lock()
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
+        how = dict(timeout=30, isolation_level=None, check_same_thread=False)
         try:
-            self._db = sqlite3.connect(
-                path or ":memory:", timeout=30, isolation_level=None, check_same_thread=False
-            )
+            self._db = sqlite3.connect(path or ":memory:", **how)
         except sqlite3.Error as e:
             raise SpecsError(
                 f"the judge's cache {path} can't be opened ({e}): name another with judge.cache"
             ) from None
-        self._do("pragma synchronous=normal")
-        self._do(
-            "create table if not exists verdicts (key text primary key, model text, task text, verdict text)"
-        )
-        self._do(
-            "create table if not exists spent (id integer primary key check (id = 1), calls integer, tokens"
-            " integer)"
-        )
-        self._do("insert or ignore into spent values (1, 0, 0)")
+        for sql in _TABLES:
+            self._do(sql)
 
     def _do(self, sql, *args):
         try:
@@ -274,6 +267,9 @@ class NoReply(Exception):
         self.why, self.again, self.wait, self.text = why, again, wait, text
 
 
+_HTTP = ("httpx", "httpx2", "httpcore", "httpcore2")  # of the client
+
+
 def failure(
     error: Exception,  # from the client
 ) -> NoReply:  # the same in our words; an exception of another kind is raised again
@@ -284,19 +280,12 @@ def failure(
         return NoReply("time-out", True)
     if isinstance(error, openai.APIStatusError):
         code, text = error.status_code, f"{getattr(error, 'param', None) or ''} {error.message}"[:2000]
-        if code == 429:
-            return NoReply("busy (429)", True, _seconds(error.response.headers.get("retry-after")))
-        if code >= 500 or code in (408, 409):
-            return NoReply(
-                f"server error ({code})", True, _seconds(error.response.headers.get("retry-after"))
-            )
-        return NoReply(f"refused ({code})", text=text)
-    if isinstance(error, openai.APIConnectionError) or type(error).__module__.split(".")[0] in (
-        "httpx",
-        "httpx2",
-        "httpcore",
-        "httpcore2",
-    ):
+        if code < 500 and code not in (408, 409, 429):
+            return NoReply(f"refused ({code})", text=text)
+        why = "busy (429)" if code == 429 else f"server error ({code})"
+        return NoReply(why, True, _seconds(error.response.headers.get("retry-after")))
+    library = type(error).__module__.split(".")[0]
+    if isinstance(error, openai.APIConnectionError) or library in _HTTP:
         return NoReply("no connection", True)
     raise error
 
@@ -339,7 +328,7 @@ def leave_out(
     text: str,  # of a refusal
     without: frozenset,  # what was left out already
 ) -> str:  # what to leave out as well, or None
-    "The setting that a refusal names, else structured output, which is the likeliest."
+    "The setting that a refusal names, or structured output, which is the likeliest."
     names = [n for n in ("max_tokens", "temperature", "response_format") if n not in without]
     return next((n for n in names if n in text), "response_format" if "response_format" in names else None)
 
@@ -381,11 +370,26 @@ def _opened(body):
         raise NoReply("empty reply", True)
     usage = reply.get("usage")
     tokens = usage.get("total_tokens") if isinstance(usage, dict) else 0
-    return dict(
-        text=text, tokens=max(0, tokens) if isinstance(tokens, int) else 0, end=choice.get("finish_reason")
-    )
+    tokens = max(0, tokens) if isinstance(tokens, int) else 0
+    return dict(text=text, tokens=tokens, end=choice.get("finish_reason"))
 
 # %% ../../nbs/inputs/20_judge.ipynb #a77fa392
+def open_client(
+    member: Member,  # whom to ask
+    timeout: float,  # seconds
+):  # an `openai.AsyncOpenAI`
+    "The client for an endpoint."
+    import openai
+
+    # a proxy of the environment isn't for this machine
+    local = re.match(r"https?://(localhost|127\.|\[::1\])", member.url)
+    # certificates are loaded only for https, and redirects followed only there
+    tls = member.url.startswith("https")
+    http = openai.DefaultAsyncHttpxClient(trust_env=not local, verify=tls, follow_redirects=tls)
+    how = dict(timeout=timeout, max_retries=0, http_client=http)
+    return openai.AsyncOpenAI(base_url=member.url, api_key=member.key, **how)
+
+# %% ../../nbs/inputs/20_judge.ipynb #e9f6a3e2
 class Endpoint:
     "A model that is asked with patience and within the budget"
 
@@ -400,19 +404,7 @@ class Endpoint:
     ):
         self.member, self.config, self.ledger, self.counts = member, config, ledger, counts
         self.without, self.misses, self.down_until = frozenset(), 0, 0.0
-        import openai
-
-        # a proxy of the environment isn't for this machine
-        local = re.match(r"https?://(localhost|127\.|\[::1\])", member.url)
-        # without it certificates aren't loaded, and no redirect leads to where they are needed
-        tls = member.url.startswith("https")
-        self.client = openai.AsyncOpenAI(
-            base_url=member.url,
-            api_key=member.key,
-            timeout=config.timeout,
-            max_retries=0,
-            http_client=openai.DefaultAsyncHttpxClient(trust_env=not local, verify=tls, follow_redirects=tls),
-        )
+        self.client = open_client(member, config.timeout)
 
     async def reply(self, prompt):
         "The reply to a prompt (see `post`), after as many tries as are allowed; raises `NoReply`."
@@ -421,24 +413,22 @@ class Endpoint:
                 raise NoReply("server down")
             try:
                 reply = await self._request(prompt)
+                self.misses = 0
+                return reply
             except NoReply as e:
                 if not e.again:
                     raise
                 failed = e
-            else:
-                self.misses = 0
-                return reply
             if attempt < self.config.retries:
-                await self._pause(attempt, failed)
+                await self._pause(attempt, failed.wait)
         self._missed(failed)
         raise failed
 
-    async def _pause(self, attempt, failed):
+    async def _pause(self, attempt, wait):
         self.counts["tried again"] += 1
-        pause = (
-            self.config.backoff * 2**attempt * random.uniform(0.5, 1) if failed.wait is None else failed.wait
-        )
-        await asyncio.sleep(min(pause, self.config.timeout))
+        if wait is None:
+            wait = self.config.backoff * 2**attempt * random.uniform(0.5, 1)
+        await asyncio.sleep(min(wait, self.config.timeout))
 
     def _missed(self, failed):
         self.misses += 1
@@ -458,14 +448,13 @@ class Endpoint:
         while True:
             try:
                 reply = await self._paid(prompt, settings(without, self.config.reply_tokens))
+                self.without = without
+                return reply
             except NoReply as e:
                 name = leave_out(e.text, without) if e.why in ("refused (400)", "refused (422)") else None
                 if not name:
                     raise
                 without |= {name}
-            else:
-                self.without = without
-                return reply
 
     async def _paid(self, prompt, how):
         "A request within the budget."
@@ -474,14 +463,9 @@ class Endpoint:
             raise NoReply("budget used up")
         self.counts["requests"] += 1
         spent = most  # if it breaks off: who knows what the server did
+        asked = dict(model=self.member.model, messages=[{"role": "user", "content": prompt}])
         try:
-            reply = await post(
-                self.client,
-                c.timeout,
-                model=self.member.model,
-                messages=[{"role": "user", "content": prompt}],
-                **how,
-            )
+            reply = await post(self.client, c.timeout, **asked, **how)
             # a server that doesn't count
             spent = reply["tokens"] or (len(prompt) + len(reply["text"])) // 3
             return reply
@@ -513,8 +497,8 @@ async def check_endpoint(
         raise SpecsError(f"the judge's server {m.url} refuses {key} ({error.status_code})") from None
     except (openai.APIConnectionError, TimeoutError):
         raise SpecsError(
-            f"the judge's server {m.url} can't be reached: start it (vllm serve {m.model}), mend judge.url,"
-            " or leave judge.models empty to go without"
+            f"the judge's server {m.url} can't be reached: start it (vllm serve {m.model}), correct"
+            " judge.url, or leave judge.models empty to go without"
         ) from None
     except Exception:
         return
@@ -540,11 +524,26 @@ class Background:
     def close(self):
         self.loop.call_soon_threadsafe(self.loop.stop)
 
-# %% ../../nbs/inputs/20_judge.ipynb #b9780f1b
-# characters; a longer reasoning is judged by its end
+# %% ../../nbs/inputs/20_judge.ipynb #b36eac0d
+# characters
 LONGEST = dict(question=8000, gold=2000, prediction=2000, reasoning=8000, answer=2000)
 
 
+def _asked(
+    task,  # a key of `JUDGE_TASKS`
+    item,  # its texts
+    model,  # that is asked
+    reply_tokens,  # the longest reply
+):  # (prompt, code, key of the verdict); prompt None: too long
+    "What a model is asked, and where its verdict is kept"
+    item = {k: v[-LONGEST[k] :] if k == "reasoning" else v for k, v in item.items()}
+    prompt, code = judge_prompt(task, item)
+    if any(len(item[k]) > LONGEST[k] for k in JUDGE_TASKS[task].fields):
+        return None, code, None
+    key = json.dumps([model, prompt, SETTINGS, reply_tokens])
+    return prompt, code, hashlib.sha256(key.encode()).hexdigest()
+
+# %% ../../nbs/inputs/20_judge.ipynb #b9780f1b
 class Judge:
     "Models that say yes, no, or nothing; what became of each question is in `counts`"
 
@@ -558,9 +557,8 @@ class Judge:
         self.config, self.cache, self.members = config, cache, members(config)
         if not self.members:
             raise SpecsError("judge.models names no model")
-        self.counts = {m.model: Counter() for m in self.members} | (
-            {"vote": Counter()} if len(self.members) > 1 else {}
-        )
+        voters = [m.model for m in self.members] + ["vote"] * (len(self.members) > 1)
+        self.counts = {who: Counter() for who in voters}
         self._pid, self._lock = None, threading.Lock()
         self._here()
 
@@ -569,9 +567,8 @@ class Judge:
         with self._lock:
             if self._pid != os.getpid():
                 self.ledger, self.slots = Ledger(self.cache), asyncio.Semaphore(self.config.concurrency)
-                self.endpoints = [
-                    Endpoint(m, self.config, self.ledger, self.counts[m.model]) for m in self.members
-                ]
+                how = self.config, self.ledger
+                self.endpoints = [Endpoint(m, *how, self.counts[m.model]) for m in self.members]
                 self.background, self._pid = Background(), os.getpid()
             return self.background
 
@@ -606,13 +603,9 @@ class Judge:
         return verdict
 
     async def _verdict(self, e, task, item):
-        item = {k: v[-LONGEST[k] :] if k == "reasoning" else v for k, v in item.items()}
-        prompt, code = judge_prompt(task, item)
-        if any(len(item[k]) > LONGEST[k] for k in JUDGE_TASKS[task].fields):
+        prompt, code, key = _asked(task, item, e.member.model, self.config.reply_tokens)
+        if prompt is None:
             return None, "too long"
-        key = hashlib.sha256(
-            json.dumps([e.member.model, prompt, SETTINGS, self.config.reply_tokens]).encode()
-        ).hexdigest()
         if (kept := self.ledger.get(key)) in VERDICTS:
             return VERDICTS[kept], "cached"
         async with self.slots:
@@ -634,10 +627,7 @@ class Judge:
 
     @property
     def summary(self):
-        return {
-            **{who: dict(sorted(c.items())) for who, c in self.counts.items()},
-            "spent": self.ledger.spent,
-        }
+        return {who: dict(sorted(c.items())) for who, c in self.counts.items()} | {"spent": self.ledger.spent}
 
     def close(self):
         "Close connections, thread and file."
@@ -693,12 +683,11 @@ def calibrate(
         columns = {m.model: [o[i] for o in said] for i, m in enumerate(judge.members)}
         if len(columns) > 1:
             columns["vote"] = [vote(o)[0] for o in said]
-        rows += [
-            dict(judge=who, task=task, **agreement(c, [r for *_, r in some])) for who, c in columns.items()
-        ]
+        ruled = [r for *_, r in some]
+        rows += [dict(judge=who, task=task, **agreement(c, ruled)) for who, c in columns.items()]
     return rows
 
-
+# %% ../../nbs/inputs/20_judge.ipynb #7d3b336f
 def calibration_table(
     rows: list,  # from `calibrate`
 ) -> str:  # lines of text
@@ -713,14 +702,9 @@ def calibration_table(
         counts = f"{r['yes_against_no']:16}{r['no_against_yes']:16}"
         return f"{r['judge'][-19:]:20}{r['task']:13}{both:28}{counts}  {unsure}".rstrip()
 
-    head = (
-        f"{'judge':20}{'task':13}{'agrees where both decide':28}{'yes against no':>16}{'no against yes':>16} "
-        f" {'judge: no opinion':28}{'rules: no opinion':28}"
-    )
-    return "\n".join([
-        head,
-        *(line(r) for r in rows),
-    ])
+    head = f"{'judge':20}{'task':13}{'agrees where both decide':28}{'yes against no':>16}"
+    head += f"{'no against yes':>16}  {'judge: no opinion':28}{'rules: no opinion':28}"
+    return "\n".join([head, *map(line, rows)])
 
 # %% ../../nbs/inputs/20_judge.ipynb #8492d90e
 def in_bulk(
@@ -791,46 +775,41 @@ class JudgeReward:
     ):
         if not self.config or not self.config.models:
             raise SpecsError(f"{self.__name__} has no judge: name a model under judge.models")
-        rule = accuracy_reward if self.task == "answer" else consistency_reward
-        ruled = rule(
-            completions,
-            kind=kind,
-            format=format,
-            choices=choices,
-            **({"answer": answer} if self.task == "answer" else {}),
-        )
+        rule, known = consistency_reward, {}
+        if self.task == "answer":
+            rule, known = accuracy_reward, {"answer": answer}
+        ruled = rule(completions, kind=kind, format=format, choices=choices, **known)
         columns = [column(c, len(completions)) for c in (question, answer, kind, format)]
-        open_ = {
-            i: self._texts(text_of(completions[i]), *(c[i] for c in columns))
-            for i, r in enumerate(ruled)
-            if r is None
-        }
-        open_ = {i: texts for i, texts in open_.items() if texts}
-        for i, v in zip(open_, open_judge(self.config, self.folder).ask(self.task, list(open_.values()))):
+        asked = {}
+        for i, verdict in enumerate(ruled):
+            texts = (
+                self._texts(text_of(completions[i]), *(c[i] for c in columns)) if verdict is None else None
+            )
+            if texts:
+                asked[i] = texts
+        for i, v in zip(asked, open_judge(self.config, self.folder).ask(self.task, list(asked.values()))):
             ruled[i] = None if v is None else float(v)
         if log_metric and completions:
-            log_metric(f"{self.__name__}/asked", len(open_) / len(completions))
+            log_metric(f"{self.__name__}/asked", len(asked) / len(completions))
         return logged(ruled, self.__name__, log_metric)
 
     def _texts(self, text, question, answer, kind, format):
         parts = FORMATS[format].parse(text)
         if not parts or self.task == "answer" and kind not in JUDGED_KINDS:
             return None
-        return (
-            dict(question=question, gold=answer, prediction=parts[1])
-            if self.task == "answer"
-            else dict(question=question, reasoning=parts[0], answer=parts[1])
-        )
+        if self.task == "answer":
+            return dict(question=question, gold=answer, prediction=parts[1])
+        return dict(question=question, reasoning=parts[0], answer=parts[1])
 
 
 judge_reward = JudgeReward("answer")
 judge_consistency_reward = JudgeReward("consistency")
 
-
+# %% ../../nbs/inputs/20_judge.ipynb #c9fd97e8
 def use_judge(
     config: JudgeConfig,  # of the run
     folder=None,  # the run folder
 ):
-    "Tell the rewards of this module which judge to ask."
+    "Give the rewards of this module the judge to ask."
     for reward in (judge_reward, judge_consistency_reward):
         reward.config, reward.folder = config, folder and str(folder)

@@ -71,8 +71,10 @@ class Source:
     def raw(self, low=0, high=1, seed=0):
         "Yield (file and row, raw row) of the rows whose lot is in [low, high)."
         if self.stream:
-            yield from ((f"{Path(self.files[0]).name} row {n}", r) for n, r in enumerate(self.stream(), 1))
-        for file in [] if self.stream else self.files:
+            for n, r in enumerate(self.stream(), 1):
+                yield f"{Path(self.files[0]).name} row {n}", r
+            return
+        for file in self.files:
             at = file.relative_to(self.folder) if file.is_relative_to(self.folder) else file.name
             unit = "row" if file.suffix == ".parquet" or not in_lines(file) else "line"
             for n, r in raw_rows(file):
@@ -84,104 +86,8 @@ class Source:
 NAMED = ("orsta", "virl39k", "mathvista", "datasets")
 
 
-def open_source(
-    data: DataConfig,  # `source`, `path`, …
-    role: str = "train",  # `train`, or `test` for `data.test`
-) -> Source:  # not read yet
-    """The source that a configuration names; raises `SpecsError` if it isn't there, is of no known schema or
-    must not be trained on."""
-    name, where = (data.source, data.path) if role == "train" else ("", data.test)
-    if name in NAMED and not where:
-        raise SpecsError(
-            f"data.source is {name}: say where it lies with data.path"
-            + (", a folder or a name that datasets knows" if name == "datasets" else "")
-        )
-    if name and name not in NAMED and data.path:
-        raise SpecsError(
-            f"data.path is for {', '.join(NAMED)}, and data.source is {name}: leave one of them out"
-        )
-    if name and name != "datasets" and data.subset:
-        raise SpecsError("data.subset is for data.source=datasets")
-    if name == "datasets":
-        return _open_datasets(data)
-    path, key = (
-        (Path(where), "data.path" if role == "train" else "data.test")
-        if name in NAMED or role == "test"
-        else (Path(name), "data.source")
-    )
-    if not path.exists():
-        hint = (
-            ""
-            if key != "data.source" or "/" in name or len(name) < 4
-            else f" ({h})" if "mean" in (h := nearest(name, (*NAMED, "world"))) else ""
-        )
-        raise SpecsError(
-            f"{key} is {path}, and there is no {path / 'data.jsonl'} and no other data set{hint}: give a"
-            f" folder or file, world, or one of {', '.join(NAMED)} with data.path"
-        )
-    own = path / ("data.jsonl" if role == "train" else "test.jsonl")
-    if own.exists() and name not in NAMED:
-        return Source(
-            "folder",
-            [own],
-            path,
-            draft_mapped,
-            data.columns if role == "train" else {},
-            count_rows(own),
-            ordered=True,
-        )
-    return _open_files(
-        path, name if name in NAMED else None, data.columns if role == "train" else {}, role, key
-    )
-
-# %% ../../nbs/inputs/33_sources.ipynb #af631037
-def _open_files(path, name, columns, role, key):
-    found = data_files(path)
-    good = (
-        [f for f in found if not is_test_file(f, path)]
-        if role == "train"
-        else [f for f in found if is_test_file(f, path)] or found
-    )
-    schema, has = schema_of((good or found)[0])
-    if role == "train" and "orsta" in (schema, name) and not good:
-        raise SpecsError(
-            f"{path} is Orsta's test split, which holds samples of MEGA-Bench: never train on it. Its train/"
-            " is for training; data.test may be the test split"
-        )
-    if columns and name is None and not (schema == "virl39k" and set(columns) <= {"pass_rate"}):
-        schema = schema if schema in FREE else "mapped"
-    if name and schema != name:
-        raise SpecsError(
-            f"{key}: {found[0]} is not in the schema of {name}; missing are"
-            f" {', '.join(sorted(SCHEMAS[name][0] - has))}"
-        )
-    if schema in FREE:
-        _check_columns(columns, has, found[0], schema)
-    if schema is None:
-        raise SpecsError(
-            f"{key}: {found[0]} is in no known schema. Its columns are {', '.join(sorted(has))}: map ours to"
-            " them, as in data.columns={question: …, answer: …, images: …}"
-        )
-    files = good or found
-    for f in files[1:]:
-        if schema not in FREE and schema_of(f)[0] != schema:
-            raise SpecsError(
-                f"{key}: {files[0].name} is in the schema of {schema} and {f.name} is not: keep one set a"
-                " folder"
-            )
-    root = path if path.is_dir() else path.parent
-    return Source(
-        schema,
-        files,
-        root,
-        SCHEMAS[schema][1],
-        columns,
-        sum(map(count_rows, files)),
-        left_out=tuple(f for f in found if f not in files),
-    )
-
-
 def _check_columns(columns, has, what, schema="mapped"):
+    "Raise `SpecsError` for a map of columns that doesn't fit"
     for ours, theirs in columns.items():
         if ours not in OURS:
             raise SpecsError(f"data.columns: we have no {ours!r}; {nearest(str(ours), OURS)}")
@@ -196,40 +102,78 @@ def _check_columns(columns, has, what, schema="mapped"):
                 f" {', '.join(sorted(has))}"
             )
 
-# %% ../../nbs/inputs/33_sources.ipynb #4f8582e7
+# %% ../../nbs/inputs/33_sources.ipynb #0b7a99d1
+def _schema_for(file, name, columns, key):
+    "The schema of a set's files, as its columns or the configuration say"
+    schema, has = schema_of(file)
+    if columns and name is None and not (schema == "virl39k" and set(columns) <= {"pass_rate"}):
+        schema = schema if schema in FREE else "mapped"
+    if name and schema != name:
+        raise SpecsError(
+            f"{key}: {file} is not in the schema of {name}; missing are"
+            f" {', '.join(sorted(SCHEMAS[name][0] - has))}"
+        )
+    if schema in FREE:
+        _check_columns(columns, has, file, schema)
+    if schema is None:
+        raise SpecsError(
+            f"{key}: {file} is in no known schema. Its columns are {', '.join(sorted(has))}: map ours to"
+            " them, as in data.columns={question: …, answer: …, images: …}"
+        )
+    return schema
+
+
+def _open_files(path, name, columns, role, key):
+    "The source in a folder of files, or in one file"
+    found = data_files(path)
+    tests = [f for f in found if is_test_file(f, path)]
+    files = [f for f in found if f not in tests] if role == "train" else tests
+    if role == "train" and not files and "orsta" in (schema_of(found[0])[0], name):
+        raise SpecsError(
+            f"{path} is Orsta's test split, which holds samples of MEGA-Bench: never train on it. Its train/"
+            " is for training; data.test may be the test split"
+        )
+    files = files or found
+    schema = _schema_for(files[0], name, columns, key)
+    for f in files[1:]:
+        if schema not in FREE and schema_of(f)[0] != schema:
+            raise SpecsError(
+                f"{key}: {files[0].name} is in the schema of {schema} and {f.name} is not: keep one set per"
+                " folder"
+            )
+    root, left = path if path.is_dir() else path.parent, tuple(f for f in found if f not in files)
+    total = sum(map(count_rows, files))
+    return Source(schema, files, root, SCHEMAS[schema][1], columns, total, left_out=left)
+
+# %% ../../nbs/inputs/33_sources.ipynb #7c0ab6f5
+def _stream_of(data, saved):
+    "A stream of raw rows by `datasets`"
+    from datasets import load_dataset, load_from_disk
+
+    path, how = Path(data.path), dict(split=data.split, streaming=True)
+    try:
+        if saved:
+            ds = load_from_disk(str(path))
+            ds = (ds[data.split] if isinstance(ds, dict) else ds).to_iterable_dataset()
+        elif path.is_file():
+            kind = path.suffix[1:].replace("jsonl", "json")
+            ds = load_dataset(kind, data_files={data.split: str(path)}, **how)
+        else:
+            ds = load_dataset(data.path, data.subset or None, **how)
+        return ds.decode(False) if ds.features else ds
+    except Exception as e:  # of the network, the files, the names
+        subset = f", subset {data.subset!r}" if data.subset else ""
+        raise SpecsError(
+            f"datasets can't load {data.path!r}, split {data.split!r}{subset}"
+            f" ({' '.join(str(e).split())[:200]}): check data.path, data.subset and data.split"
+        ) from None
+
+
 def _open_datasets(data):
+    "The source of `data.source=datasets`"
     path = Path(data.path)
     saved = path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists())
-
-    def stream():
-        from datasets import load_dataset, load_from_disk
-
-        try:
-            if saved:
-                ds = load_from_disk(str(path))
-            elif path.is_file():
-                ds = load_dataset(
-                    path.suffix[1:].replace("jsonl", "json"),
-                    data_files={data.split: str(path)},
-                    split=data.split,
-                    streaming=True,
-                )
-            else:
-                ds = load_dataset(data.path, data.subset or None, split=data.split, streaming=True)
-            if saved and isinstance(ds, dict):
-                ds = ds[data.split]
-            if saved:
-                ds = ds.to_iterable_dataset()
-            return ds.decode(False) if ds.features else ds
-        except Exception as e:  # of the network, the files, the names
-            raise SpecsError(
-                f"datasets can't load {data.path!r}, split {data.split!r}"
-                + (f", subset {data.subset!r}" if data.subset else "")
-                + f" ({' '.join(str(e).split())[:200]}): check data.path, data.subset and data.split"
-            ) from None
-
-    ds = stream()
-    first = next(iter(ds), None)
+    first = next(iter(_stream_of(data, saved)), None)
     if first is None:
         raise SpecsError(f"{data.path}, split {data.split}, is empty")
     name = _schema(first) or "mapped"
@@ -242,10 +186,53 @@ def _open_datasets(data):
             f"{data.path}: Orsta's {data.split} split holds samples of MEGA-Bench: never train on it; set"
             " data.split=train"
         )
-    shuffled = lambda: iter(stream().shuffle(seed=derive_seed(data.seed, "datasets"), buffer_size=256))
+
+    def shuffled():
+        return iter(_stream_of(data, saved).shuffle(seed=derive_seed(data.seed, "datasets"), buffer_size=256))
+
     return Source(name, [data.path], path, SCHEMAS[name][1], data.columns, stream=shuffled)
 
-# %% ../../nbs/inputs/33_sources.ipynb #61e3bed1
+# %% ../../nbs/inputs/33_sources.ipynb #46a3b07f
+def _where(data, role):
+    "Name of the schema, path and key of the source that a configuration names; raises `SpecsError`"
+    if role == "test":
+        return None, Path(data.test), "data.test"
+    name, path = data.source, data.path
+    if name in NAMED and not path:
+        more = ", a folder or a name that datasets knows" if name == "datasets" else ""
+        raise SpecsError(f"data.source is {name}: say where it lies with data.path{more}")
+    if name not in NAMED and path:
+        raise SpecsError(
+            f"data.path is for {', '.join(NAMED)}, and data.source is {name}: leave one of them out"
+        )
+    if name != "datasets" and data.subset:
+        raise SpecsError("data.subset is for data.source=datasets")
+    return (name, Path(path), "data.path") if name in NAMED else (None, Path(name), "data.source")
+
+
+def open_source(
+    data: DataConfig,  # `source`, `path`, …
+    role: str = "train",  # `train`, or `test` for `data.test`
+) -> Source:  # not read yet
+    """The source that a configuration names; raises `SpecsError` if it isn't there, is of no known schema or
+    must not be trained on."""
+    name, path, key = _where(data, role)
+    if name == "datasets":
+        return _open_datasets(data)
+    if not path.exists():
+        meant = nearest(data.source, (*NAMED, "world"))
+        typo = key == "data.source" and "/" not in data.source and len(data.source) > 3 and "mean" in meant
+        raise SpecsError(
+            f"{key} is {path}, and there is no {path / 'data.jsonl'} and no other data"
+            f" set{f' ({meant})' if typo else ''}: give a folder or file, world, or one of {', '.join(NAMED)}"
+            " with data.path"
+        )
+    columns, own = data.columns if role == "train" else {}, path / FILES[role]
+    if name or not own.exists():
+        return _open_files(path, name, columns, role, key)
+    return Source("folder", [own], path, draft_mapped, columns, count_rows(own), ordered=True)
+
+# %% ../../nbs/inputs/33_sources.ipynb #4f8582e7
 HINTS = {
     "an image is missing": "unpack the set's images into the folder",
     "no pass rate of it is known": (
@@ -264,12 +251,34 @@ def none_left(
     if not tally.read:
         return f"{source.files[0]} is empty: write one JSON object a line, with question, answer and images"
     reasons = "; ".join(f"{n} × {r}, as in {tally.examples[r][0]}" for r, n in tally.dropped.most_common(3))
-    hint = HINTS.get(next(iter(dict(tally.dropped.most_common(1))), ""), "")
-    return f"none of {tally.read} rows of {source.files[0]} is of use: {reasons}" + (
-        f": {hint}" if hint else ""
-    )
+    hint = HINTS.get(max(tally.dropped, key=tally.dropped.get, default=""), "")
+    return f"none of {tally.read} rows of {source.files[0]} is of use: {reasons}" + f": {hint}" * bool(hint)
 
 # %% ../../nbs/inputs/33_sources.ipynb #3e9b6524
+def _row_of(source, raw, where, data, limits):
+    "A raw row as a draft and as a valid row; raises `Drop`"
+    try:
+        draft = source.draft(unpack(raw), source.columns)
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise Drop("its columns don't hold what they should", f"{type(e).__name__}: {e}") from None
+    return draft, finish(draft, where, source.folder, data, limits)
+
+
+def _same(row):
+    "What two rows that are the same have in common"
+    pixels = [pixel_digest(p.image) for p in row["images"]]
+    return fingerprint(stem(row["question"]), options(row["question"], row["choices"]), pixels)
+
+
+def _noted(draft, row, tally):
+    "Count a row, and what was changed in it"
+    if "\\boxed" in str(draft["answer"]) and not boxed(str(draft["answer"])):
+        tally.notes["had an answer whose box wasn't closed, and is now"] += 1
+    if small := sum(p.was is not None for p in row["images"]):
+        tally.notes["pictures were made smaller (data.shrink_to)"] += small
+    tally.keep(row)
+
+# %% ../../nbs/inputs/33_sources.ipynb #fd38554e
 def stream(
     source: Source,  # from `open_source`
     data: DataConfig,  # limits
@@ -287,47 +296,39 @@ def stream(
     for where, raw in source.raw(low, high, data.seed):
         tally.read += 1
         try:
-            draft = _drafted(source, raw)
-            row = finish(draft, where, source.folder, data, limits)
-            key = fingerprint(
-                stem(row["question"]),
-                options(row["question"], row["choices"]),
-                [pixel_digest(p.image) for p in row["images"]],
-            )
-            if key in seen:
+            draft, row = _row_of(source, raw, where, data, limits)
+            if (key := _same(row)) in seen:
                 raise Unwanted("it was there before", row["question"])
             if guard:
                 guard.check(row)
         except Drop as e:
             if stop and e.bad:
+                why = f"{e.reason} ({e.detail})" if e.detail else e.reason
                 raise SpecsError(
-                    f"{where}: {_sentence(e)}. Mend it, or count such rows and go on with data.bad_rows=drop"
+                    f"{where}: {why}. Correct it, or count such rows and go on with data.bad_rows=drop"
                 ) from None
             tally.drop(where, e)
             if tally.read == 200 and not tally.kept and len(tally.dropped) == 1 and e.reason in HINTS:
                 raise SpecsError(none_left(source, tally)) from None
             continue
         seen.add(key)
-        if "\\boxed" in str(draft["answer"]) and not boxed(str(draft["answer"])):
-            tally.notes["had an answer whose box wasn't closed, and is now"] += 1
-        small = sum(p.was is not None for p in row["images"])
-        if small:
-            tally.notes["pictures were made smaller (data.shrink_to)"] += small
-        tally.keep(row)
+        _noted(draft, row, tally)
         yield row
 
-
-def _drafted(source, raw):
-    try:
-        return source.draft(unpack(raw), source.columns)
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise Drop("its columns don't hold what they should", f"{type(e).__name__}: {e}") from None
-
-
-def _sentence(e):
-    return f"{e.reason} ({e.detail})" if e.detail else e.reason
-
 # %% ../../nbs/inputs/33_sources.ipynb #f5158a9b
+_DATA = (".parquet", ".jsonl", ".json", ".arrow")
+
+
+def _digest_of(file, size=2**25):
+    "Name, size and a checksum of a file's first and last bytes"
+    with open(file, "rb") as f:
+        h, n = hashlib.sha256(f.read(size)), file.stat().st_size
+        if n > size:
+            f.seek(max(size, n - size))
+            h.update(f.read())
+    return [file.name, n, h.hexdigest()[:16]]
+
+
 def digest(
     data: DataConfig,  # which source
 ) -> list:  # of what identifies its files
@@ -336,32 +337,12 @@ def digest(
     if data.sources:
         rest = DataConfig(test=data.test, decontaminate=data.decontaminate)
         return [*(digest(one) for _, _, one in parts(data)), digest(rest)]
-    out, size = [], 2**25
-    for path in map(
-        Path,
-        [
-            p
-            for p in (data.source if data.source not in NAMED else data.path, data.test, *data.decontaminate)
-            if p
-        ],
-    ):
+    out, own = [], data.path if data.source in NAMED else data.source
+    for path in [Path(p) for p in (own, data.test, *data.decontaminate) if p]:
         if not path.exists() or data.source == "world" and str(path) == "world":
             continue
-        for file in (
-            [path]
-            if path.is_file()
-            else sorted(
-                p
-                for p in path.rglob("*")
-                if p.suffix in (".parquet", ".jsonl", ".json", ".arrow") and p.is_file()
-            )
-        ):
-            with open(file, "rb") as f:
-                h, n = hashlib.sha256(f.read(size)), file.stat().st_size
-                if n > size:
-                    f.seek(max(size, n - size))
-                    h.update(f.read())
-            out.append([file.name, n, h.hexdigest()[:16]])
+        inside = sorted(p for p in path.rglob("*") if p.suffix in _DATA and p.is_file())
+        out += map(_digest_of, [path] if path.is_file() else inside)
     return out
 
 # %% ../../nbs/inputs/33_sources.ipynb #9130b85a
@@ -422,41 +403,7 @@ def part(
     train = [i for i in rest if not seen & set(keys[i])]
     return train[:n_train], test, len(rest) - len(train)
 
-# %% ../../nbs/inputs/33_sources.ipynb #8599fa59
-def prepare(
-    data: DataConfig,  # the source and its limits
-    out,  # folder for `train.arrow`, `test.arrow`, `report.json`
-) -> dict:  # what is in report.json
-    """Stream a source into Arrow files, unless that was done; raises `SpecsError` for a source or rows that
-    are of no use."""
-    from specs_nb import __version__
-
-    out, mine = Path(out), {
-        k: v for k, v in asdict(data).items() if k not in ("format", "ood_formats", "pass_rate_samples")
-    }
-    if data.pass_rate_samples:
-        mine["pass_rate"] = []  # measured later, on prepared rows
-    key, report = fingerprint(__version__, mine, digest(data)), read_json(out / "report.json")
-    if report and report["key"] == key and all((out / f).exists() for f in report["files"]):
-        return report
-    start, sources = time.monotonic(), _open_all(data)
-    source = sources[0][2]
-    out.mkdir(parents=True, exist_ok=True)
-    guard = Guard(data.decontaminate, data.decontaminate_by, data.max_pixels) if data.decontaminate else None
-    if data.sources:
-        report = _mix(data, out, sources, guard)
-    else:
-        report = _prepare(data, out, source, guard, _stops(data, source))
-    report.update(
-        key=key,
-        seconds=round(time.monotonic() - start, 1),
-        guard=str(guard) if guard else None,
-        left_out=[f.name for _, _, s, _ in sources for f in s.left_out],
-    )
-    write_json(out / "report.json", report)
-    return report
-
-
+# %% ../../nbs/inputs/33_sources.ipynb #621e0f0b
 def _stops(data, source):
     "Does a bad row end the run?"
     return data.bad_rows == "stop" or data.bad_rows == "auto" and source.ordered
@@ -483,61 +430,55 @@ def _drawn(data):
     rows = lambda: (dict(r, pass_rate=None) for r in world.rows("train", n, data.seed))
     return Source("world", ["world"], Path("."), draft_mapped, {}, stream=rows)
 
+# %% ../../nbs/inputs/33_sources.ipynb #8599fa59
+def prepare(
+    data: DataConfig,  # the source and its limits
+    out,  # folder for `train.arrow`, `test.arrow`, `report.json`
+) -> dict:  # what is in report.json
+    """Stream a source into Arrow files, unless that was done; raises `SpecsError` for a source or rows that
+    are of no use."""
+    from specs_nb import __version__
+
+    out, mine = Path(out), asdict(data)
+    for later in ("format", "ood_formats", "pass_rate_samples"):
+        del mine[later]
+    if data.pass_rate_samples:
+        mine["pass_rate"] = []  # measured later, on prepared rows
+    key, report = fingerprint(__version__, mine, digest(data)), read_json(out / "report.json")
+    if report and report["key"] == key and all((out / f).exists() for f in report["files"]):
+        return report
+    start, sources = time.monotonic(), _open_all(data)
+    out.mkdir(parents=True, exist_ok=True)
+    guard = Guard(data.decontaminate, data.decontaminate_by, data.max_pixels) if data.decontaminate else None
+    report = _mix(data, out, sources, guard) if data.sources else _prepare(data, out, sources[0][2], guard)
+    report.update(
+        key=key,
+        seconds=round(time.monotonic() - start, 1),
+        guard=str(guard) if guard else None,
+        left_out=[f.name for _, _, s, _ in sources for f in s.left_out],
+    )
+    write_json(out / "report.json", report)
+    return report
+
+# %% ../../nbs/inputs/33_sources.ipynb #79313167
+def _sides(rows):
+    "What must not be on both sides: for each row its pictures, or its question if it has none"
+    return ((d or [stem(q)]) for d, q in zip(rows.column("digests"), rows.column("question")))
+
 # %% ../../nbs/inputs/33_sources.ipynb #1376d7f7
-def _prepare(data, out, source, guard, stop):
-    held_out = not data.test and not source.ordered
-    n, tallies, sizes = data.n_train + data.n_test * held_out, {"train": Tally()}, {}
-    total, t = (
-        _wanted(source, data, n, tallies["train"], guard, stop, True, out / "all.arrow"),
-        tallies["train"],
-    )
-    if not total:
-        raise SpecsError(none_left(source, t))
-    rows = Rows(out / "all.arrow")
-    others = _tests(data, out, source, stop, tallies, sizes)
-    taken = [k for r in others for k in _sides(r)]
+def _split(data, source, rows, others, held_out):
+    "Numbers of the training and test rows of a source, and how many rows are left out between them"
     if source.ordered:
-        train, test, shared = list(range(total)), [], 0
-    else:
-        train, test, shared = part(
-            list(_sides(rows)),
-            min(data.n_test, max(1, total // 2)) if held_out else 0,
-            data.n_train,
-            derive_seed(data.seed, "split"),
-            {k for some in taken for k in some},
-        )
-    if shared:
-        t.notes["shared a picture with the test and were left out"] += shared
-    if source.name == "mathvista":
-        t.notes["come from a benchmark: what is trained on them must not be tested on MathVista"] += total
-    if not train:
-        raise SpecsError(
-            f"all {total} rows of use share a picture with the test: give another data.test, or a lower"
-            " data.n_test"
-        )
-    sizes["train"] = _copy(out / "all.arrow", train, out / "train.arrow")
-    if test:
-        sizes["test"] = _copy(out / "all.arrow", test, out / "test.arrow")
-    (out / "all.arrow").unlink()
-    for name, tally in tallies.items():
-        print(
-            f"{source.files[0] if name == 'train' else name}:\n{tally}"
-            + (f"\n        {guard}" if guard and name == "train" else "")
-        )
-    if held_out and len(test) < data.n_test:
-        print(f"        only {len(test)} rows are left for the test, data.n_test is {data.n_test}")
-    return dict(
-        files=[f"{s}.arrow" for s in sizes],
-        rows=sizes,
-        source=_named(source),
-        splits={name: _told(t) for name, t in tallies.items()},
-    )
+        return list(range(len(rows))), [], 0
+    n_test = min(data.n_test, max(1, len(rows) // 2)) if held_out else 0
+    taken = {k for test in others for some in _sides(test) for k in some}
+    return part(list(_sides(rows)), n_test, data.n_train, derive_seed(data.seed, "split"), taken)
 
-
+# %% ../../nbs/inputs/33_sources.ipynb #625dfc51
 def _named(source):
     return dict(schema=source.name, files=[f.name if isinstance(f, Path) else f for f in source.files])
 
-
+# %% ../../nbs/inputs/33_sources.ipynb #2d3f0ae3
 def _told(tally):
     dropped = {r: dict(rows=k, examples=tally.examples[r]) for r, k in tally.dropped.most_common()}
     return dict(
@@ -548,10 +489,47 @@ def _told(tally):
         notes=dict(tally.notes),
     )
 
+# %% ../../nbs/inputs/33_sources.ipynb #55a0b32f
+def _report(sizes, source, tallies):
+    "What report.json says of files, rows and sources"
+    return dict(
+        files=[f"{s}.arrow" for s in sizes],
+        rows=sizes,
+        source=source,
+        splits={name: _told(t) for name, t in tallies.items()},
+    )
 
-def _sides(rows):
-    "What must not be on both sides: for each row its pictures, or its question if it has none"
-    return ((d or [stem(q)]) for d, q in zip(rows.column("digests"), rows.column("question")))
+# %% ../../nbs/inputs/33_sources.ipynb #dbb0f862
+def _prepare(data, out, source, guard):
+    "Rows of one source in `train.arrow` and `test.arrow`; gives the report"
+    held_out, stop = not data.test and not source.ordered, _stops(data, source)
+    t, sizes, kept = Tally(), {}, out / "all.arrow"
+    total = _wanted(source, data, data.n_train + data.n_test * held_out, t, guard, stop, True, kept)
+    if not total:
+        raise SpecsError(none_left(source, t))
+    tallies = {"train": t}
+    others = _tests(data, out, source, stop, tallies, sizes)
+    train, test, shared = _split(data, source, Rows(kept), others, held_out)
+    if shared:
+        t.notes["shared a picture with the test and were left out"] += shared
+    if source.name == "mathvista":
+        t.notes["come from a benchmark: what is trained on them must not be tested on MathVista"] += total
+    if not train:
+        raise SpecsError(
+            f"all {total} rows of use share a picture with the test: give another data.test, or a lower"
+            " data.n_test"
+        )
+    sizes["train"] = _copy(kept, train, out / "train.arrow")
+    if test:
+        sizes["test"] = _copy(kept, test, out / "test.arrow")
+    kept.unlink()
+    for name, tally in tallies.items():
+        print(f"{source.files[0] if name == 'train' else name}:\n{tally}")
+        if guard and name == "train":
+            print(f"        {guard}")
+    if held_out and len(test) < data.n_test:
+        print(f"        only {len(test)} rows are left for the test, data.n_test is {data.n_test}")
+    return _report(sizes, _named(source), tallies)
 
 # %% ../../nbs/inputs/33_sources.ipynb #aff22139
 def shares(
@@ -602,14 +580,10 @@ def _mix(data, out, sources, guard):
     if visual:
         sizes["ood_visual"] = _join(visual, out / "ood_visual.arrow")
     _say(sources, tallies, guard, Rows(out / "train.arrow"), n_train)
-    return dict(
-        files=[f"{s}.arrow" for s in sizes],
-        rows=sizes,
-        source=dict(schema="mixture", parts={name: _named(source) for name, _, source, _ in sources}),
-        splits={name: _told(t) for name, t in tallies.items()},
-    )
+    named = {name: _named(source) for name, _, source, _ in sources}
+    return _report(sizes, dict(schema="mixture", parts=named), tallies)
 
-
+# %% ../../nbs/inputs/33_sources.ipynb #1c2b8d9d
 def _from(name, row):
     "The row with the source that it is from in front of what the set says itself"
     said = row["source"]
@@ -626,17 +600,15 @@ def _some(source, one, n, tally, guard, seen, limits=True):
     found = _lots(source, one, n, tally, guard, _stops(one, source), limits, seen)
     return islice(found, n) if source.ordered or source.stream else found
 
-# %% ../../nbs/inputs/33_sources.ipynb #1c2b8d9d
+# %% ../../nbs/inputs/33_sources.ipynb #a0ace88f
 def _read_tests(data, out, sources, tests, n_test, tallies):
     "Arrow files of tests that have files of their own"
+    jobs = []
     if data.test:
         jobs = [("test", open_source(data, "test"), data, data.n_test)]
-    else:
-        jobs = [
-            (name, replace(source, files=[own], total=count_rows(own)), one, n)
-            for (name, _, source, one), own, n in zip(sources, tests, n_test)
-            if own and n
-        ]
+    for (name, _, source, one), own, n in zip(sources, tests, n_test):
+        if own and n and not data.test:
+            jobs.append((name, _with_file(source, own), one, n))
     return _written(data, out, jobs, "test", tallies)
 
 
@@ -646,8 +618,13 @@ def _read_visual(data, out, sources, n_test, tallies):
     for (name, _, source, one), n in zip(sources, n_test):
         path = source.folder / FILES["ood_visual"]
         if not data.test and source.ordered and n and path.exists():
-            jobs.append((name, replace(source, files=[path], total=count_rows(path)), one, n))
+            jobs.append((name, _with_file(source, path), one, n))
     return _written(data, out, jobs, "ood_visual", tallies)
+
+
+def _with_file(source, path):
+    "The same source with another file"
+    return replace(source, files=[path], total=count_rows(path))
 
 
 def _written(data, out, jobs, split, tallies):
@@ -656,17 +633,23 @@ def _written(data, out, jobs, split, tallies):
     for name, source, one, n in jobs:
         tallies[f"{split} of {name}" if name != split else name] = t = Tally()
         some = (row if data.test else _from(name, row) for row in _some(source, one, n, t, None, None, False))
-        k = write_rows(some, out / "some.arrow")
-        if not k:
-            raise SpecsError(none_left(source, t))
-        lots = random.Random(derive_seed(data.seed, split))
-        order = range(k) if source.ordered else lots.sample(range(k), min(k, n))
         found.append(out / f"{split}-{len(found)}.arrow")
-        _copy(out / "some.arrow", order, found[-1])
-        (out / "some.arrow").unlink()
+        _store(source, data, n, t, split, write_rows(some, out / "some.arrow"), found[-1])
     return found
 
 
+def _store(source, data, n, tally, split, written, to):
+    "Copy about `n` of the rows in some.arrow to their place, by lot or in a folder's own order; how many"
+    if not written:
+        raise SpecsError(none_left(source, tally))
+    lots = random.Random(derive_seed(data.seed, split))
+    some = to.parent / "some.arrow"
+    order = range(written) if source.ordered else lots.sample(range(written), min(written, n))
+    kept = _copy(some, order, to)
+    some.unlink()
+    return kept
+
+# %% ../../nbs/inputs/33_sources.ipynb #2e8e4335
 def _divide(data, rows, counts, n_train, held, tests, tallies, names):
     "Numbers of training and test rows; no picture of a test is trained on, wherever either comes from"
     sides, ranges, at = list(_sides(rows)), [], 0
@@ -693,7 +676,7 @@ def _divide(data, rows, counts, n_train, held, tests, tallies, names):
     random.Random(derive_seed(data.seed, "mixture")).shuffle(train)
     return train, test
 
-
+# %% ../../nbs/inputs/33_sources.ipynb #1631cb81
 def _join(files, to):
     "Several Arrow files as one, with ids that differ"
     rows = (row for f in files for row in _stored(f))
@@ -710,7 +693,7 @@ def _stored(path):
         row = ds[i : i + 1].to_pylist()[0]
         yield {**row, "images": [decode(image["bytes"], 2**62) for image in row["images"]]}
 
-
+# %% ../../nbs/inputs/33_sources.ipynb #05d83472
 def _say(sources, tallies, guard, rows, n_train):
     "Print what became of each source, and which gave less than its share"
     for name, t in tallies.items():
@@ -726,73 +709,46 @@ def _say(sources, tallies, guard, rows, n_train):
 # %% ../../nbs/inputs/33_sources.ipynb #5236c653
 def _tests(data, out, source, stop, tallies, sizes):
     "Prepare tests that have files of their own; give their rows"
-    found = {}
-    if data.test:
-        found["test"] = open_source(data, "test")
-    elif source.ordered:
-        for split in ("test", "ood_visual", "compositional"):
-            path = source.folder / FILES[split]
-            if path.exists():
-                found[split] = Source(
-                    "folder",
-                    [path],
-                    source.folder,
-                    draft_mapped,
-                    data.columns,
-                    count_rows(path),
-                    ordered=True,
-                )
-            elif split == "test":
-                raise SpecsError(
-                    f"data.source is {data.source}, but there is no {path}: give a folder with"
-                    f" {FILES['train']} and {FILES['test']}, or name a test in data.test"
-                )
+    found = {"test": open_source(data, "test")} if data.test else {}
+    for split in ("test", "ood_visual", "compositional") if source.ordered and not data.test else ():
+        path = source.folder / FILES[split]
+        if path.exists():
+            found[split] = _with_file(source, path)
+        elif split == "test":
+            raise SpecsError(
+                f"data.source is {data.source}, but there is no {path}: give a folder with"
+                f" {FILES['train']} and {FILES['test']}, or name a test in data.test"
+            )
     for split, s in found.items():
-        tallies[split] = Tally()
-        k = _wanted(s, data, data.n_test, tallies[split], None, stop and s.ordered, False, out / "some.arrow")
-        if not k:
-            raise SpecsError(none_left(s, tallies[split]))
-        order = (
-            list(range(k))
-            if s.ordered
-            else random.Random(derive_seed(data.seed, split)).sample(range(k), min(k, data.n_test))
-        )
-        sizes[split] = _copy(out / "some.arrow", order, out / f"{split}.arrow")
-        (out / "some.arrow").unlink()
+        tallies[split], n = Tally(), data.n_test
+        k = _wanted(s, data, n, tallies[split], None, stop and s.ordered, False, out / "some.arrow")
+        sizes[split] = _store(s, data, n, tallies[split], split, k, out / f"{split}.arrow")
     return [Rows(out / f"{s}.arrow") for s in found]
 
 # %% ../../nbs/inputs/33_sources.ipynb #881cf7bb
+def _check_drawn(data, split):
+    "Raise `SpecsError` for settings that mean nothing for the drawn world"
+    if split == "train" and (data.pass_rate and not data.pass_rate_samples or data.decontaminate):
+        raise SpecsError(
+            "the world has no pass rates and is in no benchmark: set data.pass_rate_samples to measure rates,"
+            " and leave data.decontaminate empty"
+        )
+    given = {k: getattr(data, k) for k in ("path", "subset", "columns", "test")}
+    given["images"] = data.images != "any"
+    if idle := [k for k, v in given.items() if v]:
+        raise SpecsError(
+            f"data.{idle[0]} means nothing for the world, which is drawn: take it out, or set data.source"
+        )
+
+
 def load_rows(
     data: DataConfig,  # the source
     split: str,  # `train`, `test`, `ood_visual` or `compositional`
     out,  # the run's folder for data
 ):  # a list, or `Rows`
     "The rows of a split; empty if the source has no such further test; raises `SpecsError`."
-    if (
-        data.drawn
-        and split == "train"
-        and (data.pass_rate and not data.pass_rate_samples or data.decontaminate)
-    ):
-        raise SpecsError(
-            "the world has no pass rates and is in no benchmark: set data.pass_rate_samples to measure rates,"
-            " and leave data.decontaminate empty"
-        )
-    idle = [
-        k
-        for k, v in dict(
-            path=data.path,
-            subset=data.subset,
-            columns=data.columns,
-            test=data.test,
-            images=data.images != "any",
-        ).items()
-        if v
-    ]
-    if data.drawn and idle:
-        raise SpecsError(
-            f"data.{idle[0]} says nothing about the world, which is drawn: take it out, or set data.source"
-        )
     if data.drawn:
+        _check_drawn(data, split)
         n = data.n_train if split == "train" else data.n_test
         drawn, how = rows_of.read_folder("world", split, n, data.seed), grading_of({}, data)
         return [dict(r, grading=how) for r in drawn] if how else drawn
@@ -808,9 +764,8 @@ def pass_rates(
     "How often each question was answered right, in whatever form."
     out = []
     for row, some in zip(rows, texts, strict=True):
-        verdicts = [
-            v for t in some if t is not None and (v := grade_row(find_answer(t) or "", row)) is not None
-        ]
+        verdicts = [grade_row(find_answer(t) or "", row) for t in some if t is not None]
+        verdicts = [v for v in verdicts if v is not None]
         out.append(sum(verdicts) / len(verdicts) if verdicts else None)
     return out
 
@@ -825,14 +780,15 @@ def keep_within(
     none is left."""
     rates = pass_rates(rows, texts)
     keep = [i for i, r in enumerate(rates) if r is not None and low <= r <= high]
+    known = [r for r in rates if r is not None]
     facts = dict(
         keep=keep,
         read=len(rows),
         kept=len(keep),
-        too_hard=sum(r is not None and r < low for r in rates),
-        too_easy=sum(r is not None and r > high for r in rates),
+        too_hard=sum(r < low for r in known),
+        too_easy=sum(r > high for r in known),
         no_opinion=rates.count(None),
-        mean_rate=sum(r or 0 for r in rates) / max(1, len(rates) - rates.count(None)),
+        mean_rate=sum(known) / max(1, len(known)),
     )
     if not keep:
         raise SpecsError(

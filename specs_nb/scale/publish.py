@@ -22,30 +22,72 @@ from specs_nb.engines.models import (
 
 # %% ../../nbs/scale/40_publish.ipynb #51c87097
 def _table(head, rows):
-    return "\n".join([
-        "| " + " | ".join(head) + " |",
-        "|" + "---|" * len(head),
-        *("| " + " | ".join(map(str, r)) + " |" for r in rows),
-    ])
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def _results(metrics):
-    rows = [
-        (m, s, k, f"{v['mean']:.3f}", f"{v['lo']:.3f} … {v['hi']:.3f}", v["n"])
-        for m, splits in metrics.items()
-        for s, ms in splits.items()
-        for k, v in ms.items()
-        if k in ("format", "accuracy") and v.get("mean") is not None
-    ]
+    "Format and accuracy of each model and test, with intervals, as a table"
+    rows = []
+    for model, splits in metrics.items():
+        for split, found in splits.items():
+            for name in ("format", "accuracy"):
+                v = found.get(name, {})
+                if v.get("mean") is not None:
+                    interval = f"{v['lo']:.3f} … {v['hi']:.3f}"
+                    rows.append((model, split, name, f"{v['mean']:.3f}", interval, v["n"]))
     return _table(("model", "test", "metric", "mean", "95 % interval", "n"), rows)
 
 
+def _costs(run):
+    "Seconds and memory of the stages that are done, as a table"
+    rows = []
+    for stage in ("zero", "pairs", "coldstart", "final", "eval"):
+        d = read_json(run / stage / "stage.json") or {}
+        if d.get("state") == "done":
+            rows.append((stage, f"{d['seconds']:.0f}", d.get("peak_memory_gb", ""), d.get("peak_gpu_gb", "")))
+    return _table(("stage", "seconds", "peak memory, GiB", "of the GPU, GiB"), rows)
+
+# %% ../../nbs/scale/40_publish.ipynb #3f3fd694
 def _sees(folder):
-    "Whether a model has eyes; yes, where nothing is known of it"
+    "Whether a model reads images; yes where that isn't known"
     try:
         return is_vlm(load_config_of(folder))
     except SpecsError:
         return True
+
+
+def _head(config, folder, model):
+    "Metadata for the hub, and the title"
+    import yaml
+
+    base = config["model"]["path"]
+    head = {
+        "library_name": "transformers",
+        "tags": ["specs", "grpo", "dpo", "trl"],
+        "pipeline_tag": "image-text-to-text" if _sees(folder) else "text-generation",
+    }
+    if "/" in base and not Path(base).exists():
+        head["base_model"] = base
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {Path(base).name}, {model} model of SPECS"
+
+
+def _recipe(config):
+    "The sections that make a model, as YAML, without folders of this machine"
+    import yaml
+
+    base = Path(config["model"]["path"])
+    named = ("model", "zero", "pairs", "coldstart", "final")
+    text = yaml.safe_dump({k: config[k] for k in named if k in config}, sort_keys=False)
+    if base.exists():
+        text = text.replace(f"{base.parent}/", "")
+    return f"```yaml\n{text}```"
+
+# %% ../../nbs/scale/40_publish.ipynb #ea89de49
+_WHAT = (
+    "Trained with `specs_nb`, an open implementation of [SPECS](https://arxiv.org/abs/2510.25801):"
+    " GRPO-zero, self-distilled preference pairs, a cold start with DPO + λ·SFT, final GRPO."
+)
 
 
 def model_card(
@@ -61,49 +103,37 @@ def model_card(
     if not config.exists() or stage.get("state") != "done":
         raise SpecsError(f"{run} has no finished {model}: specs {model} --run-dir {run}")
     config = present_names(yaml.safe_load(config.read_text()))
-    base, data = config["model"]["path"], config["data"]
-    head = {
-        "library_name": "transformers",
-        "tags": ["specs", "grpo", "dpo", "trl"],
-        "pipeline_tag": "image-text-to-text" if _sees(run / model / "model") else "text-generation",
-    }
-    if "/" in base and not Path(base).exists():
-        head["base_model"] = base
-    costs = [
-        (s, f"{d['seconds']:.0f}", d.get("peak_memory_gb", ""), d.get("peak_gpu_gb", ""))
-        for s in ("zero", "pairs", "coldstart", "final", "eval")
-        if (d := read_json(run / s / "stage.json")) and d.get("state") == "done"
+    base, data, metrics = Path(config["model"]["path"]), config["data"], read_json(run / "eval/metrics.json")
+    facts = [
+        f"- base: `{base.name if base.exists() else base}`",
+        f"- data: `{Path(data['source']).name}`, {data['n_train']} rows, format `{data['format']}`",
+        f"- seed: {config['seed']}",
+        f"- finished: {stage.get('finished', 'unknown')}",
     ]
-    metrics = read_json(run / "eval/metrics.json")
-    parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {Path(base).name}, {model} model of SPECS",
-        (
-            "Trained with `specs_nb`, an open implementation of [SPECS](https://arxiv.org/abs/2510.25801):"
-            " GRPO-zero, self-distilled preference pairs, a cold start with DPO + λ·SFT, final GRPO."
-        ),
-        (
-            f"- base: `{Path(base).name if Path(base).exists() else base}`\n- data:"
-            f" `{Path(data['source']).name}`, {data['n_train']} rows, format `{data['format']}`\n- seed:"
-            f" {config['seed']}\n- finished: {stage.get('finished', 'unknown')}"
-        ),
-    ]
-    if metrics:
-        parts += ["## Results", _results(metrics)]
-    parts += [
+    versions = ", ".join(f"{k} {v}" for k, v in stage.get("versions", {}).items())
+    return "\n\n".join([
+        _head(config, run / model / "model", model),
+        _WHAT,
+        "\n".join(facts),
+        *(["## Results", _results(metrics)] if metrics else []),
         "## Cost",
-        _table(("stage", "seconds", "peak memory, GiB", "of the GPU, GiB"), costs),
+        _costs(run),
         "## Recipe",
-        "```yaml\n"
-        + yaml.safe_dump(
-            {k: config[k] for k in ("model", "zero", "pairs", "coldstart", "final") if k in config},
-            sort_keys=False,
-        ).replace(str(Path(base).parent) + "/", "" if Path(base).exists() else "\0")
-        + "```",
-        "Versions: " + ", ".join(f"{k} {v}" for k, v in stage.get("versions", {}).items()),
-    ]
-    return "\n\n".join(parts) + "\n"
+        _recipe(config),
+        f"Versions: {versions}\n",
+    ])
 
 # %% ../../nbs/scale/40_publish.ipynb #015b35ba
+def _writable(run, model):
+    "The folder of a run's own model; raises `SpecsError` if there is none"
+    trained = Path(run) / model / "model"
+    if trained.is_symlink():  # the card would be written into somebody's own folder
+        raise SpecsError(f"{trained} is a model that was there before this run ({trained.resolve().name})")
+    if not is_adapter(trained) and not (trained / "config.json").exists():
+        raise SpecsError(f"{trained} holds no model: specs {model} --run-dir {run}")
+    return trained
+
+
 def push(
     run,  # a run folder
     repo: str,  # `owner/name` on the hub
@@ -111,14 +141,9 @@ def push(
     api=None,  # a `huggingface_hub.HfApi`; None: the user's own
     private: bool = True,  # who may see it
 ) -> str:  # the repository
-    """Upload a run's model with its card; an adapter goes as a whole model and beside it. Raises `SpecsError`
-    if the model isn't finished or the hub refuses."""
-    trained = Path(run) / model / "model"
-    if trained.is_symlink():  # the card would be written into somebody's own folder
-        raise SpecsError(f"{trained} is a model that was there before this run ({trained.resolve().name})")
-    card = model_card(run, model)
-    if not is_adapter(trained) and not (trained / "config.json").exists():
-        raise SpecsError(f"{trained} holds no model: specs {model} --run-dir {run}")
+    """Upload a run's model with its card; an adapter is uploaded merged into its base, and also by itself.
+    Raises `SpecsError` if the model isn't finished or the hub refuses."""
+    trained, card = _writable(run, model), model_card(run, model)
     folder = Path(whole_model(trained))
     (folder / "README.md").write_text(card, encoding="utf-8")
     if api is None:
@@ -155,19 +180,16 @@ def export_model(
     model: str = "final",  # which of its models
     dtype: str = "auto",  # of the written weights, see `merge_adapter`
 ) -> str:  # the folder
-    """Write a run's model as a whole, its adapter merged, with its card; raises `SpecsError` if it isn't
-    finished or `out` is there."""
+    """Write a run's complete model, its adapter merged, with its card; raises `SpecsError` if it isn't
+    finished or `out` exists."""
     trained, card, out = Path(run) / model / "model", model_card(run, model), Path(out)
     if out.exists():
         raise SpecsError(f"{out} is there already: choose another folder with --out")
     if is_adapter(trained):
         merge_adapter(trained, out, dtype)
     else:
-        how = (
-            str(load_config_of(trained).dtype or "float32").removeprefix("torch.")
-            if dtype == "auto"
-            else dtype
-        )
+        own = str(load_config_of(trained).dtype or "float32").removeprefix("torch.")
+        how = own if dtype == "auto" else dtype
         save_model(*load_model(str(trained), dtype=how, liger="none"), out)
     (out / "README.md").write_text(card, encoding="utf-8")
     return str(out)
