@@ -243,6 +243,20 @@ def test_charts_turn_dark_with_the_page(run):
         assert "var(--ink)" in drawn
 
 
+def test_a_question_that_has_changed_is_not_shown(run):
+    "Another version of the world draws other questions under the same ids"
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(run / "eval/answers.parquet").to_pylist()
+    pq.write_table(
+        pa.Table.from_pylist([dict(r, source="old world") for r in rows]), run / "eval/answers.parquet"
+    )
+    text = write_report(run).read_text()
+    assert "be read any more)</b>" in text.split('id="learned"')[1].split("</section>")[0]
+    assert "How many together?" not in text.split('id="learned"')[1].split("</section>")[0]
+
+
 def test_same_run_same_page(run):
     assert write_report(run).read_bytes() == write_report(run).read_bytes()
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specs_nb.analysis import (
+    ABOUT,
     METRICS,
     MODELS,
     SPLITS,
@@ -395,18 +396,15 @@ def paired_table(
 ) -> Table:
     "Differences between models on the same questions."
     words = dict(accuracy="right answer", format="right format", strict="both")
-    return Table(
-        "paired",
-        "Differences on the same questions, points",
-        [
-            dict(models=f"{MODELS[a]} − {MODELS[b]}", split=SPLITS[s], metric=words[m], **d)
-            for (a, b), of in versus.items()
-            for s, ms in of.items()
-            for m, d in ms.items()
-        ],
-        ("models", "split", "metric"),
-        sign=True,
-    )
+    rows = [
+        dict(models=f"{MODELS[a]} − {MODELS[b]}", split=SPLITS[s], metric=words[m], **d)
+        for (a, b), of in versus.items()
+        for s, ms in of.items()
+        for m, d in ms.items()
+        if d["mean"] is not None
+    ]
+    title = "Differences on the same questions, points"
+    return Table("paired", title, rows, ("models", "split", "metric"), sign=True)
 
 # %% ../../nbs/study/40_report.ipynb #9a0f0002
 GROUPED = (  # what answers are grouped by, test, metric
@@ -545,14 +543,14 @@ def mixed_outcomes(
 # %% ../../nbs/study/40_report.ipynb #d054595d
 def first_answers(
     path: Path,  # answers.parquet of the evaluation
-) -> dict:  # split → question's id → model → text, asked, accuracy, format
+) -> dict:  # split → question's id → model → text, asked, accuracy, format, what else is known of `ABOUT`
     "The first sampled answer of each model to each question; empty for a file without texts."
     import pyarrow.parquet as pq
 
     there = set(pq.read_schema(path).names)
     if not {"text", "accuracy", "format"} <= there:
         return {}
-    wanted = ("model", "split", "id", "asked", "greedy", "text", "accuracy", "format")
+    wanted = ("model", "split", "id", "asked", "greedy", "text", "accuracy", "format", *ABOUT)
     out = {}
     for a in pq.read_table(path, columns=[c for c in wanted if c in there]).to_pylist():
         if not a.get("greedy"):
@@ -614,6 +612,12 @@ def _card(split, i, row, of, images):
     return about | dict(difficulty=row.get("difficulty") or "", images=images, said=said)
 
 
+def _is_the_same(row, of):
+    "Whether a question is still the one that was answered, as far as its source, kind and difficulty tell"
+    answer = next(iter(of.values()))
+    return all(answer.get(key) in (None, row.get(key)) for key in ABOUT)
+
+
 def example_cards(
     run_dir: Path,  # a run folder
     n: int = 40,  # questions of each test
@@ -629,6 +633,8 @@ def example_cards(
         some, place = rows.get(split, ((), {}))
         for i in mixed_outcomes(said.get(split, {}), n):
             row = some[place[i]] if i in place else {}
+            if not _is_the_same(row, said[split][i]):
+                row = {}
             key = TEST_OF[split], i  # two tests may ask about one picture
             if key not in images:
                 images[key] = embedded_pictures(row.get("images", [])[:2], 320)

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['BOX', 'GOOD', 'HALF', 'BAD', 'WORDS', 'GRPO_CURVES', 'MARGIN_CURVES', 'LOGP_CURVES', 'Page', 'Text', 'verdicts',
-           'answers_card', 'pair_card', 'curves', 'splits_taken', 'score_bars', 'bill']
+           'answers_card', 'picture', 'pair_card', 'curves', 'splits_taken', 'score_bars', 'took', 'bill']
 
 # %% ../../nbs/study/45_show.ipynb #ae9025d2
 import html
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..analysis import METRICS, MODELS, SPLITS, value_at
+from ..core import read_json
 from ..formats import FORMATS
 from ..grading import grade
 from .charts import LOOKS, Drawing, dots, draw_chart, lines
@@ -85,6 +87,14 @@ def answers_card(
     asked = f"<b>{question}</b> <small>(right answer: {answer})</small>"
     return Page(asked + _beside(row["images"], f'<div style="flex:1">{boxes}</div>'))
 
+# %% ../../nbs/study/45_show.ipynb #db12903d
+def picture(
+    image,  # a PIL image
+    width: int = 252,  # pixels that it is shown in
+) -> Page:  # shown by Jupyter
+    "A small picture, enlarged by its pixels."
+    return Page(f'<img src="{data_uri(image)}" style="width:{width}px; image-rendering:pixelated">')
+
 # %% ../../nbs/study/45_show.ipynb #2070d293
 def pair_card(
     pair: dict,  # a row of `pairs.read_pairs`
@@ -146,10 +156,19 @@ def score_bars(
     ]
     return Drawing(draw_chart(dots("bars", METRICS[metric], values, kind="bars")))
 
-# %% ../../nbs/study/45_show.ipynb #e83377d8
+# %% ../../nbs/study/45_show.ipynb #5bdaee16
+def took(
+    run_dir,  # a run folder
+    stage: str,  # such as `zero`
+) -> Text:  # shown by Jupyter
+    "How long a stage took when it was run, and its memory; a stage that was done before keeps its time."
+    s = read_json(Path(run_dir) / stage / "stage.json")
+    return Text(f"*Stage `{stage}`: {duration(s['seconds'])}, at most {s['peak_memory_gb']:.1f} GiB*")
+
+# %% ../../nbs/study/45_show.ipynb #80ea5715
 def bill(
     stages: dict,  # stage → its stage.json
-):  # shown by Jupyter
+) -> Text:  # shown by Jupyter
     "Time and memory of each stage, and of all together."
     table = ["| stage | time | peak memory (GiB) |", "|---|---|---|"]
     for name, s in stages.items():
