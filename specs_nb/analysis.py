@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'SPLITS', 'METRICS', 'STAGE_TITLES', 'ABOUT', 'PAIRED', 'SPENT', 'generalization_factor', 'value_at',
-           'gf_table', 'read_run', 'read_answers', 'question_means', 'detectable', 'paired_difference', 'comparisons',
+           'gf_table', 'read_answers', 'read_run', 'question_means', 'detectable', 'paired_difference', 'comparisons',
            'percent', 'interval', 'title', 'difference', 'spent', 'cold_start_worth', 'findings']
 
 # %% ../nbs/method/71_analysis.ipynb #4eed9970
@@ -85,34 +85,6 @@ STAGE_TITLES = dict(
 )
 
 # %% ../nbs/method/71_analysis.ipynb #ac66313f
-def read_run(
-    run_dir: Path,  # a run folder with eval/metrics.json
-) -> dict:  # name, config, metrics, stages, history, answers, look
-    """Everything the report needs from a run, with empty values for missing files; raises `SpecsError` if
-    there are no metrics yet."""
-    import yaml
-
-    run = Path(run_dir)
-    metrics, config, answers = (
-        read_json(run / "eval/metrics.json"),
-        run / "config.yaml",
-        run / "eval/answers.parquet",
-    )
-    if metrics is None:
-        raise SpecsError(f"{run_dir} has no eval/metrics.json: run `specs eval` first")
-    return dict(
-        name=run.resolve().name,
-        config=present_names(
-            (config.exists() and yaml.safe_load(config.read_text(encoding="utf-8"))) or {}
-        ),
-        metrics=metrics,
-        answers=read_answers(answers) if answers.exists() else [],
-        stages={s: read_json(run / s / "stage.json") or {} for s in STAGE_TITLES},
-        history={s: read_json(run / s / "history.json") or [] for s in ("zero", "coldstart", "final")},
-        look=read_json(run / "zero/look.json") or {},
-    )
-
-
 ABOUT = ("source", "kind", "difficulty")  # what an answers file knows of a question
 
 
@@ -129,6 +101,30 @@ def read_answers(
     except (pa.ArrowException, OSError):
         raise SpecsError(f"{path} can't be read: delete it and run `specs eval` again") from None
     return [r for r in rows if not r.pop("greedy", False)]
+
+# %% ../nbs/method/71_analysis.ipynb #c9dbb80f
+def read_run(
+    run_dir: Path,  # a run folder with eval/metrics.json
+) -> dict:  # name, config, metrics, stages, history, answers, look
+    """Everything the report needs from a run, with empty values for missing files; raises `SpecsError` if
+    there are no metrics yet."""
+    import yaml
+
+    run = Path(run_dir)
+    metrics, answers = read_json(run / "eval/metrics.json"), run / "eval/answers.parquet"
+    if metrics is None:
+        raise SpecsError(f"{run_dir} has no eval/metrics.json: run `specs eval` first")
+    config = run / "config.yaml"
+    config = yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else None
+    return dict(
+        name=run.resolve().name,
+        config=present_names(config or {}),
+        metrics=metrics,
+        answers=read_answers(answers) if answers.exists() else [],
+        stages={s: read_json(run / s / "stage.json") or {} for s in STAGE_TITLES},
+        history={s: read_json(run / s / "history.json") or [] for s in ("zero", "coldstart", "final")},
+        look=read_json(run / "zero/look.json") or {},
+    )
 
 # %% ../nbs/method/71_analysis.ipynb #164fa39e
 def question_means(
@@ -270,7 +266,7 @@ def spent(
         "seconds": total("seconds", stages_of),
     }
 
-
+# %% ../nbs/method/71_analysis.ipynb #519e21f2
 def cold_start_worth(
     stages: dict,  # stage → its stage.json
     d: dict,  # final − GRPO-zero, from `paired_difference`

@@ -468,6 +468,7 @@ CHOICES = {  # key → the words it may be
     "data.images": ("any", "with", "without"),
     "data.bad_rows": ("auto", "drop", "stop"),
     "data.boxes": ("pixels", "thousand"),
+    "pairs.differ": ("form", "answer", "both"),
     "engine": ("auto", "transformers", "vllm", "server"),
 }
 POSITIVE = """
@@ -799,8 +800,7 @@ def file_digest(
         if p.is_file():
             h.update(p.name.encode())
             with open(p, "rb") as f:
-                while part := f.read(2**20):  # never a whole file of weights in memory
-                    h.update(part)
+                hashlib.file_digest(f, lambda: h)  # piece by piece, never a whole file in memory
     return h.hexdigest()[:16]
 
 # %% ../nbs/method/00_core.ipynb #94db559b

@@ -30,7 +30,7 @@ class Picture(NamedTuple):
     image: object  # the same as a PIL image
     was: tuple = None  # (width, height) before `shrink`; None: it has its own size
 
-
+# %% ../nbs/method/11_data.ipynb #43398884
 def to_png(
     img,  # a PIL image
 ) -> bytes:  # of a PNG file
@@ -39,7 +39,27 @@ def to_png(
     img.save(out, "PNG")
     return out.getvalue()
 
-# %% ../nbs/method/11_data.ipynb #43398884
+# %% ../nbs/method/11_data.ipynb #be9870a6
+def _mended(img, data):
+    "RGB, upright, on white; what is so already keeps its bytes"
+    from PIL import Image, ImageOps
+
+    plain = (
+        img.mode == "RGB" and img.format in ("PNG", "JPEG", "WEBP") and not getattr(img, "is_animated", False)
+    )
+    if plain and "transparency" not in img.info and img.getexif().get(0x0112, 1) == 1:
+        return Picture(data, img.convert("RGB"))
+    img = ImageOps.exif_transpose(img)
+    if img.mode in ("RGBA", "LA", "PA") or "transparency" in img.info:
+        img = img.convert("RGBA")
+        img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
+    # 16 bits of grey; convert alone makes them white
+    if img.mode.startswith("I"):
+        img = img.point(lambda v: v / 256).convert("L")
+    img = img.convert("RGB")
+    return Picture(to_png(img), img)
+
+# %% ../nbs/method/11_data.ipynb #d1941ecb
 def decode(
     data: bytes,  # an image file's contents
     max_pixels: int = MAX_PIXELS,  # refuse a larger one before it is decoded
@@ -69,26 +89,7 @@ def decode(
             str(e).split(" <")[0] or type(e).__name__
         ) from None  # PIL raises many kinds on a broken file
 
-
-def _mended(img, data):
-    from PIL import Image, ImageOps
-
-    plain = (
-        img.mode == "RGB" and img.format in ("PNG", "JPEG", "WEBP") and not getattr(img, "is_animated", False)
-    )
-    if plain and "transparency" not in img.info and img.getexif().get(0x0112, 1) == 1:
-        return Picture(data, img.convert("RGB"))
-    img = ImageOps.exif_transpose(img)
-    if img.mode in ("RGBA", "LA", "PA") or "transparency" in img.info:
-        img = img.convert("RGBA")
-        img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
-    # 16 bits of grey; convert alone makes them white
-    if img.mode.startswith("I"):
-        img = img.point(lambda v: v / 256).convert("L")
-    img = img.convert("RGB")
-    return Picture(to_png(img), img)
-
-
+# %% ../nbs/method/11_data.ipynb #de1249ad
 def shrink(
     picture: Picture,  # as decoded
     pixels: int,  # it may have; 0: any number
@@ -112,7 +113,7 @@ FILES = {
     "compositional": "compositional.jsonl",
 }
 
-
+# %% ../nbs/method/11_data.ipynb #20541e5a
 def load_image(
     path: Path,  # an image file
     row: str,  # what to call the row in a message
@@ -222,14 +223,14 @@ def pixel_digest(
 
     return hashlib.sha256(repr(img.size).encode() + img.tobytes()).hexdigest()[:32]
 
-
+# %% ../nbs/method/11_data.ipynb #c26d7799
 def row_key(
     row: dict,  # of the schema
 ) -> tuple:  # equal for equal questions on equal pixels
     "A key that is equal for two rows with the same question and pictures."
     return " ".join(row["question"].lower().split()), tuple(map(pixel_digest, row["images"]))
 
-
+# %% ../nbs/method/11_data.ipynb #d2d535b3
 def without(
     rows: list,  # of the schema
     others: list,  # rows that must not be among them

@@ -5,13 +5,23 @@
 # %% auto #0
 __all__ = ['FIXED', 'SEALED', 'TRLS_PHASES', 'OUR_PHASES', 'group_advantages', 'clipped_loss', 'check_trainer_keys',
            'trainer_config', 'resolve_rewards', 'without_opinion', 'opinion_trainer', 'seal', 'watcher', 'go_on_later',
-           'last_checkpoint', 'quiet', 'mix_text', 'trls_phases', 'timed_trainer', 'grpo_trainer', 'resume_point',
-           'put_weights', 'go_on', 'watch_held_out', 'take_best', 'train_grpo']
+           'last_checkpoint', 'quiet', 'mix_text', 'trls_phases', 'timed_trainer', 'grpo_args', 'trainer_class',
+           'grpo_trainer', 'put_weights', 'resume_point', 'go_on', 'watch_held_out', 'take_best', 'train_grpo']
 
 # %% ../nbs/method/40_grpo.ipynb #5ab3c081
 from pathlib import Path
 
-from .core import Interrupted, Progress, SpecsError, nearest, phase, read_json, stop_asked, write_json
+from specs_nb.core import (
+    Interrupted,
+    Progress,
+    SpecsError,
+    as_number,
+    nearest,
+    phase,
+    read_json,
+    stop_asked,
+    write_json,
+)
 from .data import grpo_dataset
 from .engines.fast import fast_trainer
 from .engines.generate import context_of
@@ -61,25 +71,7 @@ def clipped_loss(
     gain = torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - low, 1 + high) * advantages[:, None])
     return -(gain * mask).sum() / mask.sum()
 
-# %% ../nbs/method/40_grpo.ipynb #0c1d9410
-FIXED = dict(report_to="none", logging_steps=1, disable_tqdm=True, save_strategy="steps", save_total_limit=1)
-
-
-def check_trainer_keys(
-    cls,  # `GRPOConfig` or `DPOConfig`
-    values: dict,  # the keys under `trainer:`
-    where: str,  # path in the configuration, for messages
-):
-    "Raise `SpecsError` for a key that TRL doesn't have; the message names the nearest one."
-    import dataclasses
-
-    known = {f.name for f in dataclasses.fields(cls) if f.init}
-    for key in values:
-        if key not in known:
-            raise SpecsError(f"unknown key {where}.{key}: {nearest(key, known)} ({cls.__name__} of TRL)")
-    _no_evaluation(values, where)
-
-
+# %% ../nbs/method/40_grpo.ipynb #e29a661a
 # keys that make TRL evaluate; a stage gives it neither rows nor a metric for that
 _EVALUATES = ("eval_strategy", "do_eval", "eval_on_start", "load_best_model_at_end")
 
@@ -100,7 +92,25 @@ def _no_evaluation(values, where):
         f" for; {way}"
     )
 
-# %% ../nbs/method/40_grpo.ipynb #e48ef7f9
+# %% ../nbs/method/40_grpo.ipynb #6f40c7da
+def check_trainer_keys(
+    cls,  # `GRPOConfig` or `DPOConfig`
+    values: dict,  # the keys under `trainer:`
+    where: str,  # path in the configuration, for messages
+):
+    "Raise `SpecsError` for a key that TRL doesn't have; the message names the nearest one."
+    import dataclasses
+
+    known = {f.name for f in dataclasses.fields(cls) if f.init}
+    for key in values:
+        if key not in known:
+            raise SpecsError(f"unknown key {where}.{key}: {nearest(key, known)} ({cls.__name__} of TRL)")
+    _no_evaluation(values, where)
+
+# %% ../nbs/method/40_grpo.ipynb #0c1d9410
+FIXED = dict(report_to="none", logging_steps=1, disable_tqdm=True, save_strategy="steps", save_total_limit=1)
+
+
 def trainer_config(
     cls,  # `GRPOConfig` or `DPOConfig`
     values: dict,  # the keys under `trainer:`
@@ -111,8 +121,7 @@ def trainer_config(
     import torch
 
     check_trainer_keys(cls, values, where)
-    # YAML reads 1e-6 as text
-    values = {k: float(v) if isinstance(v, str) and _is_float(v) else v for k, v in values.items()}
+    values = {k: as_number(v) for k, v in values.items()}
     if not torch.cuda.is_available():
         ours = {"bf16": False, "use_cpu": True, **ours}
     try:
@@ -122,27 +131,14 @@ def trainer_config(
     need_one_gpu(where.removesuffix(".trainer"), args.n_gpu)
     return args
 
-
-def _is_float(text):
-    try:
-        float(text)
-        return True
-    except ValueError:
-        return False
-
 # %% ../nbs/method/40_grpo.ipynb #d397c8ef
 def resolve_rewards(
     table: dict,  # name → weight
 ) -> tuple:  # (functions, weights)
     "Reward functions of a configuration; raises `SpecsError` for an unknown name."
-    funcs = []
-    for name in table:
-        if name not in REWARDS and ":" not in name:
-            raise SpecsError(f"no reward {name!r}: {nearest(name, REWARDS)} (or module:function of your own)")
-        funcs.append(REWARDS[name] if name in REWARDS else load_reward(name))
-    if not funcs:
+    if not table:
         raise SpecsError(f"no rewards: name at least one of {', '.join(REWARDS)}")
-    return funcs, [float(w) for w in table.values()]
+    return [load_reward(name) for name in table], [float(w) for w in table.values()]
 
 # %% ../nbs/method/40_grpo.ipynb #c7abf04d
 def without_opinion(
@@ -215,7 +211,13 @@ def seal(
             },
         )
 
-# %% ../nbs/method/40_grpo.ipynb #b31c15cb
+# %% ../nbs/method/40_grpo.ipynb #61fd4a2c
+def _shown(value):
+    "A logged number for the progress bar; a dash for None or NaN, which TRL logs if nothing was rewarded."
+    number = float("nan") if value is None else float(value)
+    return number if number == number else "–"
+
+# %% ../nbs/method/40_grpo.ipynb #50b39168
 def watcher(
     stage: str,  # name on the progress bar
     total: int,  # steps
@@ -264,12 +266,6 @@ def watcher(
                 self.bar.close()
 
     return Watcher()
-
-
-def _shown(value):
-    "A logged number for the progress bar; a dash for None or NaN, which TRL logs if nothing was rewarded."
-    number = float("nan") if value is None else float(value)
-    return number if number == number else "–"
 
 # %% ../nbs/method/40_grpo.ipynb #429326fb
 def go_on_later(
@@ -382,7 +378,7 @@ def trls_phases():
     ):
         yield
 
-
+# %% ../nbs/method/40_grpo.ipynb #50d32e0c
 def timed_trainer(
     cls,  # a trainer of TRL, or a class made from one
 ):  # a class made from it, with the same name
@@ -390,7 +386,63 @@ def timed_trainer(
     timed = {name: phase(part)(getattr(cls, name)) for name, part in OUR_PHASES.items() if hasattr(cls, name)}
     return type(cls.__name__, (cls,), {**timed, "train": trls_phases()(timed["train"])})
 
-# %% ../nbs/method/40_grpo.ipynb #219e8f52
+# %% ../nbs/method/40_grpo.ipynb #2d22b4bb
+def grpo_args(
+    config,  # a `core.GRPOStage`
+    out: Path,  # the stage's folder
+    weights: list,  # of the rewards
+    seed: int = 0,  # of everything in the stage
+    stage: str = "grpo",  # name for messages
+):  # TRL's GRPOConfig
+    "TRL's settings of a stage; raises `SpecsError` for a key or a value that TRL refuses."
+    from trl import GRPOConfig
+
+    return trainer_config(
+        GRPOConfig,
+        config.trainer,
+        f"{stage}.trainer",
+        output_dir=str(Path(out) / "checkpoints"),
+        max_steps=config.steps,
+        seed=seed,
+        reward_weights=weights,
+        loss_type="dapo",
+        epsilon=0.2,
+        epsilon_high=0.28,
+        beta=0.0,
+    )
+
+# %% ../nbs/method/40_grpo.ipynb #1b697f4c
+def _fitting(dataset, model, processor, args, stage, most):
+    "The rows whose prompt and completion fit into the model's context, and into vLLM's"
+    limits = [context_of(model), args.vllm_max_model_length if args.use_vllm else None]
+    return drop_long(
+        dataset,
+        processor,
+        min((n for n in limits if n), default=None),
+        args.max_completion_length,
+        stage,
+        most=most,
+        say=print if is_main() else (lambda text: None),
+        **(args.chat_template_kwargs or {}),
+    )
+
+
+def _rates(out, rates):
+    "Known pass rates: measured before training if they were, otherwise from the data"
+    look = read_json(Path(out) / "look.json") or {}
+    return {**(rates or {}), **(look.get("rates") or {})}
+
+# %% ../nbs/method/40_grpo.ipynb #85be4cd1
+def trainer_class(
+    fast: bool = True,  # compute a prompt and its image once for all its answers, see `fast`
+):  # a subclass of TRL's GRPOTrainer
+    "TRL's trainer with our additions."
+    from trl import GRPOTrainer
+
+    cls = once_trainer(fast_trainer(GRPOTrainer) if fast else GRPOTrainer)
+    return timed_trainer(opinion_trainer(sampling_trainer(cls)))
+
+# %% ../nbs/method/40_grpo.ipynb #1b50d6a7
 def grpo_trainer(
     start: str,  # model to start from: `tiny`, a folder or a hub name
     rows: list,  # of the schema
@@ -408,100 +460,34 @@ def grpo_trainer(
     if config.tokens_per_microbatch and not config.fast:
         raise SpecsError(f"{stage}.tokens_per_microbatch needs {stage}.fast: set it to true")
     need_accuracy(config, stage)
-    check_moves(config, stage, "float32" if is_adapter(start) else load.get("dtype", "float32"))
-    before_vllm(config, base_of(start) if is_adapter(start) else start, stage, vllm)
-    from trl import GRPOConfig, GRPOTrainer
-
+    adapted = is_adapter(start)
+    check_moves(config, stage, "float32" if adapted else load.get("dtype", "float32"))
+    before_vllm(config, base_of(start) if adapted else start, stage, vllm)
     funcs, weights = resolve_rewards(config.rewards)
-    args = trainer_config(
-        GRPOConfig,
-        config.trainer,
-        f"{stage}.trainer",
-        output_dir=str(Path(out) / "checkpoints"),
-        max_steps=config.steps,
-        seed=seed,
-        reward_weights=weights,
-        loss_type="dapo",
-        epsilon=0.2,
-        epsilon_high=0.28,
-        beta=0.0,
-    )
+    args = grpo_args(config, out, weights, seed, stage)
     model, processor, adapter = load_to_train(start, config, **load)
     check_eyes(model, rows, start)
     # TRL pads prompts on the left, and asks the processor for the places of image tokens
     tokenizer_of(processor).padding_side = "left"
-    chat = chat_of(processor)
+    chat, ask = chat_of(processor), format.instruction
     if chat["kwargs"]:
         args.chat_template_kwargs = chat["kwargs"]
-    dataset = grpo_dataset(rows, format.instruction, format.name, chat["system"])
+    dataset = grpo_dataset(rows, ask, format.name, chat["system"])
     dataset = _fitting(dataset, model, processor, args, stage, config.max_prompt_tokens)
     with beside_vllm(args, model, vllm, lambda: longest_prompt(dataset, processor, **chat["kwargs"])):
-        cls = once_trainer(fast_trainer(GRPOTrainer) if config.fast else GRPOTrainer)
-        cls = opinion_trainer(sampling_trainer(cls))
-        trainer = timed_trainer(cls)(
-            model,
-            funcs,
-            args,
-            dataset,
-            processing_class=processor,
-            peft_config=adapter,
+        trainer = trainer_class(config.fast)(
+            model, funcs, args, dataset, processing_class=processor, peft_config=adapter
         )
     trainer.tokens_per_microbatch = config.tokens_per_microbatch
     float32_adapter(trainer.model)  # TRL rounds the adapter of a 4-bit model to bfloat16
     rest_eyes(trainer.model)
-    watch_vllm(trainer, rows, format.instruction, vllm)
+    watch_vllm(trainer, rows, ask, vllm)
     mix_text(trainer)
     choose_questions(trainer, config, seed, _rates(out, rates), stage)
     quiet(trainer)
     return trainer
 
-
-def _rates(out, rates):
-    "Known pass rates: measured before training if they were, otherwise from the data"
-    look = read_json(Path(out) / "look.json") or {}
-    return {**(rates or {}), **(look.get("rates") or {})}
-
-
-def _fitting(dataset, model, processor, args, stage, most):
-    "The rows whose prompt and completion fit into the model's context, and into vLLM's"
-    limits = [context_of(model), args.vllm_max_model_length if args.use_vllm else None]
-    return drop_long(
-        dataset,
-        processor,
-        min((n for n in limits if n), default=None),
-        args.max_completion_length,
-        stage,
-        most=most,
-        say=print if is_main() else (lambda text: None),
-        **(args.chat_template_kwargs or {}),
-    )
-
 # %% ../nbs/method/40_grpo.ipynb #1843e090
-def resume_point(
-    trainer,  # of transformers or TRL
-) -> str:  # the checkpoint's path, or None
-    "The last complete checkpoint, after loading its weights into the trainer's model."
-    path = last_checkpoint(trainer.args.output_dir)
-    if path:
-        put_weights(trainer, path)
-    return path
-
-
-def put_weights(
-    trainer,  # of transformers or TRL
-    path: str,  # a checkpoint
-) -> bool:  # False: an adapter, or weights in pieces, which the trainer has to read by itself
-    "Load a checkpoint's full weights into the trainer's model."
-    # FSDP and DeepSpeed read their own files
-    spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if spread or hasattr(trainer.model, "peft_config") or not (Path(path) / "config.json").exists():
-        return False
-    if not _read_weights(trainer.model, path):
-        saved = model_class(path).from_pretrained(path, dtype=trainer.model.dtype)
-        trainer.model.load_state_dict(saved.state_dict())
-    return True
-
-
 def _read_weights(model, folder):
     """Copy saved weights into a model one tensor at a time, so that no process holds a second model; False if
     their names can't be matched"""
@@ -533,6 +519,31 @@ def _read_weights(model, folder):
                 if where == file and renamed in ours:
                     ours[renamed].copy_(saved.get_tensor(name))
     return True
+
+# %% ../nbs/method/40_grpo.ipynb #d17ca5db
+def put_weights(
+    trainer,  # of transformers or TRL
+    path: str,  # a checkpoint
+) -> bool:  # False: an adapter, or weights in pieces, which the trainer has to read by itself
+    "Load a checkpoint's full weights into the trainer's model."
+    # FSDP and DeepSpeed read their own files
+    spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if spread or hasattr(trainer.model, "peft_config") or not (Path(path) / "config.json").exists():
+        return False
+    if not _read_weights(trainer.model, path):
+        saved = model_class(path).from_pretrained(path, dtype=trainer.model.dtype)
+        trainer.model.load_state_dict(saved.state_dict())
+    return True
+
+
+def resume_point(
+    trainer,  # of transformers or TRL
+) -> str:  # the checkpoint's path, or None
+    "The last complete checkpoint, after loading its weights into the trainer's model."
+    path = last_checkpoint(trainer.args.output_dir)
+    if path:
+        put_weights(trainer, path)
+    return path
 
 # %% ../nbs/method/40_grpo.ipynb #1d8c4565
 class _Finished(Exception):

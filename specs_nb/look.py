@@ -81,7 +81,7 @@ def payer(
 def _share(k, n):
     return f"{100 * k / n:.0f} %" if n else "–"
 
-
+# %% ../nbs/method/52_look.ipynb #6460b261
 def look_words(
     seen: dict,  # from `look_at`
 ) -> str:  # one line
@@ -93,7 +93,7 @@ def look_words(
         f" {seen['spread']} of {seen['groups']} groups"
     )
 
-
+# %% ../nbs/method/52_look.ipynb #84c034ed
 def look_table(
     seen: dict,  # from `look_at`
 ) -> str:  # two lines
@@ -181,21 +181,20 @@ def look_at(
     draw = Sampling(each, t.get("temperature", 1.0), t.get("max_completion_length", 512), batch_size)
     places = sorted(random.Random(own).sample(range(len(rows)), n))
     some = rows.pick(places) if hasattr(rows, "pick") else [rows[i] for i in places]
-    key = fingerprint(
-        model, format.name, config.rewards, [n, each, own], vars(draw), load.get("chat"), places
-    )
+    chat = load.get("chat")
+    key = fingerprint(model, format.name, config.rewards, [n, each, own], vars(draw), chat, places)
     seen = read_json(out / "look.json") or {}
     if seen.get("key") != key:
         jobs = [Job(key, model, some, format.instruction)]
         with same_luck():
             texts = answer_all(jobs, draw, own, out / "look", load=load, stage="look", **how)[key]
-        tok = tokenizer_of(load_processor(model, load.get("chat")))
+        tok = tokenizer_of(load_processor(model, chat))
+        seen = dict(key=key, model=model, questions=n)
+        seen |= count(some, texts, format, payer(config.rewards, format, tok))
         said = [x for one in texts for x in one if x is not None]
-        cut = sum(len(tok(x)["input_ids"]) >= draw.max_new_tokens for x in said)
-        counts = count(some, texts, format, payer(config.rewards, format, tok))
-        example = " ".join(said[0].split())[:100] if said else ""
-        rates = strict_rates(some, texts, format)
-        seen = dict(key=key, model=model, questions=n, **counts, cut=cut, example=example, rates=rates)
+        seen["cut"] = sum(len(tok(x)["input_ids"]) >= draw.max_new_tokens for x in said)
+        seen["example"] = " ".join(said[0].split())[:100] if said else ""
+        seen["rates"] = strict_rates(some, texts, format)
         write_json(out / "look.json", seen)
         print(look_table(seen), flush=True)
     if why := stop_words(seen, stage, pairs):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['mend', 'check_answer', 'wrong_parts', 'take_turns', 'likeness', 'match', 'pair_up', 'make_pairs', 'write_pairs',
-           'read_pairs', 'pairs_card', 'push_pairs', 'write_samples', 'judged_cases', 'distill', 'kept_by_kind']
+           'read_pairs', 'pairs_card', 'push_pairs', 'write_samples', 'kept_by_kind', 'Sides', 'rotated', 'choose',
+           'judged_cases', 'distill']
 
 # %% ../nbs/method/50_pairs.ipynb #6e9ae14e
 import random
@@ -13,7 +14,7 @@ from collections import Counter, deque
 from itertools import islice
 from pathlib import Path
 
-from .core import SpecsError, atomic, derive_seed
+from .core import SpecsError, atomic, derive_seed, phase
 from .data import conversation
 from .engines.generate import Sampling
 from .engines.jobs import Job, answer_all
@@ -105,7 +106,7 @@ def likeness(
 
     return difflib.SequenceMatcher(None, a.split(), b.split(), autojunk=False).ratio()
 
-
+# %% ../nbs/method/50_pairs.ipynb #a567f5b2
 def match(
     chosen: list,  # (reasoning, answer)s of one side of a question
     rejected: list,  # and of the other side
@@ -133,7 +134,7 @@ def _spoil(parts, asked, trained, corruption, differ):
         return "other_format", trained.render(*parts)
     return corruption, CORRUPTIONS[corruption](trained.render(*parts), trained)
 
-
+# %% ../nbs/method/50_pairs.ipynb #0c8103e9
 def _says(text):
     return [{"role": "assistant", "content": text}]
 
@@ -207,7 +208,7 @@ def write_pairs(
             table = Dataset.from_list(known, features=features).data.table
             file.write_table(embed_table_storage(table).select(schema.names))
 
-
+# %% ../nbs/method/50_pairs.ipynb #2c821be3
 def read_pairs(
     path: Path,  # a `.parquet` file
 ):  # a `datasets.Dataset` with prompt, images, chosen, rejected
@@ -253,7 +254,7 @@ Chosen and rejected are a model's own answers; what was done to the rejected one
 Questions and pictures come from: {say("source")}. Their licences hold for these rows as well.
 """
 
-
+# %% ../nbs/method/50_pairs.ipynb #388321b0
 def push_pairs(
     path: Path,  # pairs.parquet
     repo: str,  # `owner/name` on the hub
@@ -277,7 +278,7 @@ def push_pairs(
         ) from None
     return repo
 
-# %% ../nbs/method/50_pairs.ipynb #51310459
+# %% ../nbs/method/50_pairs.ipynb #53b0d6a7
 def write_samples(
     sampled: dict,  # model → for each row its id and a list of (text, verdict)
     path: Path,  # a `.parquet` file
@@ -286,119 +287,20 @@ def write_samples(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema([
-        (k, pa.int64() if k == "sample" else pa.string())
-        for k in ("id", "model", "sample", "text", "verdict")
-    ])
+    text, whole = pa.string(), pa.int64()
+    schema = pa.schema(dict(id=text, model=text, sample=whole, text=text, verdict=text))
     with atomic(path) as part, pq.ParquetWriter(part, schema) as file:
         for m, rows in sampled.items():
             rows = iter(rows)
             while some := list(islice(rows, 256)):
-                file.write_table(
-                    pa.Table.from_pylist(
-                        [
-                            dict(id=i, model=m, sample=k, text=t, verdict=v)
-                            for i, one in some
-                            for k, (t, v) in enumerate(one)
-                        ],
-                        schema,
-                    )
-                )
+                lines = [
+                    dict(id=i, model=m, sample=k, text=t, verdict=v)
+                    for i, one in some
+                    for k, (t, v) in enumerate(one)
+                ]
+                file.write_table(pa.Table.from_pylist(lines, schema))
 
 # %% ../nbs/method/50_pairs.ipynb #5a827c49
-def judged_cases(
-    rows: list,  # of the schema
-    texts: list,  # for each row its completions
-    format,  # the format that was asked for
-) -> list:  # of (task, texts, verdict of the rules), for `judge.calibrate`
-    "Questions about completions for a judge, each with the verdict of the rules."
-    cases = []
-    for r, (reasoning, answer) in (
-        (r, parts) for r, ts in zip(rows, texts) for t in ts if t and (parts := format.parse(t) or mend(t))
-    ):
-        cases.append((
-            "answer",
-            dict(question=r["question"], gold=r["answer"], prediction=answer),
-            is_right(grade_row(answer, r)),
-        ))
-        cases.append((
-            "consistency",
-            dict(question=r["question"], reasoning=reasoning, answer=answer),
-            consistent_row(reasoning, answer, r),
-        ))
-    return cases
-
-# %% ../nbs/method/50_pairs.ipynb #fd75206e
-def distill(
-    base: str,  # the base model: `tiny`, a folder or a hub name
-    zero: str,  # GRPO-zero
-    rows: list,  # of the schema
-    out: Path,  # the stage's folder: gets pairs.parquet and samples.parquet
-    config,  # a `core.PairsStage`
-    format,  # the format that is trained
-    seed: int = 0,  # of sampling and order
-    second=None,  # a `judge.Judge` for what the rules can't decide
-    compare: int = 0,  # answers of each kind on which it is compared with the rules
-    **how,  # workers, load, threads: see `answer_all`
-) -> dict:  # facts for stage.json
-    """Make preference pairs from two models' answers (the paper's stage 1); raises `SpecsError` if none is
-    left."""
-    out, c, paths = Path(out), config, {"zero": zero, "base": base}
-    draw = Sampling(c.n_samples, c.temperature, c.max_new_tokens, c.batch_size)
-    jobs = {
-        who: Job(
-            who if who in paths else "teacher" if who == c.teacher else "rejected",
-            paths.get(who, who),
-            rows,
-            format.instruction,
-        )
-        for who in (c.teacher, c.rejected)
-    }
-    texts = answer_all(list(jobs.values()), draw, seed, out / "samples", stage="pairs", keep=False, **how)
-    sides = {"rejected": jobs[c.rejected].name, "chosen": jobs[c.teacher].name}
-    verdicts, turns, parts = in_bulk(
-        second, lambda ask: _choose(rows, texts, sides, format, c, seed, out / "samples.parquet", ask)
-    )
-    if not turns:
-        raise SpecsError(
-            f"no pair is left of {len(rows)} questions: {verdicts}. More zero.steps, pairs.n_prompts or"
-            " pairs.n_samples may help, or a lower pairs.alike"
-        )
-    ids, kinds = set(), Counter()
-
-    def counted():
-        for p in pair_up(
-            rows,
-            turns,
-            parts["chosen"],
-            parts["rejected"],
-            format,
-            c.corruptions,
-            c.differ,
-            [FORMATS[f] for f in c.formats],
-            ((how.get("load") or {}).get("chat") or {}).get("system", ""),
-        ):
-            ids.add(p["id"])
-            kinds[p["corruption"]] += 1
-            yield p
-
-    write_pairs(counted(), out / "pairs.parquet")
-    facts = dict(
-        pairs=len(turns), questions=len(ids), verdicts=verdicts, corruptions=dict(sorted(kinds.items()))
-    )
-    facts["kept_by_kind"] = kept_by_kind(rows, out / "samples.parquet", sides["chosen"])
-    return (
-        {
-            **facts,
-            **_second_facts(
-                second, judged_cases(rows, texts[sides["chosen"]], format) if compare else [], compare, seed
-            ),
-        }
-        if second
-        else facts
-    )
-
-
 def kept_by_kind(
     rows,  # of the schema
     path: Path,  # samples.parquet of the stage
@@ -418,75 +320,175 @@ def kept_by_kind(
             kept[kinds[id]] += verdict in ("kept", "mended")
     return {k: dict(right=n, kept=kept[k], share=kept[k] / n) for k, n in sorted(right.items())}
 
+# %% ../nbs/method/50_pairs.ipynb #2881abfe
+class Sides:
+    "The answers of two models to the same questions, graded as they are read"
 
-def _second_facts(second, cases, compare, seed):
-    table = calibrate(second, cases, compare, seed) if compare else []
-    if table:
-        print(calibration_table(table))
-    for who, counts in second.summary.items():
-        print(f"{who:20}{', '.join(f'{n} {what}' for what, n in counts.items())}")
-    return dict(judge=second.summary, calibration=table)
+    def __init__(
+        self,
+        rows,  # of the schema
+        texts: dict,  # `chosen` and `rejected` → for each row its completions
+        format,  # the format that is trained
+        config,  # a `core.PairsStage`
+        ask=None,  # a judge's `ask(task, **texts)`, see `judge.in_bulk`
+    ):
+        self.rows, self.texts, self.format, self.config, self.ask = rows, texts, format, config, ask
 
-# %% ../nbs/method/50_pairs.ipynb #3dc7f22f
-from .core import phase
+    def look(self, side, text, row):
+        "Verdict on a completion, and the (reasoning, answer) that it gives to its side, or None."
+        c = self.config
+        if side == "chosen":
+            return check_answer(text, row, self.format, c.mend, c.check_consistency, self.ask)
+        verdict, parts = check_answer(text, row, self.format, True, False, self.ask)
+        if c.differ != "form":
+            parts = wrong_parts(text, self.format) if verdict == "wrong" else None
+        return verdict, parts
 
+    def graded(self, side):
+        "Yield for each row a list of (text, verdict, parts)."
+        for i, texts in enumerate(self.texts[side]):
+            yield [(t, *self.look(side, t, self.rows[i])) for t in texts]
 
+    def couples(self, wanted):
+        "Yield for each wanted row its number and the couples of (reasoning, answer) that could be pairs."
+        c = self.config
+        for i, both in enumerate(zip(self.texts["chosen"], self.texts["rejected"])):
+            if i not in wanted:
+                continue
+            chosen, rejected = (
+                [p for t in texts if (p := self.look(side, t, self.rows[i])[1])]
+                for side, texts in zip(("chosen", "rejected"), both)
+            )
+            if c.teacher == c.rejected:
+                rejected = rotated(chosen, rejected)
+            yield i, match(chosen, rejected, c.alike) if c.alike else list(zip(chosen, rejected))
+
+# %% ../nbs/method/50_pairs.ipynb #77175468
+def rotated(
+    chosen: list,  # answers of one side
+    rejected: list,  # of the other
+) -> list:  # the rejected ones from another place on
+    "Rotate one side so that as few answers as possible stand beside themselves."
+    turned = [rejected[k:] + rejected[:k] for k in range(len(rejected))]
+    return min(turned, key=lambda r: sum(a == b for a, b in zip(chosen, r)), default=[])
+
+# %% ../nbs/method/50_pairs.ipynb #0fc3cef7
 @phase("score")
-def _choose(rows, texts, sides, format, c, seed, path, ask):
-    "Verdicts by model, the selected pairs, and per side row → (reasoning, answer)s; writes all samples"
-    counts, verdicts = {}, {}
+def choose(
+    sides: Sides,  # the answers
+    names: dict,  # `chosen` and `rejected` → name of the model
+    seed: int,  # order of questions
+    path: Path,  # samples.parquet
+) -> tuple:  # (verdicts by model, turns of `take_turns`, side → row → its (reasoning, answer)s)
+    "Grade all answers, select pairs, and write every completion with its verdict."
+    c, counts, verdicts = sides.config, {}, {}
 
     def judged(side):
         counts[side], seen = array("l"), Counter()
-        for i, ts in enumerate(texts[sides[side]]):
-            found = [_look(side, t, rows[i], format, c, ask) for t in ts]
-            counts[side].append(sum(p is not None for _, p in found))
-            seen.update(v for v, _ in found)
-            yield rows[i]["id"], [(t, v) for t, (v, _) in zip(ts, found)]
-        verdicts[sides[side]] = dict(sorted(seen.items()))
+        for i, found in enumerate(sides.graded(side)):
+            counts[side].append(sum(parts is not None for *_, parts in found))
+            seen.update(verdict for _, verdict, _ in found)
+            yield sides.rows[i]["id"], [(text, verdict) for text, verdict, _ in found]
+        verdicts[names[side]] = dict(sorted(seen.items()))
 
     # one model for both sides: its samples are written once
-    if sides["chosen"] == sides["rejected"]:
+    if names["chosen"] == names["rejected"]:
         deque(judged("rejected"), 0)
-    write_samples({sides[s]: judged(s) for s in ("rejected", "chosen")}, path)
+    write_samples({names[s]: judged(s) for s in ("rejected", "chosen")}, path)
     most = array("l", map(min, *counts.values()))
     if c.alike:
-        for i, couples in _couples(rows, texts, sides, format, c, ask, {i for i, n in enumerate(most) if n}):
+        for i, couples in sides.couples({i for i, n in enumerate(most) if n}):
             most[i] = len(couples)
     turns = take_turns(most, c.max_pairs, derive_seed(seed, "pairs"))
     parts = {"chosen": {}, "rejected": {}}
-    for i, couples in _couples(rows, texts, sides, format, c, ask, {i for i, _ in turns}):
+    for i, couples in sides.couples({i for i, _ in turns}):
         parts["chosen"][i], parts["rejected"][i] = map(list, zip(*couples))
-    return {m: verdicts[m] for m in dict.fromkeys((sides["chosen"], sides["rejected"]))}, turns, parts
+    return {names[s]: verdicts[names[s]] for s in ("chosen", "rejected")}, turns, parts
 
-
-def _couples(rows, texts, sides, format, c, ask, wanted):
-    "For each wanted row, its number and the couples of answers that could become pairs"
-    for i, both in enumerate(zip(texts[sides["chosen"]], texts[sides["rejected"]])):
-        if i not in wanted:
+# %% ../nbs/method/50_pairs.ipynb #bb1ed438
+def judged_cases(
+    rows: list,  # of the schema
+    texts: list,  # for each row its completions
+    format,  # the format that was asked for
+) -> list:  # of (task, texts, verdict of the rules), for `judge.calibrate`
+    "Questions about completions for a judge, each with the verdict of the rules."
+    cases = []
+    for r, t in ((r, t) for r, ts in zip(rows, texts) for t in ts if t):
+        if not (parts := format.parse(t) or mend(t)):
             continue
-        found = {}
-        for side, said in zip(("chosen", "rejected"), both):
-            found[side] = [p for t in said if (p := _look(side, t, rows[i], format, c, ask)[1])]
-        if c.teacher == c.rejected:
-            found["rejected"] = _apart(found["chosen"], found["rejected"])
-        if c.alike:
-            yield i, match(found["chosen"], found["rejected"], c.alike)
-        else:
-            yield i, list(zip(found["chosen"], found["rejected"]))
+        reasoning, answer = parts
+        asked = dict(question=r["question"], gold=r["answer"], prediction=answer)
+        cases.append(("answer", asked, is_right(grade_row(answer, r))))
+        asked = dict(question=r["question"], reasoning=reasoning, answer=answer)
+        cases.append(("consistency", asked, consistent_row(reasoning, answer, r)))
+    return cases
+
+# %% ../nbs/method/50_pairs.ipynb #fd75206e
+def _jobs(config, paths, rows, instruction):
+    "Which model answers for each side; `zero` and `base` are the run's own"
+    jobs = {}
+    for side, who in dict(chosen=config.teacher, rejected=config.rejected).items():
+        name = who if who in paths else "teacher" if who == config.teacher else "rejected"
+        jobs[side] = Job(name, paths.get(who, who), rows, instruction)
+    return jobs
 
 
-def _apart(chosen, rejected):
-    "Rotate the rejected side so that as few answers as possible are paired with themselves"
-    return min(
-        (rejected[k:] + rejected[:k] for k in range(len(rejected))),
-        key=lambda r: sum(a == b for a, b in zip(chosen, r)),
+def _judge_facts(judge, cases, compare, seed):
+    "How the judge agrees with the rules, and what it cost"
+    table = calibrate(judge, cases, compare, seed) if compare else []
+    if table:
+        print(calibration_table(table))
+    for who, counts in judge.summary.items():
+        print(f"{who:20}{', '.join(f'{n} {what}' for what, n in counts.items())}")
+    return dict(judge=judge.summary, calibration=table)
+
+# %% ../nbs/method/50_pairs.ipynb #4a630716
+def distill(
+    base: str,  # the base model: `tiny`, a folder or a hub name
+    zero: str,  # GRPO-zero
+    rows: list,  # of the schema
+    out: Path,  # the stage's folder: gets pairs.parquet and samples.parquet
+    config,  # a `core.PairsStage`
+    format,  # the format that is trained
+    seed: int = 0,  # of sampling and order
+    second=None,  # a `judge.Judge` for what the rules can't decide
+    compare: int = 0,  # answers of each kind on which it is compared with the rules
+    **how,  # workers, load, threads: see `answer_all`
+) -> dict:  # facts for stage.json
+    """Make preference pairs from two models' answers (the paper's stage 1); raises `SpecsError` if none is
+    left."""
+    import pyarrow.parquet as pq
+
+    out, c = Path(out), config
+    jobs = _jobs(c, {"zero": zero, "base": base}, rows, format.instruction)
+    names = {side: job.name for side, job in jobs.items()}
+    draw, once = Sampling(c.n_samples, c.temperature, c.max_new_tokens, c.batch_size), {}
+    for job in jobs.values():
+        once[job.name] = job
+    found = answer_all([*once.values()], draw, seed, out / "samples", stage="pairs", keep=False, **how)
+    texts = {side: found[name] for side, name in names.items()}
+    verdicts, turns, parts = in_bulk(
+        second,
+        lambda ask: choose(Sides(rows, texts, format, c, ask), names, seed, out / "samples.parquet"),
     )
-
-
-def _look(side, text, row, format, c, ask):
-    "Verdict on a completion, and the (reasoning, answer) that it contributes to its side, or None"
-    if side == "chosen":
-        return check_answer(text, row, format, c.mend, c.check_consistency, ask)
-    verdict, parts = check_answer(text, row, format, True, False, ask)
-    return verdict, parts if c.differ == "form" else wrong_parts(text, format) if verdict == "wrong" else None
+    if not turns:
+        raise SpecsError(
+            f"no pair is left of {len(rows)} questions: {verdicts}. More zero.steps, pairs.n_prompts or"
+            " pairs.n_samples may help, or a lower pairs.alike"
+        )
+    system = ((how.get("load") or {}).get("chat") or {}).get("system", "")
+    asked, sides = [FORMATS[f] for f in c.formats], (parts["chosen"], parts["rejected"])
+    pairs = pair_up(rows, turns, *sides, format, c.corruptions, c.differ, asked, system)
+    write_pairs(pairs, out / "pairs.parquet")
+    written = pq.read_table(out / "pairs.parquet", columns=["id", "corruption"]).to_pydict()
+    facts = dict(
+        pairs=len(turns),
+        questions=len(set(written["id"])),
+        verdicts=verdicts,
+        corruptions=dict(sorted(Counter(written["corruption"]).items())),
+        kept_by_kind=kept_by_kind(rows, out / "samples.parquet", names["chosen"]),
+    )
+    if second:
+        cases = judged_cases(rows, texts["chosen"], format) if compare else []
+        facts |= _judge_facts(second, cases, compare, seed)
+    return facts

@@ -26,7 +26,7 @@ def text_of(
     content = completion[-1]["content"] if completion else ""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content or ())
 
-
+# %% ../nbs/method/22_rewards.ipynb #4132fd51
 def column(
     value,  # a list, or one value for all
     n: int,  # completions
@@ -105,6 +105,13 @@ def format_parts_reward(
     return logged(paid, "format_parts_reward", log_metric)
 
 # %% ../nbs/method/22_rewards.ipynb #36b4829f
+def _rows(n, columns, **own):
+    "For each of n completions the columns that go with it"
+    table = {k: v for k, v in columns.items() if isinstance(v, list) and len(v) == n}
+    table |= {k: column(v, n, k) for k, v in own.items()}
+    return [{k: v[i] for k, v in table.items()} for i in range(n)]
+
+# %% ../nbs/method/22_rewards.ipynb #70f8d7fc
 def accuracy_reward(
     completions,  # strings or lists of messages
     answer,  # gold answers
@@ -116,14 +123,10 @@ def accuracy_reward(
 ) -> list:  # 0.0 to 1.0, or None, for each completion
     """One point for the right answer in the right place, partial credit if the grader gives it; `None` for no
     opinion."""
-    n = len(completions)
-    own = {k: v for k, v in kw.items() if isinstance(v, list) and len(v) == n}
-    own |= dict(answer=column(answer, n, "answer"), kind=column(kind, n, "kind"))
-    own["choices"] = [None] * n if choices is None else column(choices, n, "choices")
-    out = []
-    for i, (c, f) in enumerate(zip(completions, column(format, n, "format"))):
+    n, out = len(completions), []
+    rows = _rows(n, kw, answer=answer, kind=kind, choices=choices)
+    for c, f, row in zip(completions, column(format, n, "format"), rows):
         parts = _format(f).parse(text_of(c))
-        row = {k: v[i] for k, v in own.items()}
         # an answer outside the format counts as no answer
         said = grade_row(parts[1], row, dense=True) if parts else _nothing(row)
         out.append(None if said is None else float(said))
@@ -144,13 +147,11 @@ def consistency_reward(
     **kw,  # other columns
 ) -> list:  # 1.0, 0.0 or None for each completion
     "One point if the reasoning concludes with the answer that is given."
-    n = len(completions)
-    own = {k: v for k, v in kw.items() if isinstance(v, list) and len(v) == n}
-    own["kind"] = column(kind, n, "kind")
-    own["choices"] = [None] * n if choices is None else column(choices, n, "choices")
-    paid = []
-    for i, (c, f) in enumerate(zip(completions, column(format, n, "format"))):
-        paid.append(_consistency(text_of(c), _format(f), {k: v[i] for k, v in own.items()}))
+    n, rows = len(completions), _rows(len(completions), kw, kind=kind, choices=choices)
+    paid = [
+        _consistency(text_of(c), _format(f), row)
+        for c, f, row in zip(completions, column(format, n, "format"), rows)
+    ]
     return logged(paid, "consistency_reward", log_metric)
 
 
@@ -239,6 +240,10 @@ REWARDS = {
     "repetition": repetition_reward,
 }
 
+# %% ../nbs/method/22_rewards.ipynb #7298db6d
+def _brief(x):
+    return "None" if x is None else f"{type(x).__name__} {str(x)[:60]!r}"
+
 
 @dataclass
 class Checked:
@@ -265,11 +270,7 @@ class Checked:
                 raise SpecsError(f"the reward {self.name} returned a list with {_brief(r)} in it: {want}")
         return found
 
-
-def _brief(x):
-    return "None" if x is None else f"{type(x).__name__} {str(x)[:60]!r}"
-
-
+# %% ../nbs/method/22_rewards.ipynb #da0ac2cd
 def load_reward(
     name: str,  # a key of `REWARDS`, or `module:function`
 ):  # a reward function

@@ -145,7 +145,7 @@ class _Kept(dict):
         self[i] = self.table[i]
         return self[i]
 
-
+# %% ../nbs/method/31_sampling.ipynb #c8b2acc9
 @contextmanager
 def _reading_once(trainer):
     "Inside this context the processor reads each picture of a group only once."
@@ -157,7 +157,7 @@ def _reading_once(trainer):
     finally:
         trainer.processing_class = real
 
-
+# %% ../nbs/method/31_sampling.ipynb #5ed0dda4
 class _Answering:
     "Answers to questions by their numbers; `questions` is a `Questions`, or None for TRL's order"
 
@@ -311,7 +311,7 @@ def need_accuracy(
         )
     return place
 
-
+# %% ../nbs/method/31_sampling.ipynb #6c5695ad
 def choose_questions(
     trainer,  # of a class made by `sampling_trainer`
     config,  # a `core.GRPOStage`

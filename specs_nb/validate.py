@@ -105,7 +105,7 @@ def as_prompts(
         return prompts
     return [prepare_multimodal_messages(p, images=i) for p, i in zip(prompts, pictures)]
 
-
+# %% ../nbs/method/30_validate.ipynb #3bbddea9
 # rewards that say whether an answer is right; the judge's asks the rules first
 ACCURACY = ("specs_nb.judge:judge_reward", "accuracy")
 
@@ -131,7 +131,7 @@ def graded(
     columns = {k: [r[k] for r in rows] for k in rows[0] if k not in own}
     return accuracy(prompts=prompts, completions=completions, completion_ids=ids, **more, **columns)
 
-
+# %% ../nbs/method/30_validate.ipynb #4796e64b
 def ask_held_out(
     trainer,  # TRL's `GRPOTrainer`
     table,  # held-out rows of `data.grpo_dataset`: a sequence

@@ -111,7 +111,7 @@ def caption(
     "Describe everything in `scene`, in reading order."
     return ", ".join(map(name, scene.items))
 
-
+# %% ../nbs/method/10_world.ipynb #8fc2a5b8
 def read_caption(
     text: str,  # what a model wrote
     scene: Scene,  # what was drawn
@@ -135,7 +135,7 @@ class Selection:
         noun = {None: "objects", "cross": "crosses"}.get(self.shape, f"{self.shape}s")
         return f"{self.colour} {noun}" if self.colour else noun
 
-
+# %% ../nbs/method/10_world.ipynb #4ebfa6d5
 def select(
     scene: Scene,  # a grid scene
     rng: random.Random,  # source of chance
@@ -197,7 +197,7 @@ def draw_rules(
         out.setdefault(sel, rng.choice(VALUES))
     return tuple(out.items())
 
-
+# %% ../nbs/method/10_world.ipynb #2d92c64a
 def ask_score(
     scene: Scene,  # a grid scene
     rng: random.Random,  # source of chance
@@ -293,7 +293,7 @@ def is_test_scene(
     "Is a scene reserved for the tests? One in five is, by its checksum."
     return zlib.crc32(caption(scene).encode()) % 5 == 0
 
-
+# %% ../nbs/method/10_world.ipynb #6be55751
 def _draw(split, task, rng):
     "Draw a scene for a question of a split, without checking its checksum"
     if task == "bar":

@@ -1,27 +1,13 @@
 """Validation while GRPO trains: training takes the same steps, the best step's weights are kept, also by a
 run that was cut off, and a stage may end early"""
 
-import json
-
 import pytest
+from short_grpo import FMT, HOW, history, weights
 
 from specs_nb import core, validate, world
 from specs_nb.core import GRPOStage, SpecsError, Validation
-from specs_nb.formats import FORMATS
 from specs_nb.grpo import train_grpo
 
-FMT = FORMATS["think_answer"]
-HOW = dict(
-    per_device_train_batch_size=8,
-    num_generations=4,
-    max_completion_length=24,
-    gradient_checkpointing=False,
-    bf16=False,
-    learning_rate=1e-3,
-    lr_scheduler_type="constant",
-    warmup_steps=0,
-    save_steps=2,
-)
 ROWS = world.rows("train", 24)
 TRAIN, HELD = validate.hold_out(ROWS, 6)
 
@@ -32,15 +18,6 @@ def train(out, steps=4, tick=None, held=HELD, lora=False, fast=True, **how):
     return train_grpo(
         "tiny", TRAIN, out, config, FMT, tick=tick, look_every=0, held=held if v.every else None
     )
-
-
-def history(out):
-    return json.loads((out / "history.json").read_text())
-
-
-def weights(folder):
-    name = "model.safetensors" if (folder / "model.safetensors").exists() else "adapter_model.safetensors"
-    return (folder / name).read_bytes()
 
 
 @pytest.fixture
