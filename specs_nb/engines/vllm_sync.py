@@ -538,8 +538,9 @@ def keywords_beside(
     if config is not None and args.vllm_tensor_parallel_size == 1:
         args.vllm_tensor_parallel_size = config.tensor_parallel
     if args.vllm_max_model_length is None and longest:
-        most = context_of(model) or longest + args.max_completion_length
-        args.vllm_max_model_length = min(most, longest + args.max_completion_length)
+        # held-out questions may be longer than those that are trained on
+        room = longest + longest // 4 + args.max_completion_length
+        args.vllm_max_model_length = min(context_of(model) or room, room)
     how = {"dtype": str(_computes_in(args, model)).removeprefix("torch."), **settle()}
     if is_vlm(model.config):
         how["limit_mm_per_prompt"] = {"video": 0}
