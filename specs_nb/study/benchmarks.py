@@ -256,6 +256,16 @@ def judge_env(
     )
 
 # %% ../../nbs/study/20_benchmarks.ipynb #c5f10b8c
+def _gold(sample, as_text, grader=""):
+    "The row of a stock benchmark's question, as far as its log shows it; None if it can't be told."
+    try:
+        answer, kind, choices = infer(str(sample["input"]), sample["target"], as_text=as_text)
+    except Drop:
+        return None
+    row = dict(question=sample["input"], answer=answer, kind=kind, choices=choices)
+    return dict(row, grading=json.dumps(dict(grader=grader))) if grader else row
+
+# %% ../../nbs/study/20_benchmarks.ipynb #c28fe29e
 def read_sample(
     sample: dict,  # a line of lmms-eval's log
     gold: dict,  # the row: answer, kind, choices; None: unknown
@@ -288,16 +298,6 @@ def read_sample(
         truncated=False if failed else None if tokens is None else tokens >= max_new_tokens,
     )
 
-
-def _gold(sample, as_text, grader=""):
-    "The row of a stock benchmark's question, as far as its log shows it; None if it can't be told."
-    try:
-        answer, kind, choices = infer(str(sample["input"]), sample["target"], as_text=as_text)
-    except Drop:
-        return None
-    row = dict(question=sample["input"], answer=answer, kind=kind, choices=choices)
-    return dict(row, grading=json.dumps(dict(grader=grader))) if grader else row
-
 # %% ../../nbs/study/20_benchmarks.ipynb #b4e65075
 def tabulate(
     samples: list,  # from `read_sample`
@@ -317,7 +317,24 @@ def tabulate(
     )
     return {k: bootstrap(v, ends=(0, 1)) for k, v in columns.items()}
 
+# %% ../../nbs/study/20_benchmarks.ipynb #3b378554
+def _stock_row(line, benchmark, grader):
+    "The row of a stock question; None where lmms-eval only writes a submission"
+    if benchmark.get("submission"):
+        return None
+    return _gold(line, benchmark.get("as_text", False), grader)
 
+
+def _check_mean(task, mean, result, raw):
+    "Raise `SpecsError` if the answers' mean isn't the one that lmms-eval reports"
+    whole = result.get("acc_score,none")
+    if whole is not None and (mean is None or not math.isclose(mean, whole, abs_tol=1e-6)):
+        raise SpecsError(
+            f"{task}: lmms-eval's mean is {whole}, that of its log {mean}: is {raw} from two runs? take"
+            " an empty folder"
+        )
+
+# %% ../../nbs/study/20_benchmarks.ipynb #91e0c0ff
 def read_back(
     raw: Path,  # lmms-eval's output folder
     tasks: dict,  # task → (folder of our task files, name in `BENCHMARKS` or None)
@@ -337,24 +354,11 @@ def read_back(
         if not lines:
             raise SpecsError(f"lmms-eval logged no answer for {task}: its log beside {raw} says why")
         own, b = read_json(Path(folder) / f"{task}.gold.json"), BENCHMARKS.get(name, {})
-        rows = [
-            (
-                own["rows"][l["doc_id"]]
-                if own
-                else None if b.get("submission") else _gold(l, b.get("as_text", False), grader)
-            )
-            for l in lines
-        ]
-        answers[task] = [
-            read_sample(l, r, own["format"] if own else format, max_new_tokens) for l, r in zip(lines, rows)
-        ]
+        form = own["format"] if own else format
+        rows = own["rows"] if own else {l["doc_id"]: _stock_row(l, b, grader) for l in lines}
+        answers[task] = [read_sample(l, rows[l["doc_id"]], form, max_new_tokens) for l in lines]
         tables[task] = tabulate(answers[task])
-        mean, whole = tables[task]["lmms_accuracy"]["mean"], theirs["results"][task].get("acc_score,none")
-        if whole is not None and (mean is None or not math.isclose(mean, whole, abs_tol=1e-6)):
-            raise SpecsError(
-                f"{task}: lmms-eval's mean is {whole}, that of its log {mean}: is {raw} from two runs? take"
-                " an empty folder"
-            )
+        _check_mean(task, tables[task]["lmms_accuracy"]["mean"], theirs["results"][task], raw)
     return tables, answers
 
 # %% ../../nbs/study/20_benchmarks.ipynb #168389f3
@@ -364,26 +368,18 @@ def read_chat(
     "A chat request as a row."
     from PIL import Image
 
-    parts = [
-        p
-        for m in body["messages"]
-        for p in (
-            m["content"] if isinstance(m["content"], list) else [{"type": "text", "text": m["content"]}]
-        )
-    ]
-    images = [
-        Image.open(io.BytesIO(base64.b64decode(p["image_url"]["url"].split(",", 1)[1])))
-        for p in parts
-        if p["type"] == "image_url"
-    ]
-    return dict(
-        id="request",
-        question="\n".join(p["text"] for p in parts if p["type"] == "text"),
-        images=images,
-        choices=None,
-    )
+    texts, images = [], []
+    for message in body["messages"]:
+        content = message["content"]
+        for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+            if part["type"] == "text":
+                texts.append(part["text"])
+            elif part["type"] == "image_url":
+                data = part["image_url"]["url"].split(",", 1)[1]
+                images.append(Image.open(io.BytesIO(base64.b64decode(data))))
+    return dict(id="request", question="\n".join(texts), images=images, choices=None)
 
-
+# %% ../../nbs/study/20_benchmarks.ipynb #cf6470a9
 def reply_to(
     engine,  # with `sample`
     name: str,  # of the model

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BOX', 'GOOD', 'HALF', 'BAD', 'WORDS', 'GRPO_CURVES', 'MARGIN_CURVES', 'LOGP_CURVES', 'Page', 'Text', 'verdicts',
-           'answers_card', 'picture', 'pair_card', 'curves', 'splits_taken', 'score_bars', 'took', 'bill']
+           'answers_card', 'enlarged', 'pair_card', 'curves', 'splits_taken', 'score_bars', 'took', 'bill']
 
 # %% ../../nbs/study/45_show.ipynb #ae9025d2
 import html
@@ -88,7 +88,7 @@ def answers_card(
     return Page(asked + _beside(row["images"], f'<div style="flex:1">{boxes}</div>'))
 
 # %% ../../nbs/study/45_show.ipynb #db12903d
-def picture(
+def enlarged(
     image,  # a PIL image
     width: int = 252,  # pixels that it is shown in
 ) -> Page:  # shown by Jupyter
