@@ -287,8 +287,8 @@ def docs(tmp):
 # What stands in one row runs side by side, two at a time. A notebook run and a pytest run use two processes
 # by themselves.
 ROWS = [
-    [vllm_env, roundtrip, ruff],
-    [notebooks],
+    [roundtrip, ruff],
+    [vllm_env, notebooks],  # an installation waits for disk and network more than for a core
     [pytest],
     [vllm_tests, vllm_recipes],
     [vllm_notebooks, wheel, docs],
