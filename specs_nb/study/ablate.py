@@ -321,7 +321,8 @@ class _Cell:
         "Add a node, unless another cell has it already"
         what = what or stage
         name = f"{what}-{key[:16]}"
-        rank = (what.startswith("deep"), *self.rank)
+        group, seed, place = self.rank
+        rank = (group, seed, what.startswith("deep"), place)
         needs = {s: self.names[s] for s in needs}
         node = Node(name, stage, key, config or self.config, needs, rank=rank, **more)
         self.nodes.setdefault(name, node)
