@@ -241,7 +241,9 @@ _ASKS_ORDER = re.compile(
     r" ,.?]|$)|从[小大左上]到|由[小大左上][到至]|依次|分别",
     re.I,
 )
-_ASKS_BOX = re.compile(r"\bb(?:ounding ?)?box|\bbox (?:of|around)\b|\b(?:detect|locate)\b|[边方]框|检测|定位", re.I)
+_ASKS_BOX = re.compile(
+    r"\bb(?:ounding ?)?box|\bbox (?:of|around)\b|\b(?:detect|locate)\b|[边方]框|检测|定位", re.I
+)
 _ROUGHLY = re.compile(r"(?:approximately|about|around|roughly|approx\.?|≈|大约|约为?)\s*(?=[$€£¥\d])", re.I)
 
 
