@@ -19,12 +19,12 @@ from specs_nb.inputs.parsers import (
     _CHANGED,
     _DENIED,
     _HEDGE,
-    _NOTHING,
-    _YES_HAN,
-    _bare,
     _LEAD,
     _MACRO,
+    _NOTHING,
+    _YES_HAN,
     Number,
+    _bare,
     _grade_text,
     _infinity,
     _leads_to,
@@ -676,7 +676,7 @@ def iou(
 
 # %% ../../nbs/inputs/14_compare.ipynb #d1605a29
 def _raw_boxes(text):
-    "(box, label) of each box that JSON or Python's text holds, whatever they are; None if it is no list of them"
+    "(box, label) of each box in JSON or Python's text, as they are; None if it is no list of them"
     text = re.sub(r"^```(?:json)?|```$|</?answer>", "", clean(text)).strip()
     if text[:1] not in ("[", "{"):
         text = f"[{text.strip('()')}]"
@@ -1047,7 +1047,8 @@ _STATES = re.compile(
 
 
 _SPAN = re.compile(
-    r"(?P<head>[A-Za-z][^$\\]{0,200})(?:\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\])(?P<tail>(?: [a-z ]+)?)\.?", re.S
+    r"(?P<head>[A-Za-z][^$\\]{0,200})(?:\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\])(?P<tail>(?: [a-z ]+)?)\.?",
+    re.S,
 )
 
 

@@ -33,7 +33,7 @@ def clean(
 
 # %% ../../nbs/inputs/11_parsers.ipynb #ac5237fa
 def _rules(table, **names):
-    "A table `pattern → new`, one a line, as compiled pairs: `␣` is a space at an end, `NAME` a pattern of `names`"
+    "The rules of a table `pattern → new`, one a line: `␣` is a space at an end, `NAME` a pattern of `names`"
     for name, pattern in names.items():
         table = table.replace(name, pattern)
     rules = []
