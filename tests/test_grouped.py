@@ -183,3 +183,27 @@ def test_two_processes(tmp_path):
         assert a == pytest.approx(b, abs=1e-4), "batches, passes and processes log what TRL logs of one batch"
     for name, w in one["weights"].items():
         assert torch.allclose(two["weights"][name], w, atol=1e-5), name
+
+
+def test_a_second_copy_of_the_module_is_heard():
+    "A reload, or the notebook run in the same process, has rows of its own: attention must look at those"
+    import importlib.util
+
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
+
+    from specs_nb.engines import grouped
+
+    spec = importlib.util.find_spec("specs_nb.engines.grouped")
+    second = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(second)
+    before = functions["sdpa"], masks["sdpa"]
+    try:
+        grouped.teach("sdpa")
+        second.teach("sdpa")
+        assert functions["sdpa"].grouped is second._rows
+        taught = functions["sdpa"]
+        second.teach("sdpa")
+        assert functions["sdpa"] is taught
+    finally:
+        functions["sdpa"], masks["sdpa"] = before

@@ -196,7 +196,7 @@ def _mask_too(stock):
             return layout
         return _Seen(layout, function, kw.get("use_vmap", False), kw["device"])
 
-    mask.grouped = True
+    mask.grouped = _rows
     return mask
 
 # %% ../../nbs/engines/05_grouped.ipynb #7c4b0073
@@ -208,7 +208,7 @@ def _attention_too(stock):
             return stock(module, query, key, value, attention_mask, *args, **kw)
         return grouped_attention(module, query, key, value, attention_mask, **kw), None
 
-    attention.grouped = True
+    attention.grouped = _rows
     return attention
 
 
@@ -256,7 +256,8 @@ def teach(
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
 
-    if not getattr(functions[name], "grouped", False):
+    # another copy of this module, such as one before a reload, watches rows of its own
+    if getattr(functions[name], "grouped", None) is not _rows:
         functions[name], masks[name] = _attention_too(functions[name]), _mask_too(masks[name])
 
 # %% ../../nbs/engines/05_grouped.ipynb #e9a91b2a
