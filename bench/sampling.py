@@ -1,16 +1,16 @@
 """Does it help to choose the questions of a GRPO step? The embedded base with and without `sampling`: steps,
 and completions, to a given accuracy on held-out questions.
 
-Usage: python bench/sampling.py [--seeds 0 1 2 3 4] [--arms off rates refill both] [--steps N]
+Usage: python bench/sampling.py [--seeds 200 201 …] [--arms off rates refill both] [--steps N]
                                 [--threshold A] [--json OUT.json]
 
 Every arm of a seed begins with the same weights and has the same training and held-out questions. The pass
 rates with which `rates` and `both` begin come from four sampled answers of the base to each training
 question, as a data set's own column would; what they cost is counted in `completions_with_rates`. Accuracy is
 strict (right, and in form), greedy, measured by `validate`; between two looks it is taken to change evenly. A
-threshold that isn't reached is null. It was chosen beforehand, from pilots with another seed (100) and other
-learning rates: without `sampling` the accuracy went from 0.50 to 0.94 in 10 steps at 5e-5, and from 0.52 to
-0.99 between the third and the sixth step at 2e-4. Each run is written when it
+threshold that isn't reached is null. The threshold, 0.3, was chosen beforehand from the pilot in
+docs/results/plan.md (seed 100: 0.25 of the training answers strict in steps 21 to 30, 0.32 in 31 to 40), and
+the seeds are none of that plan's. Each run is written when it
 ends, so that a stopped bench goes on."""
 
 import argparse
@@ -41,7 +41,7 @@ ARMS = dict(
     refill=QuestionSampling(refill=1.0),
     both=QuestionSampling(by_pass_rate=True, refill=1.0),
 )
-POOL, HELD, SAMPLES, RATE = 200, 64, 4, 1e-4
+POOL, HELD, SAMPLES, RATE = 200, 128, 4, 1e-4
 FMT = FORMATS["think_answer"]
 
 
@@ -108,7 +108,7 @@ def reached(curve, threshold):
 def facts(options):
     return dict(
         date=str(date.today()),
-        machine=f"{os.cpu_count()} CPU cores, {platform.machine()}, one thread, shared with others",
+        machine=f"{os.cpu_count()} CPU cores, {platform.machine()}, one thread",
         versions={p: importlib.metadata.version(p) for p in ("torch", "transformers", "trl")},
         steps=options.steps,
         every=options.every,
@@ -123,11 +123,11 @@ def facts(options):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[200, 201, 202, 203, 204])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--every", type=int, default=2, help="steps from one validation to the next")
-    parser.add_argument("--threshold", type=float, default=0.9, help="accuracy to reach")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--every", type=int, default=4, help="steps from one validation to the next")
+    parser.add_argument("--threshold", type=float, default=0.3, help="accuracy to reach")
     parser.add_argument("--json", default=Path(__file__).parent.parent / "docs/results/sampling.json")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -123,7 +123,9 @@ def test_score_grid_is_whole():
     nodes, cells = cells_of(grid, keys, seeds=1)
     assert list(grid.claims) == ["C1", "C2", "C3", "C4", "C5", "C6", "C7"]
     assert grid.first_seed == 1, "seed 0 is that of the default run, which has been looked at"
-    assert all(s == "main" for s in (a.seeds for a in grid.arms.values())) and grid.seeds["main"] == 10
+    assert grid.seeds == {"main": 10, "beyond": 10}
+    tested = {a for c in grid.claims.values() for a in (*c.over, *c.slope)}
+    assert all(grid.arms[a].seeds == "main" for a in tested), "what is tested runs first"
     shared = {cells[a, 1]["pairs"] for a in ("specs", "sft", "dpo")}
     assert len(shared) == 1, "the losses learn from the same pairs"
     samples = {nodes[cells[a, 1]["pairs"]].samples for a in ("specs", "any_style", "coupled")}
