@@ -881,6 +881,9 @@ def _other_name(p, g):
         return f"an equation, not {name_g}"
 
 # %% ../../nbs/inputs/14_compare.ipynb #4ed4e81e
+_PI_DEGREES = re.compile(r"(?:π|pi(?![a-z])).*(?:°|\^\{?\s*\\circ\s*\}?|\bdeg(?:rees?)?\}?)\.?$")
+
+
 def _grade_latex(p, g, tol=None, precision=None, **kw):
     p, g = _stated(unwrap(p)), unwrap(g)
     if g.count("$") == 2 and g.startswith("$"):
@@ -906,6 +909,8 @@ def _grade_latex(p, g, tol=None, precision=None, **kw):
         return _grade_text(p, g)
     if "=" in p and "=" not in g and not re.search(r"[<>≤≥≠,;]", p) and not _letters(p):
         p = p.rpartition("=")[2].strip()  # 2^{10} = 1024
+    if _PI_DEGREES.search(p) and re.search(r"π|\\?pi(?![a-z])", g) and not _PI_DEGREES.search(g):
+        return False, "in degrees, not radians"
     p, g, other = _without_units(p, g)
     if other:
         return False, other

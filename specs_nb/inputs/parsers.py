@@ -1140,7 +1140,7 @@ _\{\} →
 (?<=[\d}]) i(?![A-Za-z]) → i
 \\?\blog_\{?e\}?(?![a-z]) → \\ln␣
 (?<![\\A-Za-z])C\((\d+), ?(\d+)\) → \\binom{\1}{\2}
-(?<!\\)\b(pi|FUNCTIONS|infty)\b → \\\1␣
+(?<![\\A-Za-z_])(pi|FUNCTIONS|infty)\b → \\\1␣
 (\\(?:FUNCTIONS)\s*)[{(]?\s*(\d+(?:\.\d+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?)\s*[})]? → \1(\\frac{\2 \\pi}{180})
 \\operatorname\s*\{(\w+)\} → \\\1␣
 \\lg(?![a-z]) → \\log_{10}␣
