@@ -301,7 +301,11 @@ def split_parts(
 ) -> list:  # of parts
     "Split at separators outside all brackets."
     if words:
-        text = re.sub(r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s(?:and|or)\s", ",", text)
+        text = re.sub(
+            r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s(?:and|or)\s|(?<=[\d})])\s*[或和]\s*(?=[-\d\\√a-zA-Z])",
+            ",",
+            text,
+        )
     parts, deep, at = [], 0, 0
     for i, c in enumerate(text):
         if c in "([{":
@@ -324,7 +328,7 @@ def read_set(
     text = re.sub(r"^[A-Za-z]\s*(?:=|\\in|∈)\s*(?=[^=]*$)", "", text)
     if m := re.fullmatch(r"\\?[{\[](.*?)\\?[}\]]", text, re.S):
         text = m[1]
-    parts = [re.sub(r"^[A-Za-z](?:_\{?\w\}?)?\s*=\s*", "", unwrap(s)) for s in split_parts(text)]
+    parts = [re.sub(r"^[A-Za-z](?:_\{?\w\}?|[\d₀-₉])?\s*=\s*", "", unwrap(s)) for s in split_parts(text)]
     found = []
     for part in parts:
         signs = "+-" if re.search(r"\\pm|±", part) else "+"
@@ -349,6 +353,9 @@ def _all(verdicts):
     return False if False in verdicts else None if None in verdicts else True
 
 # %% ../../nbs/inputs/14_compare.ipynb #f61edd2d
+_UNKNOWN = re.compile(r"(?<![A-Za-z\\])([A-Za-z])(?:_\{?\w\}?|[\d₀-₉])?\s*=")  # x₁ = 1
+
+
 def _grade_set(p, g, **kw):
     if re.search(r"[=:]", g) and _labels(unwrap(g)):
         return _grade_multi(p, g)  # x = 3, y = 4 is no set, whatever it is called
@@ -357,8 +364,11 @@ def _grade_set(p, g, **kw):
         return None, "the gold answer is no set"
     if said is None:
         return False, "no set can be read"
-    if len(set(re.findall(r"(?<![A-Za-z\\])([A-Za-z])(?:_\{?\w\}?)?\s*=", p))) > 1:
+    names_p, names_g = (set(_UNKNOWN.findall(t)) for t in (p, g))
+    if len(names_p) > 1:
         return False, "about two names"
+    if names_p and len(names_g) == 1 and names_p != names_g:
+        return False, "about another name"
     if bool(said) != bool(gold):
         return False, "one of them is empty"
     same = [[_part(a, b) for b in gold] for a in said]
@@ -684,13 +694,27 @@ def _raw_boxes(text):
         found = json.loads(text)
     except (ValueError, RecursionError):
         found = _python_list(text)
-    if isinstance(found, dict) or isinstance(found, list) and found and isinstance(found[0], (int, float)):
+    if (
+        isinstance(found, dict)
+        or isinstance(found, list)
+        and found
+        and isinstance(found[0], (int, float, str))
+    ):
         found = [found]
     if not isinstance(found, list) or len(found) > 200:
         return None
-    return [
+    pairs = [
         (x.get("bbox_2d", x.get("bbox")), x.get("label")) if isinstance(x, dict) else (x, None) for x in found
     ]
+    return [(_unquoted(box), label) for box, label in pairs]
+
+
+def _unquoted(box):
+    "Numbers of `['40', '60']`; anything else as it is"
+    if not isinstance(box, list):
+        return box
+    number = re.compile(r"-?\d{1,9}(?:\.\d{1,9})?", re.A)
+    return [float(x) if isinstance(x, str) and number.fullmatch(x) else x for x in box]
 
 # %% ../../nbs/inputs/14_compare.ipynb #4f84bf91
 def read_boxes(
@@ -857,6 +881,9 @@ def _other_name(p, g):
         return f"an equation, not {name_g}"
 
 # %% ../../nbs/inputs/14_compare.ipynb #4ed4e81e
+_PI_DEGREES = re.compile(r"(?:π|pi(?![a-z])).*(?:°|\^\{?\s*\\circ\s*\}?|\bdeg(?:rees?)?\}?)\.?$")
+
+
 def _grade_latex(p, g, tol=None, precision=None, **kw):
     p, g = _stated(unwrap(p)), unwrap(g)
     if g.count("$") == 2 and g.startswith("$"):
@@ -882,6 +909,8 @@ def _grade_latex(p, g, tol=None, precision=None, **kw):
         return _grade_text(p, g)
     if "=" in p and "=" not in g and not re.search(r"[<>≤≥≠,;]", p) and not _letters(p):
         p = p.rpartition("=")[2].strip()  # 2^{10} = 1024
+    if _PI_DEGREES.search(p) and re.search(r"π|\\?pi(?![a-z])", g) and not _PI_DEGREES.search(g):
+        return False, "in degrees, not radians"
     p, g, other = _without_units(p, g)
     if other:
         return False, other
@@ -1005,7 +1034,7 @@ def _end_unit(text):
     name = (m[1] or m[3]).strip() + re.sub(r"[\s{}]", "", m[2] or "")
     if (
         m[3]
-        and name in ("in", "pi", "rad")
+        and (name in ("in", "pi") or name == "rad" and not re.search(r"π|\\?pi(?![a-z])", text[: m.start()]))
         or unit_of(name) is None
         and not re.fullmatch(r"(?:sq(?:uare|\.)? |cubic )?units?(?:\^[23])?", name)
     ):

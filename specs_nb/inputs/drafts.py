@@ -253,6 +253,15 @@ _ASKS_ORDER = re.compile(
 _ASKS_BOX = re.compile(
     r"\bb(?:ounding ?)?box|\bbox (?:of|around)\b|\b(?:detect|locate)\b|[边方]框|检测|定位", re.I
 )
+_ASKS_SEGMENT = re.compile(
+    r"\b(?:sides?|segments?|edges?|chords?|diameters?|diagonals?|hypotenuse|legs?|(?:parallel|perpendicular|straight"
+    r"|longest|shortest) lines?)\b|边|线段|弦|直径|棱|对角线",
+    re.I,
+)
+_NO_SEGMENT = re.compile(
+    r"\b(?:rays?|vectors?|codes?|bus|metro|train|subway|orders?|directions?|states?|countr\w+|initials|letters?)\b",
+    re.I,
+)
 _ROUGHLY = re.compile(r"(?:approximately|about|around|roughly|approx\.?|≈|大约|约为?)\s*(?=[$€£¥\d])", re.I)
 
 
@@ -272,6 +281,11 @@ def _as_asked(question, answer):
         return f"{bare}%", "number"
     if re.fullmatch(r"\d{1,2}:\d\d(?::\d\d)?", bare) and _ASKS_RATIO.search(question):
         return answer, "number"
+    ends = re.fullmatch(r"(?:\\overline ?\{)?([A-Z]{2})\}?", bare)
+    if ends and _ASKS_SEGMENT.search(question) and not _NO_SEGMENT.search(question):
+        return rf"\overline{{{ends[1]}}}", "text"
+    if re.fullmatch("[一二三四]", bare) and "第几象限" in question:
+        return f"第{bare}象限", "text"
     if re.fullmatch(r"\d{1,3}E\d{1,3}", bare) and _ASKS_CODE.search(question):
         return answer, "text"
     if re.fullmatch(r"\d{1,6}[A-DF-Z]", bare) and not _ASKS_AMOUNT.search(question):

@@ -351,12 +351,26 @@ def _raised(text, form="^{}"):
 
 _VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8"}
 
+# %% ../../nbs/inputs/11_parsers.ipynb #5c1e90d1
+_REPEATING = re.compile(
+    r"(?<![\d.])(?<!\d )(\d{0,9})\.(\d{0,30})"
+    r"(?:\\(?:overline|bar) ?\{(\d{1,30})\}|\\dot ?\{?(\d)\}?(?:(\d{0,30})\\dot ?\{?(\d)\}?)?)(?![\d\\])"
+)
+
+
+def _as_fraction(m):
+    "`0.1\\overline{6}` as `15/90`"
+    whole, before, *period = (part or "" for part in m.groups())
+    period = "".join(period)
+    value = int(whole + before + period) - int(whole + before or 0)
+    return f"{value}/{10 ** len(before) * (10 ** len(period) - 1)}"
+
 # %% ../../nbs/inputs/11_parsers.ipynb #ac408094
 def _tidy(text):
     if text.isascii() and "\\" not in text and "{" not in text and text.count("$") < 2:
         text = text.replace("*", "×").replace("x10^", "×10^").replace("x 10^", "×10^")
     else:
-        text = _raised(_rewrite(_TIDY, _SIZE.sub("", text)))
+        text = _REPEATING.sub(_as_fraction, _raised(_rewrite(_TIDY, _SIZE.sub("", text))))
         for k, v in _VULGAR.items():
             text = re.sub(rf"(\d?) ?{k}", lambda m, v=v: f"{m[1]} {v}".strip(), text)
     return re.sub(r"\s+", " ", text).strip()
@@ -545,6 +559,8 @@ _REWRITTEN = _rules(r"""
 (?i)^EUR ?(?=\d) → €
 (?i)^GBP ?(?=\d) → £""")
 
+_MIXED_SUM = re.compile(r"(\d{1,4}) ?\+ ?(?:\\frac ?\{)?(\d{1,4})(?: ?/ ?|\} ?\{)(\d{1,4})\}?")  # 4 + 2/5
+
 
 def read_number(
     text: str,  # unwrapped
@@ -558,6 +574,8 @@ def read_number(
     text = _rewrite(_REWRITTEN, _tidy(text))
     if (m := re.fullmatch(r"(\d{1,4}) (?:in|out of) (\d{1,6})", text)) and 0 < int(m[1]) < int(m[2]):
         text = f"{m[1]}/{m[2]}"  # 1 in 4
+    elif (m := _MIXED_SUM.fullmatch(text)) and int(m[2]) < int(m[3]):
+        text = f"{m[1]} {m[2]}/{m[3]}"
     if (m := _NUMBER.fullmatch(text)) and (read := _fraction(m)):
         sign, (value, places), tail = "-" in m["sign"] + m["sign2"], read, (m["tail"] + m["cur"])
         if "-" in m["sign"] and m["sign2"]:
@@ -860,6 +878,20 @@ def statement(
     sign = _RELATION.search(_spelled(text))[0].replace("//", "\\parallel")
     return sign, frozenset(re.sub(r"[\s{}$]|\\(?:overline|mathrm|text)", "", p) for p in parts)
 
+# %% ../../nbs/inputs/11_parsers.ipynb #5c1e90d5
+_BARE = {"平行": r"\parallel", "垂直": r"\perp", "全等": r"\cong", "相似": r"\sim"}
+_BARE |= {f"互相{word}": sign for word, sign in [*_BARE.items()][:2]}
+_BARE |= dict(parallel=r"\parallel", perpendicular=r"\perp", congruent=r"\cong", similar=r"\sim")
+_PLAIN_NAME = re.compile(r"(?:直线|线段|\\triangle)?(?:[A-Z]{1,3}'*|[a-z]'*|[a-z]\d)")
+
+
+def _stands(p, g):
+    "Does `AB ∥ CD` say the relation `g`, such as 平行? None: `g` names none, or `p` is no statement"
+    sign, said = _BARE.get(g), statement(p)
+    if not sign or not said or not all(_PLAIN_NAME.fullmatch(side) for side in said[1]):
+        return None
+    return said[0] == sign
+
 # %% ../../nbs/inputs/11_parsers.ipynb #4e5716cf
 _CARRIER = re.compile(
     r"(?:(?:it|this|that|the answer)(?: is|'s) )?(?:(?:in|at|on) )?(?:the )?"
@@ -957,10 +989,16 @@ def _grade_text(p, g, **kw):
         return _grade_code(p, g, name)
     if _infinity(g):
         return _infinity(p) == _infinity(g), "infinite"
+    if m := _SEGMENT.fullmatch(g):
+        return _grade_segment(p, m[1])
+    if (told := _stands(p, words_g)) is not None:
+        return told, "compared as relations"
     if (a := statement(g)) or statement(p):
         return statement(p) == a, "compared as statements"
     if words_p == words_g:
         return True, "same words"
+    if (named := _same_name(p, g, words_p, words_g)) is not None:
+        return named, "compared as names"
     if words_g in _YES:
         return _grade_yes(words_p, words_g)
     for same in (_NOTHING, _ENDLESS):
@@ -994,11 +1032,77 @@ def _told(p, g):
     head = says and (says[1] or "")
     return None if head is None or _DENIED.search(head) or _CHANGED.search(head) else True
 
+# %% ../../nbs/inputs/11_parsers.ipynb #5c1e90d8
+_WEEK = "monday tuesday wednesday thursday friday saturday sunday".split()
+_MONTHS = "january february march april may june july august september october november december".split()
+_CALENDAR = {short: name for name in (*_WEEK, *_MONTHS) for short in (name, name[:3])}
+_CALENDAR |= dict(sept="september", tues="tuesday", thur="thursday", thurs="thursday")
+_CALENDAR |= {lead + c: name for lead in ("星期", "周", "礼拜") for c, name in zip("一二三四五六日", _WEEK)}
+_DATED = re.compile(r"(?:it (?:is|was) )?(?:on |in )?(?:month of )?(\w+)")
+
+
+def _day(words):
+    "The month or weekday that plain words name, or None"
+    m = _DATED.fullmatch(words)
+    return m and _CALENDAR.get(m[1])
+
+
+_QUADRANT = re.compile(
+    r"(?:it is )?(?:in )?(?:quadrant |第)?(?P<n>iv|i{1,3}|[1-4]|[一二三四]|first|second|third|fourth)"
+    r"(?:st|nd|rd|th)?(?: ?quadrant|象限)?"
+)
+_QUADRANTS = "1 i 一 first", "2 ii 二 second", "3 iii 三 third", "4 iv 四 fourth"
+
+
+def _quadrant(words):
+    "Which quadrant plain words name, 0 to 3, or None"
+    m = _QUADRANT.fullmatch(words)
+    return next(i for i, names in enumerate(_QUADRANTS) if m["n"] in names.split()) if m else None
+
+# %% ../../nbs/inputs/11_parsers.ipynb #5c1e90da
+_NAMED_SO = re.compile(
+    r"(?:(?:\\triangle|[△▱∠]|三角形|四边形|多边形|直线|线段)?\s*[A-Z]{1,6}(?:[与和][A-Z]{1,6})?(?:的形状|的位置关系)?"
+    r"|它|(?:这个|该)(?:三角形|四边形|多边形|图形))是(?:一?个|一种)?(?=[一-龥])"
+)
+
+
+def _same_name(p, g, words_p, words_g):
+    "Do two texts name the same month, quadrant or shape? None: the gold answer names none"
+    bare = re.sub("^(?:sun|sat|mar)$", "", words_g)  # a star, a verb, a planet's beginning
+    if day := _day(bare):
+        said = _day(words_p)
+        return said == day if said else None
+    if re.search("quadrant|象限", words_g) and (one := _quadrant(words_g)) is not None:
+        said = _quadrant(words_p)
+        return None if said is None else said == one
+    m = _NAMED_SO.match(p) if re.search("[一-龥]", g) else None
+    return True if m and p[m.end() :].rstrip("。") == g else None
+
+# %% ../../nbs/inputs/11_parsers.ipynb #5c1e90dd
+_SEGMENT = re.compile(r"\\overline ?\{?([A-Z]{2})\}?")
+_SIDE = re.compile(
+    r"(?:the )?(?:side|(?:line"
+    r" )?segment|edge|chord|diameter|diagonal|hypotenuse|leg|line|边|线段|弦|直径|棱|对角线)\s*"
+    r"(?=(?:\\overline ?\{?)?[A-Z]{2}\}?$)"
+)
+
+
+def _grade_segment(p, ends):
+    "Is the segment between two ends meant? They have no order"
+    bare = _SEGMENT.sub(r"\1", _SIDE.sub("", p))
+    verdicts = [_grade_text(bare, name)[0] for name in (ends, ends[::-1])]
+    verdict = True if True in verdicts else None if None in verdicts else False
+    return verdict, "compared as segments"
+
 # %% ../../nbs/inputs/11_parsers.ipynb #173c2584
 def _lists(p, g):
     "Compare lists of words, or None where the gold answer is none"
     p, g = (t[1:-1] if re.fullmatch(r"\[[^\[\]]+\]", t) else t for t in (p, g))  # [Rent, Food]
-    split = lambda t: [plain_words(s) for s in re.split(r",? and |[,;&、，]|和|与|及", t) if s.strip()]
+    split = lambda t: [
+        _day(plain_words(s)) or plain_words(s)
+        for s in re.split(r",? and |[,;&、，]|和|与|及", t)
+        if s.strip()
+    ]
     gold, said = split(g), split(p)
     if len(gold) < 2 or not all(0 < len(w.split()) <= 3 for w in gold) or re.search(r"\d", g):
         return None
@@ -1036,7 +1140,7 @@ _\{\} →
 (?<=[\d}]) i(?![A-Za-z]) → i
 \\?\blog_\{?e\}?(?![a-z]) → \\ln␣
 (?<![\\A-Za-z])C\((\d+), ?(\d+)\) → \\binom{\1}{\2}
-(?<!\\)\b(pi|FUNCTIONS|infty)\b → \\\1␣
+(?<![\\A-Za-z_])(pi|FUNCTIONS|infty)\b → \\\1␣
 (\\(?:FUNCTIONS)\s*)[{(]?\s*(\d+(?:\.\d+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?)\s*[})]? → \1(\\frac{\2 \\pi}{180})
 \\operatorname\s*\{(\w+)\} → \\\1␣
 \\lg(?![a-z]) → \\log_{10}␣
