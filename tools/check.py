@@ -261,12 +261,13 @@ def wheel(tmp):
     (site / "lent.pth").write_text(
         "\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}) + "\n"
     )
-    whl = next((tmp / "dist").glob("*.whl"))
-    if sh(sys.executable, "-m", "pip", "--python", py, "install", "-q", "--no-deps", whl, cwd=away)[0]:
-        return "the wheel does not install"
+    # with a PYTHONPATH to the checkout, pip would find specs_nb installed already
     clean = {k: v for k, v in ENV.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")} | {
         "PATH": f"{env/'bin'}{os.pathsep}{os.environ['PATH']}"
     }
+    pip = [sys.executable, "-m", "pip", "--python", py, "install", "-q", "--no-deps"]
+    if sh(*pip, next((tmp / "dist").glob("*.whl")), cwd=away, env=clean)[0]:
+        return "the wheel does not install"
     code, where = sh(py, "-c", "import specs_nb; print(specs_nb.__file__)", cwd=away, env=clean)
     if code or not Path(where.strip()).is_relative_to(site):
         return "specs_nb does not come from the wheel"
