@@ -472,7 +472,7 @@ def test_one_gpu_has_the_figures_of_the_card():
     assert (
         f"{grpo['device_peak_gib']:.1f} GiB, where the doctor says {grpo['doctor']['with_base']:.1f}" in text
     )
-    assert f"{dpo['torch_peak_gib']:.1f} GiB, where the doctor says {dpo['doctor']['peak']:.1f}" in text
+    assert f"{dpo['torch_peak_gib']:.1f} GiB, where the doctor said {dpo['doctor']['peak']:.1f}" in text
     assert f"| {dpo['step']['whole']:.1f} s |" in text
 
 
