@@ -59,15 +59,19 @@ def tracked(
 def hush_trackio(
     trainer,  # of transformers or TRL
 ):
-    "Have trackio print nothing."
+    """Have trackio print nothing, and show no page of its server in a notebook: its address has a token with
+    which one may write, and a notebook is passed on."""
     import contextlib
     import io
+    from functools import partial
+    from unittest.mock import patch
 
     from transformers.integrations import TrackioCallback
 
     class Hushed(TrackioCallback):
         def setup(self, *args, **kw):
-            with contextlib.redirect_stdout(io.StringIO()):
+            quietly = patch.object(self._trackio, "init", partial(self._trackio.init, embed=False))
+            with quietly, contextlib.redirect_stdout(io.StringIO()):
                 super().setup(*args, **kw)
 
         def on_train_end(self, *args, **kw):
