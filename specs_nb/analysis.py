@@ -238,9 +238,11 @@ def difference(
     if d["lo"] > 0 or d["hi"] < 0:
         return told + ("a gain" if d["lo"] > 0 else "a loss")
     told += "neither a gain nor a loss is shown"
-    if d.get("detectable") is not None:
-        told += f"; a true difference of {percent(d['detectable'])} would be seen four times out of five"
-    return told
+    if d.get("detectable") is None:
+        return told
+    if d["detectable"] >= 1:  # no difference of two shares is larger
+        return told + f"; {d['n']} questions are too few to show any difference"
+    return told + f"; a true difference of {percent(d['detectable'])} would be seen four times out of five"
 
 # %% ../nbs/method/71_analysis.ipynb #c0417e02
 SPENT = dict(zero=("zero",), final=("zero", "pairs", "coldstart", "final"))  # model → stages it took

@@ -757,7 +757,7 @@ def run_stage(
 # %% ../nbs/method/80_pipeline.ipynb #84cfa183
 EXAMPLES = """examples:
   specs run                                    all of SPECS on the embedded model, into runs/default
-  specs run -c smoke --run-dir runs/smoke      every stage in 1 to 3 minutes, to see that it works
+  specs run -c smoke --run-dir runs/smoke      every stage in half a minute, to see that it works
   specs run coldstart.lam=0.5 seed=1           with other values; given again, it goes on where it stopped
   specs coldstart --run-dir runs/default       up to one stage
   specs run zero.trainer.learning_rate=1e-5    any field of TRL's GRPOConfig or DPOConfig

@@ -316,7 +316,7 @@ def one(part):
     return line, bool(error)
 
 
-# measured 2026-11-27: vLLM's environment takes 4.1 GB, what the largest row writes up to NN; pip unpacks beside
+# vLLM's environment takes 4.1 GB, pip unpacks beside it, and the tests of a row leave some GB until it ends
 NEEDS_GB = 8
 
 
@@ -325,8 +325,8 @@ def free_gb():
 
 
 def in_scratch(row):
-    """Run the parts of a row side by side. What their processes write to the temporary folder goes with the row:
-    notebooks leave folders for their readers to look at, and some hundred runs of them fill a disk"""
+    """Run the parts of a row side by side. What their processes write to the temporary folder goes with the
+    row: notebooks leave folders for their readers to look at, and some hundred runs of them fill a disk"""
     before = os.environ.get("TMPDIR")
     with tempfile.TemporaryDirectory(prefix="specs-check-", ignore_cleanup_errors=True) as tmp:
         os.environ["TMPDIR"] = ENV["TMPDIR"] = tempfile.tempdir = tmp
@@ -357,7 +357,7 @@ def main(names):
     say(
         "\n=== summary",
         *(f"\n{line}" for line, _ in done),
-        f"\n  in all {(time.time() - start) / 60:.1f} minutes; {free_gb():.1f} GB of the disk are free",
+        f"\n  in all {(time.time() - start) / 60:.1f} minutes; {free_gb():.0f} GB of disk are free",
     )
     return int(any(bad for _, bad in done))
 

@@ -251,7 +251,8 @@ def chat_of(
 
 # %% ../../nbs/engines/20_models.ipynb #21cab313
 def quiet_libraries():
-    "Switch off progress bars and warnings of transformers and datasets."
+    "Switch off progress bars and warnings of transformers, datasets and bitsandbytes."
+    import logging
     import warnings
 
     import datasets
@@ -262,6 +263,10 @@ def quiet_libraries():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    # On some CPUs bitsandbytes warns, when it is imported, that it lacks a kernel; `_exact_on_cpu` switches
+    # the
+    # layers that would use it to another
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # %% ../../nbs/engines/20_models.ipynb #0647fcfc
 def _installed(name):
