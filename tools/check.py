@@ -348,7 +348,7 @@ def main(names):
     rows = [row for name in names for row in known[name]] if names else ROWS
     if rows is ROWS and free_gb() < NEEDS_GB:
         sys.exit(
-            f"error: {free_gb():.1f} GB are free on the disk of {ROOT}; the whole run needs {NEEDS_GB}, half of"
+            f"error: {free_gb():.1f} GB are free on the disk of {ROOT}; it needs {NEEDS_GB}, half of"
             " it for vLLM's environment"
         )
     start, done = time.time(), []
