@@ -348,8 +348,8 @@ def main(names):
     rows = [row for name in names for row in known[name]] if names else ROWS
     if rows is ROWS and free_gb() < NEEDS_GB:
         sys.exit(
-            f"error: {free_gb():.1f} GB are free on the disk of {ROOT}; it needs {NEEDS_GB}, half of"
-            " it for vLLM's environment"
+            f"error: all tests need {NEEDS_GB} GB of disk, half of it for vLLM's environment; on the disk of"
+            f" {ROOT} {free_gb():.1f} are free"
         )
     start, done = time.time(), []
     for row in rows:
