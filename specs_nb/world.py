@@ -33,7 +33,7 @@ class Scene:
 
 # %% ../nbs/method/10_world.ipynb #89c646ad
 def draw_grid(
-    rng: random.Random,  # source of chance
+    rng: random.Random,  # the random generator
     few: int = 2,  # fewest objects
     many: int = 5,  # most objects, at most 9
     held_out: bool = False,  # put at least one object of the `HELD_OUT` combination in
@@ -51,7 +51,7 @@ def draw_grid(
 
 # %% ../nbs/method/10_world.ipynb #5109fb92
 def draw_bars(
-    rng: random.Random,  # source of chance
+    rng: random.Random,  # the random generator
 ) -> Scene:  # a bar chart of three colours
     "A random bar chart: three different colours, heights from 1 to 6."
     return Scene("bars", tuple((c, rng.randint(1, 6)) for c in rng.sample(list(COLOURS), 3)))
@@ -138,7 +138,7 @@ class Selection:
 # %% ../nbs/method/10_world.ipynb #4ebfa6d5
 def select(
     scene: Scene,  # a grid scene
-    rng: random.Random,  # source of chance
+    rng: random.Random,  # the random generator
 ) -> Selection:  # by shape, colour or both
     "A random selection; four times out of five it names something in the scene."
     things = scene.objects() if rng.random() < 0.8 else [(s, c) for s in SHAPES for c in COLOURS]
@@ -171,8 +171,8 @@ def lettered(
 
 # %% ../nbs/method/10_world.ipynb #82b0e7ea
 VALUES = (1, 2, 3, 4)  # what a rule may be worth
-RULES = (1, 2, 2, 3)  # how many rules a question has, each entry alike often
-OBJECTS = (3, 6)  # fewest and most objects of a training scene
+RULES = (1, 2, 2, 3)  # how many rules a question has, each entry equally often
+OBJECTS = (3, 6)  # fewest and most objects in the scene of a score
 
 
 def worth(
@@ -185,7 +185,7 @@ def worth(
 # %% ../nbs/method/10_world.ipynb #211003aa
 def draw_rules(
     scene: Scene,  # a grid scene
-    rng: random.Random,  # source of chance
+    rng: random.Random,  # the random generator
     n: int,  # how many
 ) -> tuple:  # pairs of a `Selection` and its value
     "Rules for a scene: each names a single shape or colour, no two the same."
@@ -200,7 +200,7 @@ def draw_rules(
 # %% ../nbs/method/10_world.ipynb #2d92c64a
 def ask_score(
     scene: Scene,  # a grid scene
-    rng: random.Random,  # source of chance
+    rng: random.Random,  # the random generator
     rules: int = None,  # how many; None: one of `RULES`
 ) -> Question:  # answer: a number
     "A question for the sum of the objects' values."
@@ -222,7 +222,7 @@ def difficulty(
 # %% ../nbs/method/10_world.ipynb #9688c493
 def ask_count(
     scene: Scene,  # a grid scene
-    rng: random.Random,  # source of chance
+    rng: random.Random,  # the random generator
 ) -> Question:  # answer: a number
     "A question for the number of objects in a selection."
     sel = select(scene, rng)
@@ -232,7 +232,7 @@ def ask_count(
 # %% ../nbs/method/10_world.ipynb #1ca2b1fc
 def ask_subtract(
     scene: Scene,  # a grid scene
-    rng: random.Random,  # source of chance
+    rng: random.Random,  # the random generator
 ) -> Question:  # answer: a number
     "A question for the number of objects outside a selection."
     sel = select(scene, rng)
@@ -244,7 +244,7 @@ def ask_subtract(
 # %% ../nbs/method/10_world.ipynb #f18cb140
 def ask_compare(
     scene: Scene,  # a grid scene
-    rng: random.Random,  # source of chance
+    rng: random.Random,  # the random generator
 ) -> Question:  # answer: a letter
     "A question for the larger of two selections."
     pick = rng.choice([SHAPES, tuple(COLOURS)])
@@ -259,7 +259,7 @@ def ask_compare(
 # %% ../nbs/method/10_world.ipynb #b9d516cd
 def ask_bar(
     scene: Scene,  # a bars scene
-    rng: random.Random,  # source of chance
+    rng: random.Random,  # the random generator
 ) -> Question:  # answer: a number or a letter
     "One of three questions about a bar chart."
     heights = dict(scene.items)
@@ -308,7 +308,7 @@ def _draw(split, task, rng):
 
 def ask(
     split: str,  # one of `STREAMS`
-    seed: int,  # the stream of questions
+    seed: int,  # another seed gives other questions
     index: int,  # which question of the stream
     tasks=("score",),  # families to draw from, equally often
 ) -> Question:  # the same for the same arguments, on any machine
@@ -328,7 +328,7 @@ def ask(
 def rows(
     split: str,  # one of `STREAMS`
     n: int,  # how many
-    seed: int = 0,  # the stream of questions
+    seed: int = 0,  # another seed gives other questions
     start: int = 0,  # index of the first
     tasks=("score",),  # families to draw from
 ) -> list:  # of dicts: id, question, images, answer, kind, choices, source, difficulty
