@@ -175,7 +175,7 @@ class _Answering:
         prompts = as_prompts(rows)
         with _reading_once(self):
             prompt_ids, ids, _, said, logps, *_ = super()._generate(prompts)
-        if not logged:  # lengths are logged of the questions that were asked first
+        if not logged:  # the log shows the lengths of the first questions only
             for name, values in self._metrics["train"].items():
                 del values[known.get(name, len(values)) :]
         how = dict(trainer_state=self.state, log_metric=self._log_metric, log_extra=lambda *a: None)
@@ -252,7 +252,7 @@ class _Remembering:
 class _Sampling(_Remembering, _Choosing):
     "A GRPOTrainer that chooses its questions"
 
-    _ready = _right = None  # what `_generate` and the reward for accuracy are to give
+    _ready = _right = None  # what `_generate` and the accuracy reward return
 
     def _generate_and_score_completions(self, inputs):
         if self.questions is None or not self.model.training or NUMBER not in inputs[0]:
