@@ -331,8 +331,7 @@ def mix_text(
 # %% ../nbs/method/40_grpo.ipynb #18b56842
 import contextlib
 
-# what TRL times → its phase; the rest of `_prepare_inputs` is what is known of answers before they are
-# learned from
+# what TRL times → its phase; the rest of `_prepare_inputs` computes log-probabilities and advantages
 TRLS_PHASES = {
     "sync_weights": "sync",
     "vLLM.generate": "write",
