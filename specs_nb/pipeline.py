@@ -115,7 +115,7 @@ def _asks_judge(stage):
 
 
 def _part(config, name):
-    "A stage's own settings, without options that are switched off, and what they bring in"
+    "A stage's own settings, without options that are switched off, and the sections that it uses"
     stage, values = getattr(config, name), asdict(config)
     table, off = flat({name: values[name]}), []
     if hasattr(stage, "sampling"):
@@ -124,7 +124,7 @@ def _part(config, name):
         if not stage.validate.every:
             off.append(f"{name}.validate.")
         if stage.sampling.by_pass_rate:
-            table[f"{name}.look"] = stage.look  # its answers tell what is drawn
+            table[f"{name}.look"] = stage.look  # its answers decide which questions are drawn
     table = {k: v for k, v in table.items() if not k.startswith(tuple(off))}
     if _asks_judge(stage):
         table |= flat({"judge": values["judge"]})
@@ -217,7 +217,7 @@ def _train_rows(run):
     rows = load_rows(d, "train", run.dir / "data")
     if not (d.pass_rate and d.pass_rate_samples):
         return rows
-    # of what zero follows from, what comes before it
+    # what the rows depend on: the inputs of zero without its own settings
     own = {k: v for k, v in inputs(c)["zero"].items() if k != "rows held out" and not k.startswith("zero.")}
     key = fingerprint(own)
     if (known := read_json(run.dir / "data/rates.json") or {}).get("key") != key:
@@ -271,7 +271,7 @@ def look_before(
     if not getattr(c, name).look or rank()[1] > 1:
         return
     start = c.model.path if name == "zero" else str(run.dir / "coldstart/model")
-    # who writes a side of the pairs from right answers of the base
+    # one side of the pairs is made from right answers of the base
     needed = c.coldstart.loss != "none" and "base" in (c.pairs.teacher, c.pairs.rejected)
     look_at(
         start,
@@ -606,7 +606,7 @@ def check_training(
         stage = getattr(config, name)
         if name == "coldstart" and cold.loss == "none":
             continue
-        # an adapter that goes before is merged in float32
+        # the cold start's adapter is merged in float32
         merged = name == "final" and cold.loss != "none" and (cold.lora or cold.qlora)
         spread = bool(stage.trainer.get("fsdp") or stage.trainer.get("deepspeed"))
         check_moves(stage, name, "float32" if merged else config.model.dtype, kept or spread)
@@ -639,7 +639,7 @@ def _do(name, run, stage, **kw):
     try:
         return DO[name](run, stage, **kw)
     except (RuntimeError, MemoryError, OSError) as e:
-        # torch says "unexpected pos", safetensors something else: the disk itself is the better witness
+        # torch says "unexpected pos", safetensors something else, so we look at the disk itself
         free = shutil.disk_usage(run.dir).free
         if getattr(e, "errno", None) == errno.ENOSPC or free < 2**20:
             raise SpecsError(
@@ -658,8 +658,8 @@ def _release():
 
     if asks := sys.modules.get("specs_nb.engines.jobs"):
         asks._loaded.clear()  # the model that answered last
-    gc.collect()  # a trainer holds itself by its callbacks, and with it the model
-    # vLLM takes a share of what is free
+    gc.collect()  # a trainer and its callbacks refer to each other and keep the model alive
+    # vLLM takes a share of the memory that is free
     if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     if sys.platform == "linux":
@@ -951,7 +951,7 @@ def clean_run(
 
 
 def _confirmed(question):
-    "Ask who sits at the terminal; nobody there is no"
+    "Ask at the terminal; without a terminal the answer is no"
     if not sys.stdin.isatty():
         print("specs clean --yes removes them")
         return False
