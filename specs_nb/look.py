@@ -111,7 +111,7 @@ def look_table(
     return f"{'look':10}{head}\n{'look':10}" + "".join(f"{v:>{len(k) + 3}}" for k, v in cells.items())
 
 # %% ../nbs/method/52_look.ipynb #fbf25d88
-ENOUGH = 64  # answers, from which on a look may stop a run
+ENOUGH = 64  # answers; fewer never stop a run
 
 
 def stop_words(
@@ -122,11 +122,11 @@ def stop_words(
     "Why training would be useless after this look, and what may help."
     if seen["answers"] < ENOUGH:
         return ""
-    go_on = f"{stage}.look=0 trains all the same"
+    go_on = f"{stage}.look=0 trains anyway"
     if not seen["spread"] and seen["earned"] <= 0:
         return (
             f"GRPO could learn nothing: of {seen['answers']} answers to {seen['questions']} questions none"
-            f" earned anything, and no group holds a difference. An answer reads {seen['example']!r}. What"
+            f" earned anything, and in no group do rewards differ. An answer reads {seen['example']!r}. What"
             f" may help: a reward for parts of the form ({stage}.rewards={{format_parts: 1, accuracy: 1}}), a"
             " model that follows instructions better, data.system with an example of the form, another"
             f" data.format, {stage}.trainer.max_completion_length if answers are cut off"
