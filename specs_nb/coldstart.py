@@ -127,9 +127,7 @@ def reference_once(
     trainer,  # a `DPOTrainer` that has not trained yet
     path: Path,  # the file that keeps what was computed
     key: str,  # of the model and the pairs; a file with another key is ignored
-) -> (
-    bool
-):  # whether it could be done: not with a reference that moves, nor with weights spread over processes
+) -> bool:  # False for a reference that changes, and for weights spread over processes
     "Compute reference log-probabilities once per pair before training, and make the trainer use them."
     from accelerate.utils import broadcast_object_list
 
@@ -273,13 +271,13 @@ def add_kl(
     trainer's loss; raises `SpecsError` where it can't."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise SpecsError(
-            "coldstart.loss dpo+kl can't be trained with weights spread over processes: take dpo+sft, or"
+            "coldstart.loss dpo+kl can't be trained with weights spread over processes: use dpo+sft, or"
             " launch with ddp"
         )
     policy = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     if any(getattr(policy.config.get_text_config(), k, None) not in (None, 1.0) for k in SCALES):
         raise SpecsError(
-            "coldstart.loss dpo+kl can't be computed for a model that scales its logits: take dpo+sft"
+            "coldstart.loss dpo+kl can't be computed for a model that scales its logits: use dpo+sft"
         )
     models, heard, compute = [policy, trainer.ref_model or policy], [], trainer._compute_loss
     for m in {id(m): m for m in models}.values():
@@ -353,7 +351,7 @@ def _borrowed(model):
 
 
 def _key(start, trainer, pairs):
-    "What the reference's log-probabilities follow from"
+    "A key of everything on which the reference's log-probabilities depend"
     return fingerprint(
         str(start),
         base_digest(trainer.model),
