@@ -162,7 +162,7 @@ def token_counter(
     from specs_nb.engines.models import load_processor, tokenizer_of
 
     try:
-        tok = tokenizer_of(load_processor(model))  # an adapter speaks its base's tokens
+        tok = tokenizer_of(load_processor(model))  # an adapter has its base's tokenizer
     except SpecsError:
         tok = None
 
