@@ -47,7 +47,7 @@ class TagFormat:
         for tag in tags:
             n = text.count(tag)
             if n != 1:
-                return f"{tag} is there {n} times, not once"
+                return f"{tag} occurs {n} times, not once"
             at.append(text.index(tag))
         if at != sorted(at):
             return "the tags are not in order"
@@ -114,7 +114,7 @@ class BoxedFormat:
         "Why `text` does not parse, or None if it does."
         n = text.count("\\boxed{")
         if n != 1:
-            return f"\\boxed{{ is there {n} times, not once"
+            return f"\\boxed{{ occurs {n} times, not once"
         found, (before, after) = boxed(text), text.split("\\boxed{")
         if not found:
             return "the box is not closed"
@@ -156,7 +156,7 @@ class LineFormat:
         "Why `text` does not parse, or None if it does."
         n = text.count("Answer:")
         if n != 1:
-            return f"Answer: is there {n} times, not once"
+            return f"Answer: occurs {n} times, not once"
         before, after = text.split("Answer:")
         if before.strip() and not before.rstrip(" ").endswith("\n"):
             return "Answer: does not start a line"
@@ -186,7 +186,7 @@ class JsonFormat:
     def _load(self, text):
         def once(pairs):
             if len(dict(pairs)) != len(pairs):
-                raise ValueError("a key is there twice")
+                raise ValueError("a key occurs twice")
             return dict(pairs)
 
         return json.loads(text, object_pairs_hook=once)
@@ -235,7 +235,7 @@ class HeadingsFormat:
         for head in self.heads:
             n = f"\n{text}".count(f"\n{head}")
             if n != 1 or text.count(head) != 1:
-                return f"{head.strip()} is there {text.count(head)} times as a line, not once"
+                return f"{head.strip()} must occur once, at the start of a line"
         before, reasoning, result = self._parts(text)
         if before.strip():
             return "there is text before the first heading"
