@@ -106,7 +106,7 @@ def format_parts_reward(
 
 # %% ../nbs/method/22_rewards.ipynb #36b4829f
 def _rows(n, columns, **own):
-    "For each of n completions the columns that go with it"
+    "For each of n completions a row of its entries in the columns"
     table = {k: v for k, v in columns.items() if isinstance(v, list) and len(v) == n}
     table |= {k: column(v, n, k) for k, v in own.items()}
     return [{k: v[i] for k, v in table.items()} for i in range(n)]
