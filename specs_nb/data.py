@@ -41,7 +41,7 @@ def to_png(
 
 # %% ../nbs/method/11_data.ipynb #be9870a6
 def _mended(img, data):
-    "RGB, upright, on white; what is so already keeps its bytes"
+    "An RGB image, upright and on white; one that is so already keeps its bytes"
     from PIL import Image, ImageOps
 
     plain = (
@@ -92,9 +92,9 @@ def decode(
 # %% ../nbs/method/11_data.ipynb #de1249ad
 def shrink(
     picture: Picture,  # as decoded
-    pixels: int,  # it may have; 0: any number
+    pixels: int,  # largest number of them; 0: no limit
 ) -> Picture:  # the same, or a smaller one of the same shape
-    "Shrink a picture to a maximum number of pixels; a JPEG stays a JPEG, all else becomes PNG."
+    "Shrink a picture to a maximum number of pixels; a JPEG stays a JPEG, anything else becomes PNG."
     w, h = picture.image.size
     if not pixels or w * h <= pixels:
         return picture
@@ -176,7 +176,7 @@ def read_row(
             raise SpecsError(f"{where}: the image {p} lies outside {folder}")
     choices = plain_choices([str(c) for c in d.get("choices") or d.get("options") or ()]) or None
     if not isinstance(d["question"], str):
-        raise SpecsError(f"{where}: its question must be a text, not of type {type(d['question']).__name__}")
+        raise SpecsError(f"{where}: its question must be text, not of type {type(d['question']).__name__}")
     return dict(
         id=str(d.get("id", where)),
         question=d["question"],
