@@ -48,7 +48,7 @@ class DataConfig:
 
     # `world` (drawn), a folder, `orsta`, `virl39k`, `mathvista` or `datasets`; see `sources`
     source: str = "world"
-    path: str = ""  # where the named source lies: a folder, a file, or a name that `datasets` knows
+    path: str = ""  # location of the named source: a folder, a file, or a name that `datasets` knows
     # several sources instead of one: [{source: …, path: …, weight: 2}, …], see `parts`
     sources: list[dict] = field(default_factory=list)
     subset: str = ""  # configuration of a `datasets` set, if it has several
@@ -83,7 +83,7 @@ class DataConfig:
     system: str = ""
     # further arguments of the model's chat template, everywhere: {enable_thinking: false}
     chat_template_kwargs: dict = field(default_factory=dict)
-    seed: int = 0  # stream of questions
+    seed: int = 0  # of the drawn questions: another seed gives others
 
     @property
     def drawn(self):
@@ -316,7 +316,7 @@ class Config:
 # %% ../nbs/method/00_core.ipynb #a0dcc734
 def as_number(
     value,  # what YAML has read
-):  # a float where the value is text that says a number; otherwise the value
+):  # a float if the value is text that reads as a number; otherwise the value
     "Read a number that YAML takes for text, such as 1e-6."
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
@@ -328,22 +328,22 @@ def _quotes(value, kinds):
     "A hint to use quotes, which keep the shell from expanding braces and YAML from reading a date"
     whole = {get_origin(k) or k for k in kinds}
     if isinstance(value, str) and value and whole & {dict, list}:
-        return ". On a command line the whole of it stands in quotes: 'key={name: value}', 'key=[one, two]'"
+        return ". On a command line, put the whole argument in quotes: 'key={name: value}', 'key=[one, two]'"
     return ": put it in quotes" if str in whole and not isinstance(value, (dict, list, type(None))) else ""
 
 # %% ../nbs/method/00_core.ipynb #6b9f1b6c
 def _item(value, kind, path):
     "A value inside a list or a mapping"
-    # a whole number stays one: keys of stages that have run are made of it
+    # an int stays an int: the fingerprints of finished stages were made with it
     if type(value) is kind or kind is float and type(value) is int:
         return value
     found = as_number(value) if kind is float else value
     if type(found) is kind:
         return found
-    what = {float: "a number", str: "a text", dict: "a mapping of keys to values"}.get(kind, kind.__name__)
+    what = {float: "a number", str: "a string", dict: "a mapping of keys to values"}.get(kind, kind.__name__)
     way = ": take it out of the list" if value is None else _quotes(value, (kind,))
     if value is None and ":" in path:
-        way = ": YAML wants a space behind the colon, {name: 1}"
+        way = ": YAML needs a space after the colon, {name: 1}"
     raise SpecsError(f"{path} must be {what}, not {'null' if value is None else repr(value)}{way}")
 
 # %% ../nbs/method/00_core.ipynb #99788697
@@ -377,7 +377,7 @@ SECTIONS = {"distill": "pairs"}  # a section's old name → its name, which is a
 def present_names(
     values: dict,  # nested, by sections; or flat, by paths such as `pairs.n_prompts`
 ) -> dict:  # the same, with the sections' present names
-    "What was written when some sections had other names."
+    "Replace the former names of sections by their present ones."
     out = {}
     for key, value in values.items():
         section, dot, rest = str(key).partition(".")
@@ -397,7 +397,7 @@ def merge(
     values = _mapping(values, where or "the configuration")
     if isinstance(config, Config):
         for old in SECTIONS.keys() & values.keys():
-            print(f"{'config':10} the section {old} is called {SECTIONS[old]} now and is read", flush=True)
+            print(f"{'config':10} {old} is now called {SECTIONS[old]}; the old name still works", flush=True)
         values = present_names(values)
     for key, value in values.items():
         path = f"{where}.{key}".lstrip(".")
@@ -471,6 +471,7 @@ CHOICES = {  # key → the words it may be
     "pairs.differ": ("form", "answer", "both"),
     "engine": ("auto", "transformers", "vllm", "server"),
 }
+# keys that must be above 0
 POSITIVE = """
     zero.steps final.steps data.n_train data.n_test data.max_pixels workers
     pairs.n_prompts pairs.n_samples pairs.max_pairs pairs.max_new_tokens pairs.batch_size
@@ -478,7 +479,7 @@ POSITIVE = """
     zero.lora_rank coldstart.lora_rank final.lora_rank
     vllm.concurrency vllm.tensor_parallel judge.concurrency judge.timeout judge.reply_tokens
 """.split()
-FROM_ZERO = {  # key → what its number says, where the name doesn't
+FROM_ZERO = {  # keys that may be 0 → what the number means, if the name doesn't say it
     "coldstart.lam": "λ, the weight of the SFT term",
     "threads": "0 leaves it to torch",
     "zero.max_prompt_tokens": "tokens; 0 for what the context has room for",
@@ -517,7 +518,7 @@ def _need(ok, message):
 
 
 def _check_tables(config):
-    "What the three tables say, and one share"
+    "Check the keys of the three tables, and one share"
     for key, known in CHOICES.items():
         value = setting(config, key)
         _need(value in known, f"{key}: no {value!r}; {nearest(str(value), known)}")
@@ -559,15 +560,15 @@ def _check_grpo(name, stage):
     _need(v.rows > 0, f"{v_at}.rows must be a number of questions, not {v.rows}")
     _need(
         v.keep in ("best", "last"),
-        f"{v_at}.keep says whose weights are kept, best or last, not {v.keep!r}",
+        f"{v_at}.keep says which weights are kept, best or last, not {v.keep!r}",
     )
     _need(
         v.patience >= 0,
-        f"{v_at}.patience must be a number of looks, or 0 for all steps, not {v.patience}",
+        f"{v_at}.patience must be a number of evaluations, or 0 for all steps, not {v.patience}",
     )
     _need(
         v.every > 0 or v.keep == "last" and not v.patience,
-        f"{v_at}.every is 0, so nothing tells which step is best: set how often to look, such as"
+        f"{v_at}.every is 0, so no step is known to be best: set how often to validate, such as"
         f" {v_at}.every=10",
     )
 
@@ -623,7 +624,7 @@ def _loader():
                 line, name = key.start_mark.line + 1, (key.tag, str(key.value))
                 if name in lines and key.tag != "tag:yaml.org,2002:merge":
                     raise SpecsError(
-                        f"{key.value!r} stands in line {lines[name]} and again in line {line}: make one of"
+                        f"{key.value!r} occurs in line {lines[name]} and again in line {line}: keep one of"
                         " them"
                     )
                 lines[name] = line
@@ -649,7 +650,7 @@ def parse_override(
 ) -> dict:  # nested
     "One `key=value` of the command line; the value is read as YAML."
     key, eq, value = text.partition("=")
-    quotes = "a value with spaces or braces stands in quotes, as in 'zero.rewards={format: 1, accuracy: 1}'"
+    quotes = "put a value with spaces or braces in quotes, as in 'zero.rewards={format: 1, accuracy: 1}'"
     if not eq or not key:
         raise SpecsError(f"an override is written key=value, not {text!r}; {quotes}")
     try:
@@ -810,14 +811,14 @@ EXECUTION = {
     "workers": "the same batches, spread over other processes",
     "report_to": "where curves are shown",
     "samples": "looks at completions; nothing is trained on them",
-    "keep_checkpoints": "what is left on the disk",
+    "keep_checkpoints": "what stays on the disk",
     "*.look": "a look at the model before it is trained",
-    "data.bad_rows": "a run that came to its end has used the same rows",
+    "data.bad_rows": "a finished run has used the same rows either way",
     "model.attn": "another kernel for the same attention: the same to rounding",
     "model.liger": "other kernels for the same layers: the same to rounding",
-    "*.fast": "what is computed once instead of several times: the same to rounding",
-    "*.tokens_per_microbatch": "what goes through the model at a time: the same to rounding",
-    "pairs.batch_size": "answers that are drawn at a time; others by chance, from the same distribution",
+    "*.fast": "computed once instead of several times: the same to rounding",
+    "*.tokens_per_microbatch": "tokens per forward pass: the same to rounding",
+    "pairs.batch_size": "answers drawn at a time: other random answers from the same distribution",
     "eval.batch_size": "as pairs.batch_size",
     "judge.concurrency": "requests side by side",
     "judge.timeout": "patience",
@@ -825,7 +826,7 @@ EXECUTION = {
     "judge.backoff": "patience",
     "judge.cache": "where verdicts are kept",
     "judge.calibrate": "a table beside the result",
-    "judge.key_env": "where the key stands",
+    "judge.key_env": "where the key is found",
     "vllm.urls": "where the servers are",
     "vllm.concurrency": "requests side by side",
     "vllm.gpu_memory": "room for the cache",
@@ -842,7 +843,7 @@ EXECUTION = {
                 " push_to_hub* hub_*"
             ).split()
         ],
-        "what is shown and told, and to whom",
+        "what is logged, and where",
     ),
     "*.trainer.dataloader_num_workers": "who reads the rows; their order is the sampler's",
     "*.trainer.dataloader_pin_memory": "how rows reach the GPU",
@@ -861,7 +862,7 @@ EXECUTION = {
     "*.trainer.vllm_server_*": "where vLLM's server is",
     "*.trainer.vllm_group_port": "as vllm_server_*",
 }
-# keys that say what is asked in the tests, where nothing of them is held out of the training rows
+# keys that only change the tests, if the test rows aren't held out of the training rows
 TESTS = ("data.test", "data.n_test", "data.ood_formats")
 
 # %% ../nbs/method/00_core.ipynb #811137f6
@@ -1099,7 +1100,7 @@ class StageFolder:
     "A stage's folder with its `stage.json`: is the result that it holds still valid?"
 
     dir: Path  # the stage's folder
-    key: str  # fingerprint of what its result follows from
+    key: str  # fingerprint of everything that its result depends on
     outputs: tuple = ()  # files it leaves, within its folder
     # what `key` is the fingerprint of: path in the configuration → value
     inputs: dict = field(default_factory=dict)
@@ -1136,7 +1137,7 @@ class StageFolder:
         if not self.inputs:
             return "its configuration or an input has changed"
         if before is None:
-            return "it was made by an older version of specs_nb, which didn't note what it follows from"
+            return "it was made by an older version of specs_nb, which didn't record its inputs"
         return f"changed: {differences(before, self.inputs)}"
 
     def say(self, text):
@@ -1154,8 +1155,8 @@ class Stage(StageFolder):
         info, now = self.info, versions()
         before, by = info.get("seconds", 0), info.get("seconds_by") or {}
         note = dict(state="running", key=self.key, versions=now)
-        if changed := differences(info.get("versions", now), now):  # noted, not compared
-            self.say(f"goes on with other versions: {changed}")
+        if changed := differences(info.get("versions", now), now):  # recorded, but no reason to run again
+            self.say(f"continues with other versions: {changed}")
             note["begun_with"] = info.get("begun_with", info["versions"])
         self._start_clocks(before, by)
         reset_peak_memory()
@@ -1309,7 +1310,7 @@ def patient():
 
     def watch():
         connection.wait([parent_process().sentinel])
-        os._exit(1)  # what was done is saved; nobody waits for the rest
+        os._exit(1)  # finished work is saved; nobody waits for the rest
 
     if parent_process():
         threading.Thread(target=watch, daemon=True).start()
@@ -1324,9 +1325,9 @@ def _begin_worker(then, args):
 @contextmanager
 def worker_pool(
     workers: int,  # processes
-    stage: str,  # who says it when one dies
-    kept: str,  # what is kept then, in words
-    grace: float = 0,  # seconds that the other workers get to save, once one has died
+    stage: str,  # its name, for the message if a worker dies
+    kept: str,  # for the message: what is kept
+    grace: float = 0,  # seconds that the other workers get to save after one has died
     then=None,  # called in each worker before its first task
     args=(),  # its arguments
 ):  # a `ProcessPoolExecutor`
@@ -1338,8 +1339,8 @@ def worker_pool(
     class Pool(ProcessPoolExecutor):
         def submit(self, *args, **kw):
             future = super().submit(*args, **kw)
-            # Python wakes its watching thread before it starts a process for the task: without another look
-            # the thread wouldn't know of that process, and never hear that it has died
+            # Python wakes its watching thread before it starts a process for the task; unless we wake it
+            # again, the thread doesn't know that process and never notices that it died
             with self._shutdown_lock:
                 self._executor_manager_thread_wakeup.wakeup()
             return future
