@@ -100,7 +100,7 @@ class ModelConfig:
     # attention implementation; `auto` uses FlashAttention 2 if there is a GPU and the package
     attn: str = "sdpa"
     liger: str = "auto"  # Liger's kernels: `auto` (if installed), `need`, `none`
-    # in which the final stage's weights are saved; `auto`: bfloat16 above 1 GB in float32, else as trained
+    # of the final stage's saved weights; `auto`: bfloat16 above 1 GB in float32, else as trained
     save_dtype: str = "auto"
 
 # %% ../nbs/method/00_core.ipynb #87cfa6a9
@@ -370,7 +370,7 @@ def typed(
     )
 
 # %% ../nbs/method/00_core.ipynb #406779f2
-ALSO = {"from": "start"}  # what a file may say → the field: `from` is a word of Python
+ALSO = {"from": "start"}  # key in a file → field; `from` is reserved in Python
 SECTIONS = {"distill": "pairs"}  # a section's old name → its name, which is also the stage's
 
 
@@ -805,7 +805,7 @@ def file_digest(
     return h.hexdigest()[:16]
 
 # %% ../nbs/method/00_core.ipynb #94db559b
-# pattern of a key → why a change of it leaves what was trained as it is
+# pattern of a key → why changing it doesn't change what was trained
 EXECUTION = {
     "threads": "sums come in another order: the same to rounding",
     "workers": "the same batches, spread over other processes",
@@ -910,7 +910,7 @@ def flat(
 def differences(
     before: dict,  # path → value
     now: dict,  # the same, later
-    most: int = 5,  # so many are named
+    most: int = 5,  # differences named
 ) -> str:  # such as `zero.steps 20 → 30, seed 0 → 1`
     "Describe the keys in which two tables differ."
     before, now = (json.loads(json.dumps(t, default=str)) for t in (before, now))
@@ -1198,7 +1198,7 @@ class Stage(StageFolder):
     def end(
         self,
         workers: int = 0,  # processes that worked beside this one
-        # what another process counted that did the work; None: this one did
+        # seconds counted by the process that did the work; None: by this one
         seconds_by: dict | None = None,
         **facts,  # kept in stage.json
     ):
