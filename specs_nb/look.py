@@ -137,7 +137,7 @@ def stop_words(
             f"`pairs` would find nothing: of {seen['answers']} answers to {seen['questions']} questions none"
             f" is right, mended or not. An answer reads {seen['example']!r}. What may help: easier questions,"
             " a stronger model, pairs.teacher and pairs.rejected of another model, or"
-            " coldstart.loss=none; where the form is what is missing, a reward for its parts"
+            " coldstart.loss=none; if only the form is missing, a reward for its parts"
             f" ({stage}.rewards={{format_parts: 1, accuracy: 1}}); {go_on}"
         )
     return ""
