@@ -207,8 +207,8 @@ repetition_reward = Repetition()
 # %% ../nbs/method/22_rewards.ipynb #30f7d49f
 @dataclass
 class Weighted:
-    """A weighted sum of reward functions; `None` where one that counts has no opinion: what is missing isn't
-    zero"""
+    """A weighted sum of reward functions; `None` if one with a weight has no opinion, since a missing reward
+    isn't zero"""
 
     parts: tuple  # of (reward function, weight)
     __name__ = "weighted_reward"
