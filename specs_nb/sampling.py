@@ -117,8 +117,8 @@ def round_size(
 
 
 def refill(
-    groups: list,  # of a step; those that are all alike are replaced in place
-    budget: int,  # groups that may be asked besides
+    groups: list,  # of a step; groups of equal answers are replaced in place
+    budget: int,  # additional groups that may be asked
     ask,  # number of questions → as many new groups, or fewer where questions run out
     unit: int = 1,  # see `round_size`
 ) -> int:  # groups that were asked
@@ -300,7 +300,7 @@ def need_accuracy(
     config,  # a `core.GRPOStage`
     where: str,  # its name, for messages
 ) -> int:  # number of the reward for accuracy; None: sampling is off
-    "Raise `SpecsError` if questions are to be chosen and no reward says which answers are right."
+    "Raise `SpecsError` if the stage chooses questions and no reward says which answers are right."
     if not config.sampling.on:
         return None
     place = accuracy_place(config.rewards)
