@@ -85,7 +85,7 @@ def _no_evaluation(values, where):
     way = (
         f"set {stage}.validate instead, such as {stage}.validate={{every: 10, rows: 64, keep: best}}"
         if stage in ("zero", "final")
-        else "leave it out: `eval` compares the models when they are trained"
+        else "leave it out: `eval` compares the models after training"
     )
     raise SpecsError(
         f"{where}.{on[0]}: {values[on[0]]} asks TRL to evaluate while it trains, which a stage has no rows"
@@ -115,7 +115,7 @@ def trainer_config(
     cls,  # `GRPOConfig` or `DPOConfig`
     values: dict,  # the keys under `trainer:`
     where: str,  # path in the configuration, for messages
-    **ours,  # what the stage decides; `values` win
+    **ours,  # the stage's own settings; `values` override them
 ):  # an instance of `cls`
     "TRL's configuration from ours; raises `SpecsError` for an unknown key or an invalid value."
     import torch
@@ -144,7 +144,7 @@ def resolve_rewards(
 def without_opinion(
     rewards,  # (n_completions, n_rewards), NaN where a reward has no opinion
     weights,  # of the rewards, (n_rewards,); one of weight 0 doesn't count
-):  # (rewards with NaN in the whole row of such a completion, which completions those are)
+):  # (rewards, all NaN for such a completion; which completions those are)
     "Completions on which some reward has no opinion, and the rewards without them."
     silent = (rewards.isnan() & (weights != 0)).any(1)
     return rewards.masked_fill(silent[:, None], float("nan")), silent
@@ -188,7 +188,7 @@ class _Opinions:
 def opinion_trainer(
     cls,  # `trl.GRPOTrainer`, or a class made from it
 ):  # a class made from it, with the same name
-    "The trainer, made to drop a completion from its group if a reward that counts has no opinion on it."
+    "A trainer that drops a completion from its group if a weighted reward has no opinion on it."
     return type(cls.__name__, (_Opinions, cls), {})
 
 # %% ../nbs/method/40_grpo.ipynb #71391243
