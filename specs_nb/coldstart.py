@@ -125,7 +125,7 @@ def _with_reference(rows, names, collate):
 # %% ../nbs/method/60_coldstart.ipynb #28d47626
 def reference_once(
     trainer,  # a `DPOTrainer` that has not trained yet
-    path: Path,  # the file that keeps what was computed
+    path: Path,  # file that keeps the computed values
     key: str,  # of the model and the pairs; a file with another key is ignored
 ) -> bool:  # False for a reference that changes, and for weights spread over processes
     "Compute reference log-probabilities once per pair before training, and make the trainer use them."
@@ -259,12 +259,12 @@ def _mean_kl(models, hidden, mask, size=512):
     return total / answer.sum()
 
 # %% ../nbs/method/60_coldstart.ipynb #e4f80c9a
-# what a model may multiply its logits by; `_mean_kl` doesn't
+# factors by which some models multiply their logits; `_mean_kl` ignores them
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
 def add_kl(
-    trainer,  # a `DPOTrainer` whose reference is asked in every step
+    trainer,  # a `DPOTrainer` whose reference is computed in every step
     lam: float,  # λ
 ):
     """Add `λ·KL(policy ‖ reference)`, averaged over the tokens of chosen and rejected answers, to the
@@ -336,7 +336,7 @@ def _columns(pairs, model, processor):
     "The columns that TRL takes"
     # TRL refuses images for a text model
     keep = ["prompt", "chosen", "rejected"] + (["images"] if is_vlm(model.config) else [])
-    # TRL reads what a chat template is given from a column
+    # TRL reads the chat template's arguments from a column
     if kwargs := chat_of(processor)["kwargs"]:
         pairs = pairs.add_column("chat_template_kwargs", [kwargs] * len(pairs))
         keep.append("chat_template_kwargs")
