@@ -99,7 +99,7 @@ def ends_of(
 def in_formats(
     rows,  # of the schema
     formats: list,  # names
-    every: bool = False,  # each row in every format; else in one of them, in turn
+    every: bool = False,  # each row in every format; otherwise in one of them, in turn
 ) -> tuple:  # (rows, name of the format for each)
     "Rows, each with the format in which it is asked."
     n, k = len(rows), len(formats)
@@ -117,7 +117,7 @@ def splits(
     format: str,  # the trained format's name
     ood_formats: list,  # names of the others
     compositional: list = (),  # rows of the compositional test, may be empty
-    all_formats: bool = False,  # each question in every one of `ood_formats`; else in one of them, in turn
+    all_formats: bool = False,  # each question in all `ood_formats`; otherwise in one of them, in turn
 ) -> dict:  # split → (rows, name of the format for each)
     "The test splits: rows, each with the format in which it is asked."
     out = {"id": (test, [format] * len(test)), "ood_format": in_formats(test, ood_formats, all_formats)}
