@@ -355,7 +355,7 @@ def do_grpo(
 def do_pairs(
     run: Run,  # the run
     stage: Stage,  # `pairs`
-    pool=None,  # who answers, see `answer_all`
+    pool=None,  # workers that answer, see `answer_all`
 ) -> dict:  # facts
     "Self-distillation from GRPO-zero and the base."
     from specs_nb.pairs import distill
@@ -427,7 +427,7 @@ def _no_coldstart(base, out):
 def do_eval(
     run: Run,  # the run
     stage: Stage,  # `eval`
-    pool=None,  # who answers, see `answer_all`
+    pool=None,  # workers that answer, see `answer_all`
     # the models; `coldstart@20` is the checkpoint after 20 steps
     names=("base", "zero", "coldstart", "final"),
     only=(),  # names of splits; none: all
@@ -777,7 +777,7 @@ HELP = dict(
     final="GRPO from the cold start",
     eval="base, zero, cold start and final on all tests",
     report="report.html",
-    ablate="a grid of runs: arms × seeds, in parallel, what is common done once",
+    ablate="a grid of runs: arms × seeds, in parallel; stages in common run once",
     doctor="memory, disk, tokens and time of a configuration, and what is missing",
     push="a run's model with its card, to the hub",
     export="a run's model as a whole, its adapter merged, into a folder",
