@@ -1809,6 +1809,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'specs_nb.study.ablate._Cell.add': ('study/ablate.html#_cell.add', 'specs_nb/study/ablate.py'),
                                        'specs_nb.study.ablate._Cell.kept_key': ( 'study/ablate.html#_cell.kept_key',
                                                                                  'specs_nb/study/ablate.py'),
+                                       'specs_nb.study.ablate._asked': ('study/ablate.html#_asked', 'specs_nb/study/ablate.py'),
                                        'specs_nb.study.ablate._check_names': ('study/ablate.html#_check_names', 'specs_nb/study/ablate.py'),
                                        'specs_nb.study.ablate._check_values': ( 'study/ablate.html#_check_values',
                                                                                 'specs_nb/study/ablate.py'),

@@ -19,7 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from ..analysis import generalization_factor
+from ..analysis import SPLITS, generalization_factor
 from specs_nb.core import (
     Interrupted,
     Run,
@@ -54,6 +54,7 @@ class Arm:
     curve: list = field(default_factory=list)
     # steps of RL that this arm gets before each of the grid's `budgets`, since it does without earlier stages
     before: int = 0
+    all_splits: bool = False  # its models answer all splits, whatever the grid's `splits` say
 
 # %% ../../nbs/study/50_ablate.ipynb #c34e7470
 @dataclass
@@ -88,6 +89,8 @@ class Grid:
     budgets: list = field(default_factory=list)
     # what the deep evaluation asks: names of splits
     deep_splits: list = field(default_factory=lambda: ["id"])
+    # model → names of the splits that it answers; `final@` is a checkpoint's; a model that isn't named: all
+    splits: dict = field(default_factory=dict)
     # [arm, arm] each: the first is claimed to be better; none: each arm over the first
     contrasts: list = field(default_factory=list)
     # model, split and metric that contrasts are tested on
@@ -104,7 +107,7 @@ def _only(values, cls, where):
 
 # %% ../../nbs/study/50_ablate.ipynb #c0e58e6a
 def _check_values(grid):
-    for k in ("set", "deep", "seeds", "teacher"):
+    for k in ("set", "deep", "seeds", "teacher", "splits"):
         if not isinstance(getattr(grid, k), dict):
             raise SpecsError(f"{k} must be a mapping")
     if not all(isinstance(b, int) and b > 0 for b in grid.budgets):
@@ -120,6 +123,9 @@ def _check_values(grid):
         )
 
 # %% ../../nbs/study/50_ablate.ipynb #c1e4be7c
+_ANSWER = "base", "zero", "coldstart", "final", "coldstart@", "final@"  # what `Grid.splits` may name
+
+
 def _check_names(grid):
     def known(arms, where):
         for a in arms:
@@ -134,6 +140,12 @@ def _check_names(grid):
         if bool(claim.slope) == (len(claim.over) == 2):
             raise SpecsError(f"claim {n} needs either over: [arm, arm] or slope: [arms]")
         known((*claim.over, *claim.slope), f"claim {n}")
+    for model, asked in grid.splits.items():
+        if model not in _ANSWER:
+            raise SpecsError(f"splits: no model {model!r}: {nearest(model, _ANSWER)}")
+        for split in asked:
+            if split not in SPLITS:
+                raise SpecsError(f"splits: {model} can't answer {split!r}: {nearest(split, SPLITS)}")
 
 # %% ../../nbs/study/50_ablate.ipynb #6e82df03
 GRIDS = (
@@ -272,7 +284,7 @@ def cells_of(
     return nodes, cells
 
 # %% ../../nbs/study/50_ablate.ipynb #b7e7a2ac
-def _eval_key(c, model, keys):
+def _eval_key(c, model, keys, only=()):
     "The fingerprint of one model's evaluation: the model, the questions, how they are asked and who judges"
     from specs_nb.inputs.sources import digest
 
@@ -290,6 +302,7 @@ def _eval_key(c, model, keys):
         c.seed,
         c.engine,
         c.judge.models and flat(asdict(c.judge), "judge"),
+        *([only] if only else []),
     )
 
 # %% ../../nbs/study/50_ablate.ipynb #6576e2ec
@@ -375,9 +388,10 @@ def _plan_evals(cell, keys, more):
         for what, values in asked.items():
             last = {p.replace(".", "__"): v for p, v in values.items()}
             c = arm_config(grid, cell.arm, cell.seed, more, **last)
-            only = tuple(grid.deep_splits) if what == "deep" else ()
+            only = tuple(grid.deep_splits) if what == "deep" else _asked(grid, arm, m)
             needs = [] if m == "base" else [m]
-            cell.add("eval", _eval_key(c, m, keys), needs, f"{what}_{m}", c, models=(m,), only=only)
+            key = _eval_key(c, m, keys, only)
+            cell.add("eval", key, needs, f"{what}_{m}", c, models=(m,), only=only)
     for step in arm.curve if cold else ():
         _plan_look(cell, keys, f"coldstart@{step}", step)
     for budget, step in budget_steps(grid, cell.arm).items():
@@ -390,8 +404,14 @@ def _plan_evals(cell, keys, more):
 def _plan_look(cell, keys, model, name):
     "The evaluation of a checkpoint, under the name of its step or budget"
     stage = model.partition("@")[0]
-    key = _eval_key(cell.config, model, keys)
-    cell.add("eval", key, [stage], f"eval_{stage}@{name}", models=(model,))
+    only = _asked(cell.grid, cell.grid.arms[cell.arm], f"{stage}@")
+    key = _eval_key(cell.config, model, keys, only)
+    cell.add("eval", key, [stage], f"eval_{stage}@{name}", models=(model,), only=only)
+
+
+def _asked(grid, arm, model):
+    "The splits that a model of this arm answers; none: all"
+    return () if arm.all_splits else tuple(grid.splits.get(model, ()))
 
 # %% ../../nbs/study/50_ablate.ipynb #6f1eacf5
 def _plan_cell(grid, arm, seed, keys, more, nodes, rank):
