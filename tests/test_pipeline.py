@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 
-from specs_nb.core import Config, Run, SpecsError, load_config
+from specs_nb.core import Config, Run, SpecsError, builtin_configs, load_config
 from specs_nb.pipeline import STAGES, main
 
 SMALL = ["-c", "smoke", "pairs.n_prompts=16", "data.n_test=4"]
@@ -282,8 +284,20 @@ def test_no_pairs_keeps_what_was_finished(done, tmp_path):
     assert specs("zero", "--run-dir", run).stdout.count("done before") == 1
 
 
+def named_keys(values):
+    "Dotted keys of a configuration's file; a trainer's are TRL's"
+    for section, of in values.items():
+        yield section
+        for key in of if isinstance(of, dict) else ():
+            yield f"{section}.{'start' if key == 'from' else key}"
+
+
 def test_default_yaml_is_the_default():
+    "The same values, and every key is in the file"
     assert load_config("default") == Config()
+    in_file = set(named_keys(yaml.safe_load(builtin_configs()["default"].read_text())))
+    missing = set(named_keys(asdict(Config()))) - in_file
+    assert missing == {"final.start"}, "the final stage is always trained"
 
 
 def test_help_shows_examples(capsys):
