@@ -15,7 +15,7 @@ install: $(VENV)/.base ## the package and what `specs run` needs, into .venv
 run: $(VENV)/.base ## SPECS on the embedded model, into runs/default; ARGS="-c smoke" adds arguments
 	$(BIN)/specs run --run-dir runs/default $(ARGS)
 
-test: $(VENV)/.dev ## round trip, all notebooks, pytest, wheel, docs
+test: $(VENV)/.dev ## round trip, all notebooks, pytest, vLLM's CPU build, wheel, docs
 	$(BIN)/python tools/check.py $(ARGS)
 
 check: $(VENV)/.dev ## round trip, ruff and the quick tests: before a commit (3 minutes)
@@ -43,7 +43,7 @@ bench: $(VENV)/.dev ## each measurement in bench/
 	@set -e; for f in bench/*.py; do echo "== $$f"; $(BIN)/python $$f $(ARGS); done
 
 # An environment apart, so that what is looked at doesn't look at itself.
-audit: $(VENV)/.dev ## packages against requirements.lock and known holes; ARGS="--also NAME --fetch NAME"
+audit: $(VENV)/.dev ## packages against requirements.lock and known vulnerabilities; ARGS="--also NAME --fetch NAME"
 	@$(VENV)-audit/bin/pip-audit --version >/dev/null 2>&1 || { $(BIN)/python -m venv $(VENV)-audit && \
 	  $(VENV)-audit/bin/python -m pip install -q 'pip-audit>=2.10,<3' 'uv>=0.13,<0.14'; }
 	$(VENV)-audit/bin/python tools/audit.py --env $(VENV) $(ARGS)
