@@ -16,6 +16,7 @@ from specs_nb.pipeline import check_names, main
 from specs_nb.scale.doctor import (
     Machine,
     Prompt,
+    _how,
     _span,
     activations,
     advise,
@@ -85,9 +86,17 @@ def comments(name):
     return " ".join(" ".join(l.split("#", 1)[1].split()) for l in lines if "#" in l)
 
 
+def learning(config, stage, shape, machine):
+    "GiB that a trainer needs while vLLM sleeps, without CUDA's own"
+    trainer, prompt = getattr(config, stage).trainer, example_prompt(config)
+    new, micro = trainer["max_completion_length"], trainer["per_device_train_batch_size"]
+    how = dict(_how(config, stage, machine), image_tokens=prompt.image)
+    return training(shape, micro, prompt.tokens + new, new, **how).peak / GIB
+
+
 @pytest.mark.parametrize("name", CARD)
 def test_recipes_say_what_the_doctor_says(name):
-    "The products of a step, and how many sequences vLLM holds"
+    "The products of a step, how many sequences vLLM holds, and what the trainer needs while it sleeps"
     config, machine, said = load_config(name), this_machine(**CARD[name]), comments(name)
     shape = shape_of(config.model.path, known_config(config.model.path))
     for stage, words in batches(config, machine.gpus).items():
@@ -95,6 +104,8 @@ def test_recipes_say_what_the_doctor_says(name):
     for stage in ("zero", "final"):
         words = side_by_side(config, stage, shape, example_prompt(config), machine)
         assert words and words.removesuffix(" side by side") in said, words
+        peak = learning(config, stage, shape, machine)
+        assert f"its graphs: {peak:.1f} + 1.5 + CUDA 1.0 = {peak + 2.5:.1f}" in said, (stage, peak)
 
 
 def facts_of(name, rate):
