@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -298,6 +299,13 @@ def test_default_yaml_is_the_default():
     in_file = set(named_keys(yaml.safe_load(builtin_configs()["default"].read_text())))
     missing = set(named_keys(asdict(Config()))) - in_file
     assert missing == {"final.start"}, "the final stage is always trained"
+
+
+def test_every_key_is_described():
+    text = (Path(__file__).parent.parent / "docs/configuration.md").read_text()
+    described = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`]+`", text))))
+    for key in named_keys(asdict(Config())):
+        assert key.rpartition(".")[2].replace("start", "from") in described, key
 
 
 def test_help_shows_examples(capsys):
