@@ -15,14 +15,14 @@ install: $(VENV)/.base ## the package and what `specs run` needs, into .venv
 run: $(VENV)/.base ## SPECS on the embedded model, into runs/default; ARGS="-c smoke" adds arguments
 	$(BIN)/specs run --run-dir runs/default $(ARGS)
 
-test: $(VENV)/.dev ## round trip, all notebooks, pytest, wheel, docs
+test: $(VENV)/.dev ## round trip, all notebooks, pytest, vLLM's CPU build, wheel, docs
 	$(BIN)/python tools/check.py $(ARGS)
 
 check: $(VENV)/.dev ## round trip, ruff and the quick tests: before a commit (3 minutes)
 	$(BIN)/python tools/check.py check
 
 # Without a card it says so and ends well; SPECS_NEED_GPU=1 makes that an error.
-gpu: $(VENV)/.dev ## what a CUDA card may decide differently: tests and cells, where there is a card
+gpu: $(VENV)/.dev ## tests and cells whose result may differ on a CUDA card, where there is one
 	$(BIN)/python tools/check.py gpu
 
 vllm: $(BIN)/pip ## an environment for vLLM's CPU build, in .venv-vllm (3 minutes, 4 GB)
@@ -43,7 +43,7 @@ bench: $(VENV)/.dev ## each measurement in bench/
 	@set -e; for f in bench/*.py; do echo "== $$f"; $(BIN)/python $$f $(ARGS); done
 
 # An environment apart, so that what is looked at doesn't look at itself.
-audit: $(VENV)/.dev ## packages against requirements.lock and known holes; ARGS="--also NAME --fetch NAME"
+audit: $(VENV)/.dev ## packages against requirements.lock and advisories; ARGS="--also NAME --fetch NAME"
 	@$(VENV)-audit/bin/pip-audit --version >/dev/null 2>&1 || { $(BIN)/python -m venv $(VENV)-audit && \
 	  $(VENV)-audit/bin/python -m pip install -q 'pip-audit>=2.10,<3' 'uv>=0.13,<0.14'; }
 	$(VENV)-audit/bin/python tools/audit.py --env $(VENV) $(ARGS)

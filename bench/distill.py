@@ -6,7 +6,7 @@ Usage: python bench/distill.py [--json OUT.json] [--rounds N] [--questions N]
 Where .venv-vllm exists (`make vllm`), the same is measured there too, with vLLM: it pins a transformers and a
 torch of its own, so only figures of one environment are compared. `ours` is what the package does by default
 (`engine: auto`): the engine that `generate.pick_engine` picks. Batches are of 64 completions, 4 a question,
-up to 96 tokens, as in the default configuration. The first round warms up and isn't counted. Tokens are those
+up to 96 tokens. The first round warms up and isn't counted. Tokens are those
 that were really written; the processor's seconds count, since other work may share the machine."""
 
 import argparse

@@ -19,7 +19,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 logging.disable(logging.WARNING)
-BATCH, STEPS, EPOCHS = 16, 25, 4  # the default configuration: 400 pairs, four epochs
+BATCH, STEPS, EPOCHS = 16, 25, 4  # four epochs of 400 pairs
 
 
 def pairs(folder, n, seed):

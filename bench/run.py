@@ -1,8 +1,7 @@
 """The whole `specs run`, stage by stage, and what it costs beside its stages (starting, imports,
 fingerprints).
 
-Usage: python bench/run.py [--json OUT.json] [--full]     smoke configuration; --full: the default one (half
-an hour on 2 cores)"""
+Usage: python bench/run.py [--json OUT.json] [--full]     smoke configuration; --full: the default one"""
 
 import argparse
 import json

@@ -3,6 +3,7 @@ they name. Measured peaks are in test_doctor_measured.py."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from specs_nb.pipeline import check_names, main
 from specs_nb.scale.doctor import (
     Machine,
     Prompt,
+    _how,
+    _span,
     activations,
     advise,
     around_adapters,
@@ -83,9 +86,17 @@ def comments(name):
     return " ".join(" ".join(l.split("#", 1)[1].split()) for l in lines if "#" in l)
 
 
+def learning(config, stage, shape, machine):
+    "GiB that a trainer needs while vLLM sleeps, without CUDA's own"
+    trainer, prompt = getattr(config, stage).trainer, example_prompt(config)
+    new, micro = trainer["max_completion_length"], trainer["per_device_train_batch_size"]
+    how = dict(_how(config, stage, machine), image_tokens=prompt.image)
+    return training(shape, micro, prompt.tokens + new, new, **how).peak / GIB
+
+
 @pytest.mark.parametrize("name", CARD)
 def test_recipes_say_what_the_doctor_says(name):
-    "The products of a step, and how many sequences vLLM holds"
+    "The products of a step, how many sequences vLLM holds, and what the trainer needs while it sleeps"
     config, machine, said = load_config(name), this_machine(**CARD[name]), comments(name)
     shape = shape_of(config.model.path, known_config(config.model.path))
     for stage, words in batches(config, machine.gpus).items():
@@ -93,6 +104,44 @@ def test_recipes_say_what_the_doctor_says(name):
     for stage in ("zero", "final"):
         words = side_by_side(config, stage, shape, example_prompt(config), machine)
         assert words and words.removesuffix(" side by side") in said, words
+        peak = learning(config, stage, shape, machine)
+        assert f"its graphs: {peak:.1f} + 1.5 + CUDA 1.0 = {peak + 2.5:.1f}" in said, (stage, peak)
+
+
+def facts_of(name, rate):
+    "What the doctor says of a recipe on the card that it is for"
+    return diagnose(load_config(name), this_machine(**CARD[name]), rate=read_rate(str(rate)))
+
+
+def test_configuration_has_the_doctors_hours():
+    hours = facts_of("qwen7b_qlora_48gb", ROOT / "bench/results/gpu_7b.json")["times"]
+    zero, pairs, cold, final, evaluation = (f"{s / 3600:.1f}" for s in hours.values())
+    said = f"zero {zero}, pairs {pairs}, cold start {cold}, final {final}, evaluation {evaluation}"
+    text = " ".join((ROOT / "docs/configuration.md").read_text().split())
+    assert f"at most {sum(hours.values()) / 3600:.0f} hours for `qwen7b_qlora_48gb`: {said}" in text
+
+
+def test_one_gpu_has_the_doctors_table():
+    facts = facts_of("qwen7b_lora_80gb", "generate=7000,train=7000")
+    cells = json.loads((ROOT / "nbs/tutorials/20_one_gpu.ipynb").read_text())["cells"]
+    text = "\n".join("".join(c["source"]) for c in cells)
+    for stage, p in facts["parts"].items():
+        beside = f"{p.vllm / GIB:.0f}" if p.vllm else "–"
+        time = _span(facts["times"][stage])
+        assert f"| `{stage}` | {p.peak / GIB:.0f} | {beside} | {time} |" in text, stage
+    on_disk = disk(load_config("qwen7b_lora_80gb"), facts["shape"], local=False)
+    assert f"{sum(on_disk.values()) / GIB:.0f} GiB for model and checkpoints" in text
+
+
+def test_skypilots_disk_is_large_enough():
+    size, said = re.search(
+        r"disk_size: (\d+).* counts (\d+) GiB", (ROOT / "docs/examples/skypilot.yaml").read_text()
+    ).groups()
+    config = load_config("paper_7b")
+    shape = shape_of(config.model.path, known_config(config.model.path))
+    needed = sum(disk(config, shape, local=False, launcher="fsdp2").values())
+    assert said == f"{needed / GIB:.0f}"
+    assert int(size) * 1e9 > needed + 100e9, "room for data and libraries"
 
 
 @pytest.mark.parametrize("name", sorted(set(CARD) - {"paper_7b"}))

@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 
-from specs_nb.core import Config, Run, SpecsError, load_config
+from specs_nb.core import Config, Run, SpecsError, builtin_configs, load_config
 from specs_nb.pipeline import STAGES, main
 
 SMALL = ["-c", "smoke", "pairs.n_prompts=16", "data.n_test=4"]
@@ -282,8 +285,29 @@ def test_no_pairs_keeps_what_was_finished(done, tmp_path):
     assert specs("zero", "--run-dir", run).stdout.count("done before") == 1
 
 
+def named_keys(values):
+    "Dotted keys of a configuration's file; a trainer's are TRL's"
+    for section, of in values.items():
+        yield section
+        for key in of if isinstance(of, dict) else ():
+            yield f"{section}.{'start' if key == 'from' else key}"
+
+
 def test_default_yaml_is_the_default():
+    "The same values, and every key is in the file"
     assert load_config("default") == Config()
+    in_file = set(named_keys(yaml.safe_load(builtin_configs()["default"].read_text())))
+    missing = set(named_keys(asdict(Config()))) - in_file
+    assert missing == {"final.start"}, "the final stage is always trained"
+
+
+def test_every_key_is_described():
+    text = (Path(__file__).parent.parent / "docs/configuration.md").read_text()
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    described = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`]+`", prose))))
+    for key in named_keys(asdict(Config())):
+        last = key.rpartition(".")[2]
+        assert {"start": "from"}.get(last, last) in described, key
 
 
 def test_help_shows_examples(capsys):

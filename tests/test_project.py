@@ -2,10 +2,12 @@
 
 import ast
 import configparser
+import contextlib
 import importlib.metadata
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tokenize
@@ -405,13 +407,18 @@ def broken_links(path, text):
 MARKDOWN = [p for p in project_files() if p.suffix == ".md"]
 
 
-@pytest.mark.parametrize("path", [*MARKDOWN, *NOTEBOOKS], ids=named)
-def test_links_lead_somewhere(path):
+def prose(path):
+    "The text of a Markdown file, or of a notebook's Markdown cells"
     text = path.read_text()
     if path.suffix == ".ipynb":
         cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "markdown"]
         text = "\n\n".join("".join(c["source"]) for c in cells)
-    assert not list(broken_links(path, text))
+    return text
+
+
+@pytest.mark.parametrize("path", [*MARKDOWN, *NOTEBOOKS], ids=named)
+def test_links_lead_somewhere(path):
+    assert not list(broken_links(path, prose(path)))
 
 
 def test_a_broken_link_is_found():
@@ -425,6 +432,63 @@ def test_a_broken_link_is_found():
         "#another",
         "nbs/21_grading.ipynb",
     ]
+
+
+# ---- commands in prose are taken by our command line
+
+
+def commands(text):
+    "Words of each `specs …` in fenced blocks of Markdown; a quoted word may go on over several lines"
+    for block in re.findall(r"^```(?:sh|bash)\n(.*?)^```", text, re.S | re.M):
+        lines = ""
+        for line in block.replace("\\\n", " ").splitlines():
+            lines += line + "\n"
+            try:
+                words = shlex.split(lines, comments=True)
+            except ValueError:  # a quote is open
+                continue
+            if words[:1] == ["specs"]:
+                yield words[1:]
+            lines = ""
+
+
+def refused(words):
+    "What our command line has against these words; empty if it takes them"
+    from specs_nb.core import SpecsError, builtin_configs, load_config
+    from specs_nb.pipeline import parse
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            args = parse(words)
+        named = getattr(args, "config", None)
+        load_config(named if named in builtin_configs() else None, getattr(args, "overrides", []))
+    except (SystemExit, SpecsError) as e:
+        return f"specs {' '.join(words)}: {said.getvalue().strip()[-200:] or e}"
+    return ""
+
+
+def recipe_commands():
+    "Those in the heads of the shipped configurations"
+    for path in sorted((ROOT / "specs_nb/configs").rglob("*.yaml")):
+        for line in re.findall(r"^#   (specs .*)$", path.read_text(), re.M):
+            yield shlex.split(line.partition("  ")[0])[1:]
+
+
+def test_commands_in_prose_are_taken():
+    found = [words for path in [*MARKDOWN, *NOTEBOOKS] for words in commands(prose(path))]
+    found += recipe_commands()
+    assert len(found) > 25
+    assert not [message for words in found if (message := refused(words))]
+
+
+def test_a_wrong_command_is_found():
+    text = "```sh\nspecs push --pairs me/my-pairs\nspecs run a.b='{x: 1,\n y: 2}' # why\n```\n"
+    push, run = commands(text)
+    assert "--repo" in refused(push)
+    assert run == ["run", "a.b={x: 1,\n y: 2}"]
+    assert "unknown key 'a'" in refused(run)
+    assert not refused(["run", "coldstart.lam=0.5"])
 
 
 # ---- figures in prose are those of the files that they come from
