@@ -762,7 +762,7 @@ EXAMPLES = """examples:
   specs coldstart --run-dir runs/default       up to one stage
   specs run zero.trainer.learning_rate=1e-5    any field of TRL's GRPOConfig or DPOConfig
   specs report --run-dir runs/default          write report.html again
-  specs ablate --run-dir runs/ablate --seeds 2 --arms none,sft,specs   some of the paper's ablations
+  specs ablate --run-dir runs/score --seeds 2 --arms none,sft,specs    three arms of the seven claims
   specs compare runs/a runs/b                  one page for both
   specs clean --run-dir runs/default           what was set aside when a value changed, and its size
   specs doctor -c paper_7b --gpus 8 --memory 80 --launcher fsdp2    does it fit? nothing is loaded

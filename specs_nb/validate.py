@@ -107,7 +107,7 @@ def as_prompts(
 
 # %% ../nbs/method/30_validate.ipynb #3bbddea9
 # rewards that say whether an answer is right; the judge's asks the rules first
-ACCURACY = ("specs_nb.judge:judge_reward", "accuracy")
+ACCURACY = "specs_nb.judge:judge_reward", "specs_nb.inputs.judge:judge_reward", "accuracy"
 
 
 def accuracy_place(
