@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 
-from .. import data as rows_of
+from .. import world
 from .._moved import lender
 from specs_nb.core import (
     DataConfig,
@@ -456,8 +456,6 @@ def _open_all(data):
 
 def _drawn(data):
     "The drawn world as one source of several"
-    from specs_nb import world
-
     n = data.n_train + data.n_test
     rows = lambda: (dict(r, pass_rate=None) for r in world.rows("train", n, data.seed))
     return Source("world", ["world"], Path("."), draft_mapped, {}, stream=rows)
@@ -901,7 +899,7 @@ def load_rows(
     if data.drawn:
         _check_drawn(data, split)
         n = data.n_train if split == "train" else data.n_test
-        drawn, how = rows_of.read_folder("world", split, n, data.seed), grading_of({}, data)
+        drawn, how = world.rows(split, n, data.seed), grading_of({}, data)
         return [dict(r, grading=how) for r in drawn] if how else drawn
     prepare(data, out)
     path = Path(out) / f"{split}.arrow"
@@ -919,6 +917,30 @@ def pass_rates(
         verdicts = [v for v in verdicts if v is not None]
         out.append(sum(verdicts) / len(verdicts) if verdicts else None)
     return out
+
+
+def _none_within(facts, low, high):
+    "Why no question is left, and the way out for what is most of it"
+    why = {
+        "too_easy": (
+            f"are answered right more often than {high}",
+            "raise the upper limit, or ask harder questions",
+        ),
+        "too_hard": (
+            f"are answered right less often than {low}",
+            "lower the lower limit, or ask easier questions",
+        ),
+        "no_opinion": (
+            "have no answer that could be graded",
+            "name a grader in data.grader, or leave the limits out",
+        ),
+    }
+    most = max(why, key=facts.get)
+    words, way = why[most]
+    return (
+        f"no question has a measured pass rate in data.pass_rate = [{low}, {high}]: {facts[most]} of"
+        f" {facts['read']} {words}. {way.capitalize()}; more data.pass_rate_samples measure more finely"
+    )
 
 
 def keep_within(
@@ -942,10 +964,7 @@ def keep_within(
         mean_rate=sum(known) / max(1, len(known)),
     )
     if not keep:
-        raise SpecsError(
-            f"no question has a measured pass rate in data.pass_rate = [{low}, {high}]:"
-            f" { {k: v for k, v in facts.items() if k != 'keep'} }. Widen it, or raise data.pass_rate_samples"
-        )
+        raise SpecsError(_none_within(facts, low, high))
     return (rows.pick(keep) if isinstance(rows, Rows) else [rows[i] for i in keep]), facts
 
 # %% ../../nbs/inputs/33_sources.ipynb #eb10f8c1
