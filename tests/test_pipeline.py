@@ -293,7 +293,9 @@ def test_no_pairs_keeps_what_was_finished(done, tmp_path):
 
     run = tmp_path / "r"
     shutil.copytree(done, run)
-    says(specs("pairs", "--run-dir", run, "pairs.max_new_tokens=2"), "no pair is left", "pairs.max_new_tokens")
+    says(
+        specs("pairs", "--run-dir", run, "pairs.max_new_tokens=2"), "no pair is left", "pairs.max_new_tokens"
+    )
     assert (run / "zero/model/model.safetensors").exists() and states(run)["zero"]["state"] == "done"
     assert specs("zero", "--run-dir", run).stdout.count("done before") == 1
 

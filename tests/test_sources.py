@@ -1341,7 +1341,7 @@ def sums(*numbers):
     [
         ({"imges": ["a.png"]}, "data.columns={images: imges}"),
         ({"Images": ["a.png"]}, "looks like images"),
-        ({"imgs": "a.png"}, "rename it to images"),
+        ({"imgs": "a.png"}, "Rename it to images"),
         ({"pictures": [{"path": "a.png"}]}, "data.columns={images: pictures}"),
         ({"image_path": "a.png"}, "data.ignore=[image_path]"),
         ({"scan": "a.PNG"}, "names a picture (a.PNG)"),

@@ -764,12 +764,11 @@ def _may_be(name, value, ours):
 
 
 def _stop_at(name, ours, why):
-    ways = f"rename it to {ours}, or map it with data.columns={{{ours}: {name}}}"
+    ways = f"to {ours}, or map it with data.columns={{{ours}: {name}}}"
     if ours in ("question", "answer"):  # without them there is no row: nothing to be ignored
-        raise Drop(f"it has no {ours}", f"its column {name!r} looks like it: {ways}")
-    raise Overlooked(
-        f"its column {name!r} isn't read", f"it {why}: {ways}; data.ignore=[{name}] leaves it alone"
-    )
+        raise Drop(f"it has no {ours}", f"its column {name!r} looks like it: rename that {ways}")
+    leave = f"say data.ignore=[{name}] if it is to be left alone"
+    raise Overlooked(f"its column {name!r} isn't read", f"it {why}. Rename it {ways}; {leave}")
 
 # %% ../../nbs/inputs/30_drafts.ipynb #f17b9606
 def grading_of(
