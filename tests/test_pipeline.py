@@ -263,7 +263,7 @@ def test_data_are_prepared_before_anything_else(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(p.DO, "zero", None)  # what would train
     asked = '{"question": "What is 1 + 1?", "answer": 2}\n'
     d = folder(tmp_path, asked, asked)
-    for says in ("all 1 rows of test are among the training rows", "there is no"):
+    for says in ("test.jsonl are among the training rows", "there is no"):
         for command in (["run", *SMALL], ["doctor"]):
             words = [*command, "--run-dir", str(tmp_path / "r"), f"data.source={d}"]
             assert main([str(w) for w in words]) == 2 and says in capsys.readouterr().err

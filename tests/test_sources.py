@@ -1379,6 +1379,17 @@ def test_a_column_is_mapped_as_the_message_says(tmp_path):
     assert len(found[0]["images"]) == 1 and json.loads(found[0]["grading"]) == {"tol": 0.1}
 
 
+def test_a_map_of_columns_is_checked_for_a_folder_of_ones_own(tmp_path):
+    lines(tmp_path, SUM, {**SUM, "imges": ["a.png"]})
+    for columns, says in (
+        ({"images": "imgs"}, "no column 'imgs'; did you mean 'imges'"),
+        ({"image": "x"}, "we have no"),
+    ):
+        with pytest.raises(SpecsError, match=says):
+            open_source(DataConfig(source=str(tmp_path), columns=columns))
+    assert open_source(DataConfig(source=str(tmp_path), columns={"images": "imges"})).ordered
+
+
 THEIRS = {  # rows as published sets have them, with nothing overlooked
     "virl39k": dict(
         qid="v-1",
@@ -1481,12 +1492,12 @@ def test_a_test_inside_the_training_rows_is_refused(split, tmp_path):
     lines(d, *sums(20, 21), name="test.jsonl")
     lines(d, *sums(7, 8, 9), name=f"{split}.jsonl")
     data = DataConfig(source=str(d))
-    with pytest.raises(SpecsError, match=f"all 3 rows of {split} are among the training rows") as e:
+    with pytest.raises(SpecsError, match=f"all 3 rows of .*{split}.jsonl are among the training rows") as e:
         prepare(data, tmp_path / "o")
     assert look_over(data)[0] == [str(e.value)]
     elsewhere = replace(data, test=str(d / "data.jsonl"))
-    assert "all 10 rows of test" in look_over(elsewhere)[0][0]
-    with pytest.raises(SpecsError, match="all 10 rows of test"):
+    assert "all 10 rows of" in look_over(elsewhere)[0][0]
+    with pytest.raises(SpecsError, match="all 10 rows of .*data.jsonl are"):
         prepare(elsewhere, tmp_path / "o")
 
 
@@ -1495,11 +1506,26 @@ def test_a_test_that_shares_many_rows_is_warned_of(shared, warned, tmp_path, cap
     d = lines(tmp_path / "d", *sums(*range(10)))
     lines(d, *sums(*range(10 - shared, 20 - shared)), name="test.jsonl")
     report = prepare(DataConfig(source=str(d)), tmp_path / "o")
-    said = f"{shared} of 10 rows of test ({shared}0%) are among the training rows"
+    said = f"{shared} of 10 rows of {d / 'test.jsonl'} ({shared}0%) are among the training rows"
     problems, warnings = look_over(DataConfig(source=str(d)))
     assert not problems and bool(warnings) == warned == (said in (out := capsys.readouterr().out))
     assert report["warnings"] == warnings and (not warned or warnings[0].startswith(said))
     assert f"{shared} are also training rows" in out
+
+
+def test_a_published_set_is_not_its_own_test(tmp_path):
+    file = next(VIRL.glob("*.parquet"))
+    for name in ("a", "b"):
+        shutil.copytree(VIRL, tmp_path / name)
+    (tmp_path / "b" / file.name).rename(tmp_path / "b/eval.parquet")
+    data = DataConfig(source=str(tmp_path / "a"), test=str(tmp_path / "b"))
+    assert "holds the same rows" in look_over(data)[0][0]
+    with pytest.raises(SpecsError, match="share a picture with the test"):
+        ready(data, tmp_path / "o")
+    assert look_over(replace(data, n_test=20)) == (
+        [],
+        [],
+    ), "some of them are tested on, others are trained on"
 
 
 def test_pictures_tell_rows_apart(tmp_path):
@@ -1511,13 +1537,16 @@ def test_pictures_tell_rows_apart(tmp_path):
     lines(tmp_path, *asked[2:], name="test.jsonl")
     assert look_over(DataConfig(source=str(tmp_path))) == ([], [])
     lines(tmp_path, *asked[1:3], name="test.jsonl")
-    assert "1 of 2 rows of test (50%)" in look_over(DataConfig(source=str(tmp_path)))[1][0]
+    (warned,) = look_over(DataConfig(source=str(tmp_path)))[1]
+    assert warned.startswith("1 of 2 rows of ") and "test.jsonl (50%)" in warned
 
 
 def test_a_source_of_a_mixture_that_is_all_test_is_refused(tmp_path):
     d = lines(tmp_path / "d", *sums(*range(4)))
     lines(d, *sums(*range(4)), name="test.jsonl")
     sources = [dict(source=str(d), name="mine"), dict(source=str(OWN))]
+    problems, _ = look_over(merge(DataConfig(), {"sources": sources}))
+    assert len(problems) == 1 and problems[0].startswith("data.sources, mine: all rows of")
     with pytest.raises(SpecsError, match="data.sources, mine: all 4 rows of use share"):
         ready(merge(DataConfig(), {"sources": sources}), tmp_path / "o")
 

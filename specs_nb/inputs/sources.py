@@ -226,6 +226,17 @@ def _where(data, role):
     return (name, Path(path), "data.path") if name in NAMED else (None, Path(name), "data.source")
 
 
+def _own_folder(path, file, columns):
+    "The source in a folder of one's own"
+    if columns:
+        first = (r for _, r in islice(raw_rows(file), 64) if isinstance(r, dict))
+        _check_columns(columns, {name for row in first for name in row}, file, "folder")
+    others = (p for p in sorted(path.iterdir()) if p.suffix in _DATA and p.name not in FILES.values())
+    return Source(
+        "folder", [file], path, draft_mapped, columns, count_rows(file), ordered=True, left_out=tuple(others)
+    )
+
+
 def open_source(
     data: DataConfig,  # `source`, `path`, …
     role: str = "train",  # `train`, or `test` for `data.test`
@@ -246,10 +257,7 @@ def open_source(
     columns, own = data.columns if role == "train" else {}, path / FILES[role]
     if name or not own.exists():
         return _open_files(path, name, columns, role, key)
-    others = (p for p in sorted(path.iterdir()) if p.suffix in _DATA and p.name not in FILES.values())
-    return Source(
-        "folder", [own], path, draft_mapped, columns, count_rows(own), ordered=True, left_out=tuple(others)
-    )
+    return _own_folder(path, own, columns)
 
 # %% ../../nbs/inputs/33_sources.ipynb #4f8582e7
 HINTS = {
@@ -570,7 +578,7 @@ WARN_FROM = 0.2  # of a test's rows that are also training rows
 
 
 def shared_rows(
-    split: str,  # `test`, `ood_visual` or `compositional`
+    file,  # of the test, for messages
     tested: list,  # a key for each of its rows
     trained: set,  # of keys of the training rows
 ) -> str:  # a warning; empty if there is no need
@@ -578,25 +586,25 @@ def shared_rows(
     n, shared = len(tested), sum(key in trained for key in tested)
     if n and shared == n:
         raise SpecsError(
-            f"all {n} rows of {split} are among the training rows: put other questions into {FILES[split]},"
-            " or name another test in data.test"
+            f"all {n} rows of {file} are among the training rows, so that it tests nothing: put other"
+            " questions into it, or name another test in data.test"
         )
     if not shared or shared < WARN_FROM * n:
         return ""
     return (
-        f"{shared} of {n} rows of {split} ({shared / n:.0%}) are among the training rows: they are left out"
-        f" of the test, and {n - shared} remain"
+        f"{shared} of {n} rows of {file} ({shared / n:.0%}) are among the training rows: they are left out of"
+        f" the test, and {n - shared} remain"
     )
 
 # %% ../../nbs/inputs/33_sources.ipynb #af30f63e
-def _check_shared(out, splits, tallies):
+def _check_shared(out, own, tallies):
     "Warnings about tests that share rows with the training rows, and a note in their tallies"
     trained, warnings = set(Rows(out / "train.arrow").keys()), []
-    for split in splits:
+    for split, source in own.items():
         tested = [*Rows(out / f"{split}.arrow").keys()]
         if shared := sum(key in trained for key in tested):
             tallies[split].notes["are also training rows, and are left out of the test"] += shared
-        warnings += filter(None, [shared_rows(split, tested, trained)])
+        warnings += filter(None, [shared_rows(source.files[0], tested, trained)])
     return warnings
 
 # %% ../../nbs/inputs/33_sources.ipynb #dbb0f862
@@ -864,15 +872,39 @@ def look_over(
 def _look_at(data, alone):
     "Warnings about one source; raises `SpecsError`"
     source = open_source(data)
-    if source.ordered and not alone:
-        _test_files(source)
-    stop, own = _stops(data, source), _own_tests(data, source) if alone else {}
+    stop, own = _stops(data, source), _own_tests(data, source) if alone else _parts_tests(source)
     tested = {split: _seen(s, data, data.n_test, stop and s.ordered) for split, s in own.items()}
     asked = {words for keys in tested.values() for words, *_ in keys}
     trained = set(_seen(source, data, data.n_train, stop, asked))
+    if not alone and source.ordered and trained <= {key for keys in tested.values() for key in keys}:
+        raise SpecsError(
+            f"all rows of {source.files[0]} are also in its tests, so that none are left to train on"
+        )
     if not source.ordered:
-        return []  # its rows are kept apart from the test by `part`
-    return [*filter(None, (shared_rows(split, keys, trained) for split, keys in tested.items()))]
+        _not_the_same(data, source, own)
+    if not source.ordered or not alone:
+        return []  # its rows are kept apart from the test by `part`, a mixture's by `_divide`
+    return [
+        *filter(None, (shared_rows(own[split].files[0], keys, trained) for split, keys in tested.items()))
+    ]
+
+
+def _parts_tests(source):
+    "Tests that a part of a mixture brings along"
+    there = _test_files(source) if source.ordered else {}
+    return {split: _with_file(source, path) for split, path in there.items() if split != "compositional"}
+
+
+def _not_the_same(data, source, own):
+    "Raise `SpecsError` if all that is to be trained on is tested on"
+    if not own or source.stream or (source.total or 0) > data.n_test:
+        return
+    contents = [sorted(_digest_of(f)[1:] for f in s.files) for s in (source, own["test"])]
+    if contents[0] == contents[1]:
+        raise SpecsError(
+            f"data.test holds the same rows as {source.files[0]}, so that none are left to train on: give"
+            " another data.test, or leave it out, and rows are held out of the source"
+        )
 
 # %% ../../nbs/inputs/33_sources.ipynb #881cf7bb
 def _check_drawn(data, split):
