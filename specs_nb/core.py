@@ -55,6 +55,8 @@ class DataConfig:
     split: str = "train"  # split of a `datasets` set
     # our column → theirs, dots go inside: {answer: solution, id: meta.id}
     columns: dict[str, str] = field(default_factory=dict)
+    # columns that are left unread on purpose, though their names or values suggest one of ours
+    ignore: list[str] = field(default_factory=list)
     test: str = ""  # folder or file of the ID test; empty: the source's own, or rows held out of it
     n_train: int = 4000  # questions to train from
     n_test: int = 200  # questions of each test split
@@ -421,7 +423,7 @@ def _mapping(value, path):
 
 # %% ../nbs/method/00_core.ipynb #e2437062
 # what an entry of `data.sources` may set; the last five hold for all entries unless one sets its own
-PART = "source path subset split columns images max_pixels shrink_to pass_rate bad_rows".split()
+PART = "source path subset split columns ignore images max_pixels shrink_to pass_rate bad_rows".split()
 
 
 def _part(data, entry, where):

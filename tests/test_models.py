@@ -471,13 +471,9 @@ def test_whole_run_of_a_text_model(tmp_path):
     says why"""
     data = tmp_path / "data"
     data.mkdir()
-    for f in ("data.jsonl", "test.jsonl"):
-        (data / f).write_text(
-            "".join(
-                json.dumps({"question": f"What is {i} + {len(f)}?", "answer": i + len(f)}) + "\n"
-                for i in range(8)
-            )
-        )
+    for f, k in (("data.jsonl", 1), ("test.jsonl", 2)):
+        rows = [json.dumps({"question": f"What is {i} + {k}?", "answer": i + k}) + "\n" for i in range(8)]
+        (data / f).write_text("".join(rows))
     r = subprocess.run(
         [
             sys.executable,

@@ -257,6 +257,22 @@ def test_empty_data(tmp_path):
     )
 
 
+def test_data_are_prepared_before_anything_else(tmp_path, monkeypatch, capsys):
+    "A test that isn't there, or is the training set, is told before a model is loaded; by the doctor as well"
+    import specs_nb.pipeline as p
+
+    monkeypatch.setattr(p, "_prepare", lambda *a, **k: None)
+    monkeypatch.setattr(p, "check_training", lambda *a: None)
+    monkeypatch.setitem(p.DO, "zero", None)  # what would train
+    asked = '{"question": "What is 1 + 1?", "answer": 2}\n'
+    d = folder(tmp_path, asked, asked)
+    for says in ("test.jsonl are among the training rows", "there is no"):
+        for command in (["run", *SMALL], ["doctor"]):
+            words = [*command, "--run-dir", str(tmp_path / "r"), f"data.source={d}"]
+            assert main([str(w) for w in words]) == 2 and says in capsys.readouterr().err
+        (d / "test.jsonl").unlink(missing_ok=True)
+
+
 def test_unreadable_image(tmp_path):
     d = folder(tmp_path, '{"question": "How many?", "answer": 1, "images": ["a.png"]}\n')
     (d / "a.png").write_text("no image")
@@ -280,7 +296,9 @@ def test_no_pairs_keeps_what_was_finished(done, tmp_path):
 
     run = tmp_path / "r"
     shutil.copytree(done, run)
-    says(specs("pairs", "--run-dir", run, "pairs.max_new_tokens=2"), "no pair is left", "pairs.n_prompts")
+    says(
+        specs("pairs", "--run-dir", run, "pairs.max_new_tokens=2"), "no pair is left", "pairs.max_new_tokens"
+    )
     assert (run / "zero/model/model.safetensors").exists() and states(run)["zero"]["state"] == "done"
     assert specs("zero", "--run-dir", run).stdout.count("done before") == 1
 

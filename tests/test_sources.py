@@ -55,6 +55,7 @@ from specs_nb.inputs.sources import (
     digest,
     keep_within,
     load_rows,
+    look_over,
     open_source,
     part,
     pass_rates,
@@ -602,24 +603,26 @@ junk = st.recursive(
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(
     st.sampled_from([draft_virl39k, draft_orsta, draft_mathvista, draft_mapped]),
-    st.fixed_dictionaries({
-        k: junk
-        for k in (
-            "qid",
-            "pid",
-            "question",
-            "answer",
-            "image",
-            "images",
-            "choices",
-            "prompt",
-            "reward_model",
-            "data_source",
-            "answer_type",
-            "kind",
-            "pass_rate",
-        )
-    }),
+    st.fixed_dictionaries(
+        {
+            k: junk
+            for k in (
+                "qid",
+                "pid",
+                "question",
+                "answer",
+                "image",
+                "images",
+                "choices",
+                "prompt",
+                "reward_model",
+                "data_source",
+                "answer_type",
+                "kind",
+                "pass_rate",
+            )
+        }
+    ),
 )
 def test_any_row_becomes_a_row_or_is_dropped(draft, d):
     from specs_nb.inputs.sources import Source
@@ -1261,8 +1264,8 @@ def test_the_files_of_every_source_are_fingerprinted(tmp_path):
 
 def test_ids_are_made_unique_on_reading(tmp_path):
     "Sets that use the picture's id: six questions must not become one"
-    for name in ("data.jsonl", "test.jsonl"):
-        asked = [{"id": "img-1", "question": f"What is {i} + {len(name)}?", "answer": i} for i in range(6)]
+    for name, k in (("data.jsonl", 1), ("test.jsonl", 2)):
+        asked = [{"id": "img-1", "question": f"What is {i} + {k}?", "answer": i + k} for i in range(6)]
         lines(tmp_path / "d", *asked, name=name)
     ready(DataConfig(source=str(tmp_path / "d")), tmp_path / "o")
     for split in ("train", "test"):
@@ -1308,6 +1311,7 @@ def test_layouts_of_other_tools(rows, columns, name, tmp_path):
 )
 def test_odd_rows_are_refused_with_their_line(row, says, tmp_path):
     lines(tmp_path / "d", {"question": "What is 1 + 1?", "answer": 2}, row)
+    lines(tmp_path / "d", {"question": "What is 2 + 2?", "answer": 4}, name="test.jsonl")
     with pytest.raises(SpecsError, match=says) as e:
         prepare(DataConfig(source=str(tmp_path / "d")), tmp_path / "o")
     assert len(str(e.value)) < 700, "no picture is printed"
@@ -1320,3 +1324,262 @@ def test_choices_with_labels_and_a_column_of_options(tmp_path):
     found, t = read(DataConfig(source=str(tmp_path)))
     assert [(r["choices"], r["answer"], r["kind"]) for r in found] == [(["3", "4"], "B", "choice")] * 2
     assert "(A) 3 (B) 4" in prompt_text(found[0], "")
+
+
+# ---- columns that nobody reads, and tests that test nothing
+
+
+SUM = {"question": "What is 1 + 1?", "answer": 2}
+
+
+def sums(*numbers):
+    return [{"question": f"What is {i} + {i}?", "answer": 2 * i} for i in numbers]
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        ({"imges": ["a.png"]}, "data.columns={images: imges}"),
+        ({"Images": ["a.png"]}, "looks like images"),
+        ({"imgs": "a.png"}, "Rename it to images"),
+        ({"pictures": [{"path": "a.png"}]}, "data.columns={images: pictures}"),
+        ({"image_path": "a.png"}, "data.ignore=[image_path]"),
+        ({"scan": "a.PNG"}, "names a picture (a.PNG)"),
+        ({"meta": {"figure": "a.jpeg"}}, "data.columns={images: meta.figure}"),
+        ({"choises": ["1", "2"]}, "data.columns={choices: choises}"),
+        ({"optoins": {"A": "1", "B": "2"}}, "looks like choices"),
+        ({"kinds": "number"}, "data.columns={kind: kinds}"),
+        ({"tolerance": 0.1}, "data.columns={tol: tolerance}"),
+        ({"precison": 2}, "data.columns={precision: precison}"),
+    ],
+)
+def test_a_column_that_holds_what_a_row_lacks_stops(more, says, tmp_path):
+    "In a row of one's own folder and of any other set; the doctor and a preparation say the same"
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    for name in ("data.jsonl", "train.jsonl"):
+        d = lines(tmp_path / name, sums(2)[0], {**SUM, **more}, *sums(3, 4), name=name)
+        lines(d, *sums(9), name="test.jsonl")
+        shutil.copy(tmp_path / "a.png", d)
+        shutil.copy(tmp_path / "a.png", d / "a.PNG")
+        data = DataConfig(source=str(d), n_test=1)
+        with pytest.raises(SpecsError) as e:
+            prepare(data, tmp_path / "o")
+        assert says in str(e.value) and f"{name} line 2: its column '{[*more][0]}" in str(e.value)
+        assert look_over(data)[0] == [str(e.value)]
+        for fine, n in ((replace(data, ignore=[*more]), 4), (replace(data, bad_rows="drop"), 3)):
+            assert look_over(fine) == ([], [])
+            assert ready(fine, tmp_path / "o")["splits"]["train"]["of_use"] == n
+
+
+def test_a_column_is_mapped_as_the_message_says(tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    lines(tmp_path, {**SUM, "imges": ["a.png"], "tolerance": 0.1})
+    columns = {"images": "imges", "tol": "tolerance"}
+    found, _ = read(DataConfig(source=str(tmp_path), columns=columns))
+    assert len(found[0]["images"]) == 1 and json.loads(found[0]["grading"]) == {"tol": 0.1}
+
+
+def test_a_map_of_columns_is_checked_for_a_folder_of_ones_own(tmp_path):
+    lines(tmp_path, SUM, {**SUM, "imges": ["a.png"]})
+    for columns, says in (
+        ({"images": "imgs"}, "no column 'imgs'; did you mean 'imges'"),
+        ({"image": "x"}, "we have no"),
+    ):
+        with pytest.raises(SpecsError, match=says):
+            open_source(DataConfig(source=str(tmp_path), columns=columns))
+    assert open_source(DataConfig(source=str(tmp_path), columns={"images": "imges"})).ordered
+
+
+THEIRS = {  # rows as published sets have them, with nothing overlooked
+    "virl39k": dict(
+        qid="v-1",
+        category="Spatial",
+        source="Processed",
+        image=[],
+        PassRate_7BBase=0.5,
+        PassRate_32BTrained=1.0,
+    ),
+    "orsta": dict(data_source="math", images=[], ability="math", extra_info={"id": "7", "image_path": ""}),
+    "mathvista": dict(
+        pid="3",
+        image=[],
+        decoded_image=None,
+        choices=None,
+        unit=None,
+        precision=1.0,
+        question_type="free_form",
+        answer_type="integer",
+        metadata={
+            "category": "math",
+            "grade": "daily life",
+            "img_height": 720,
+            "img_width": 1514,
+            "skills": ["a"],
+        },
+        query="Hint: answer with a number. What is 1 + 1?",
+    ),
+    "mathverse": dict(
+        sample_index="1",
+        problem_version="Text Only",
+        image=None,
+        question_type="multi-choice",
+        metadata={"split": "testmini", "source": "Geometry3K", "subject": "Plane Geometry"},
+        query_wo="Directly answer.",
+        query_cot="First reason.",
+        question_for_eval="What is 1 + 1?",
+    ),
+    "geometry3k": dict(images=[], problem="Find x.", split="train"),
+    "verl": dict(
+        data_source="gsm8k",
+        ability="math",
+        reward_model={"style": "rule", "ground_truth": "2"},
+        extra_info={"split": "train", "index": 0, "answer": "1 + 1 = 2", "question": "What is 1 + 1?"},
+    ),
+    "scienceqa": dict(
+        image=None, hint="", task="closed choice", grade="grade2", skill="add", solution="Add."
+    ),
+    "own": dict(
+        image_source="coco",
+        img_size=[84, 84],
+        image_id="COCO_000000397133",
+        picture_id="p-7",
+        image_hash="f00ba4",
+        answer_type="integer",
+        question_type="count",
+        category="sums",
+        choice="A",
+        option="B",
+        kind_of_task="sum",
+        difficulty="easy",
+        tool="pencil",
+        author="images@example.org",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_columns_of_their_own_are_left_alone(name, tmp_path):
+    lines(tmp_path, {**SUM, **THEIRS[name]})
+    found, t = read(DataConfig(source=str(tmp_path)))
+    assert len(found) == 1, t
+    assert look_over(DataConfig(source=str(tmp_path), test=str(VIRL))) == ([], [])
+
+
+def test_a_row_with_pictures_may_name_others(tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    lines(tmp_path, {**SUM, "image": "a.png", "images": [], "thumbnail": "small.png", "img_path": "x/a.png"})
+    assert len(read(DataConfig(source=str(tmp_path)))[0][0]["images"]) == 1
+
+
+def test_pictures_in_numbered_columns_are_not_lost(tmp_path):
+    "MMMU's image_1 … image_7"
+    d = lines(tmp_path, {**SUM, "image_1": {"bytes": None, "path": "a.png"}, "image_2": None})
+    with pytest.raises(SpecsError, match=r"names a picture \(a.png\)"):
+        read(DataConfig(source=str(d)))
+    assert read(DataConfig(source=str(d), images="without"))[1].kept == 1
+
+
+def test_an_answer_under_another_name_is_pointed_to(tmp_path):
+    lines(tmp_path, SUM, {"question": "What is 1 + 2?", "anwser": 3})
+    lines(tmp_path, SUM, name="test.jsonl")
+    with pytest.raises(SpecsError, match="line 2.*no answer.*data.columns={answer: anwser}"):
+        prepare(DataConfig(source=str(tmp_path)), tmp_path / "o")
+
+
+@pytest.mark.parametrize("split", ["test", "ood_visual", "compositional"])
+def test_a_test_inside_the_training_rows_is_refused(split, tmp_path):
+    d = lines(tmp_path / "d", *sums(*range(10)))
+    lines(d, *sums(20, 21), name="test.jsonl")
+    lines(d, *sums(7, 8, 9), name=f"{split}.jsonl")
+    data = DataConfig(source=str(d))
+    with pytest.raises(SpecsError, match=f"all 3 rows of .*{split}.jsonl are among the training rows") as e:
+        prepare(data, tmp_path / "o")
+    assert look_over(data)[0] == [str(e.value)]
+    elsewhere = replace(data, test=str(d / "data.jsonl"))
+    assert "all 10 rows of" in look_over(elsewhere)[0][0]
+    with pytest.raises(SpecsError, match="all 10 rows of .*data.jsonl are"):
+        prepare(elsewhere, tmp_path / "o")
+
+
+@pytest.mark.parametrize("shared, warned", [(1, False), (2, True), (9, True)])
+def test_a_test_that_shares_many_rows_is_warned_of(shared, warned, tmp_path, capsys):
+    d = lines(tmp_path / "d", *sums(*range(10)))
+    lines(d, *sums(*range(10 - shared, 20 - shared)), name="test.jsonl")
+    report = prepare(DataConfig(source=str(d)), tmp_path / "o")
+    said = f"{shared} of 10 rows of {d / 'test.jsonl'} ({shared}0%) are among the training rows"
+    problems, warnings = look_over(DataConfig(source=str(d)))
+    assert not problems and bool(warnings) == warned == (said in (out := capsys.readouterr().out))
+    assert report["warnings"] == warnings and (not warned or warnings[0].startswith(said))
+    assert f"{shared} are also training rows" in out
+
+
+def test_a_published_set_is_not_its_own_test(tmp_path):
+    file = next(VIRL.glob("*.parquet"))
+    for name in ("a", "b"):
+        shutil.copytree(VIRL, tmp_path / name)
+    (tmp_path / "b" / file.name).rename(tmp_path / "b/eval.parquet")
+    data = DataConfig(source=str(tmp_path / "a"), test=str(tmp_path / "b"))
+    assert "holds the same rows" in look_over(data)[0][0]
+    with pytest.raises(SpecsError, match="share a picture with the test"):
+        ready(data, tmp_path / "o")
+    assert look_over(replace(data, n_test=20)) == (
+        [],
+        [],
+    ), "some of them are tested on, others are trained on"
+
+
+def test_pictures_tell_rows_apart(tmp_path):
+    "The same question about other pictures is another row"
+    for i in range(4):
+        Image.new("RGB", (40, 40), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    asked = [{"question": "How many?", "answer": 1, "images": [f"{i}.png"]} for i in range(4)]
+    lines(tmp_path, *asked[:2])
+    lines(tmp_path, *asked[2:], name="test.jsonl")
+    assert look_over(DataConfig(source=str(tmp_path))) == ([], [])
+    lines(tmp_path, *asked[1:3], name="test.jsonl")
+    (warned,) = look_over(DataConfig(source=str(tmp_path)))[1]
+    assert warned.startswith("1 of 2 rows of ") and "test.jsonl (50%)" in warned
+
+
+def test_a_source_of_a_mixture_that_is_all_test_is_refused(tmp_path):
+    d = lines(tmp_path / "d", *sums(*range(4)))
+    lines(d, *sums(*range(4)), name="test.jsonl")
+    sources = [dict(source=str(d), name="mine"), dict(source=str(OWN))]
+    problems, _ = look_over(merge(DataConfig(), {"sources": sources}))
+    assert len(problems) == 1 and problems[0].startswith("data.sources, mine: all rows of")
+    with pytest.raises(SpecsError, match="data.sources, mine: all 4 rows of use share"):
+        ready(merge(DataConfig(), {"sources": sources}), tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        (None, "there is no"),
+        ("tests.jsonl", "is it test.jsonl"),
+        ("ood-visual.jsonl", "is it ood_visual.jsonl"),
+        ("composition.jsonl", "is it compositional.jsonl"),
+    ],
+)
+def test_a_missing_test_is_told_before_a_row_is_read(name, says, tmp_path, monkeypatch):
+    from specs_nb.inputs import sources
+
+    d = lines(tmp_path / "d", *sums(*range(4)))
+    if name:
+        lines(d, *sums(9), name=name)
+    if name and name != "tests.jsonl":
+        lines(d, *sums(8), name="test.jsonl")
+    data = DataConfig(source=str(d))
+    assert says in look_over(data)[0][0]
+    monkeypatch.setattr(sources, "stream", None)
+    with pytest.raises(SpecsError, match=says):
+        prepare(data, tmp_path / "o")
+
+
+def test_what_is_held_out_and_what_is_not_read_is_printed(tmp_path, capsys):
+    d = lines(tmp_path / "d", *sums(*range(20)), name="train.jsonl")
+    prepare(DataConfig(source=str(d), n_test=4), tmp_path / "o")
+    assert "4 rows are held out of them for the test" in capsys.readouterr().out
+    lines(d, *sums(1))
+    lines(d, *sums(2), name="test.jsonl")
+    prepare(DataConfig(source=str(d)), tmp_path / "o")
+    assert "not read: train.jsonl" in capsys.readouterr().out

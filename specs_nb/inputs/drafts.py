@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_CHARS', 'SPECIAL', 'MAX_BYTES', 'TURNS', 'ASKERS', 'ANSWERERS', 'OURS', 'Drop', 'Unwanted', 'Tally',
            'tidy_question', 'unbox', 'infer', 'check_gold', 'image_bytes', 'pictures', 'draft_virl39k', 'draft_orsta',
-           'draft_mathvista', 'draft_mapped', 'grading_of', 'place_boxes', 'finish']
+           'draft_mathvista', 'draft_mapped', 'shows_picture', 'resembles', 'Overlooked', 'overlooked', 'grading_of',
+           'place_boxes', 'finish']
 
 # %% ../../nbs/inputs/30_drafts.ipynb #ca38bab6
 import ast
@@ -13,6 +14,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from ..core import DataConfig, nearest
@@ -556,7 +558,7 @@ def _texts(choices):
 # %% ../../nbs/inputs/30_drafts.ipynb #606ad05c
 TURNS = ("prompt", "messages", "conversations")  # columns that hold a talk
 ASKERS, ANSWERERS = ("user", "human"), ("assistant", "gpt", "model")  # who speaks in it
-OURS = ("question", "answer", "images", "choices", "kind", "id", "source", "pass_rate")
+OURS = ("question", "answer", "images", "choices", "kind", "id", "source", "pass_rate", "tol", "precision")
 
 
 def _turns(turns):
@@ -607,8 +609,8 @@ def draft_mapped(
     if answer is None and "answer" not in columns:
         answer = _inside(d, "reward_model.ground_truth")
         answer = _said(turns, ANSWERERS) if answer is None and turns else answer
-    images = get("images") if "images" in columns or d.get("images") is not None else d.get("image")
-    images = _listed(images) or (_shown(turns) if turns else [])
+    images = _listed(get("images")) or ([] if "images" in columns else _listed(d.get("image")))
+    images = images or (_shown(turns) if turns else [])
     rate = get("pass_rate")
     if rate is not None and not (isinstance(rate, (int, float)) and rate == rate):
         raise Drop("its pass rate is no number", repr(rate))
@@ -624,6 +626,149 @@ def draft_mapped(
         tol=get("tol"),
         precision=get("precision"),
     )
+
+# %% ../../nbs/inputs/30_drafts.ipynb #58a92dea
+_PICTURE_FILE = re.compile(r"[^\n]{1,300}\.(?:png|jpe?g|webp|gif|bmp|tiff?)", re.I)
+
+
+def shows_picture(
+    value,  # of any column
+) -> str:  # the file's name, or `embedded`; empty if it shows none
+    "The picture that a value holds, or the picture file that it names."
+    value = _read(value)
+    if isinstance(value, dict):
+        value = [value[k] for k in _INSIDE if value.get(k)]
+    if isinstance(value, (list, tuple)):
+        return next(filter(None, map(shows_picture, value)), "")
+    if isinstance(value, str) and _PICTURE_FILE.fullmatch(value.strip()):
+        return _short(value.strip())
+    return "embedded" if _is_picture(value) else ""
+
+
+def _is_picture(value):
+    "Is it an image, or the bytes of one, perhaps written out as text?"
+    if isinstance(value, str):
+        try:
+            return _written_out(value) is not None
+        except Drop:  # a data URL that is cut off
+            return True
+    begins = bytes(value[:8]) if isinstance(value, (bytes, bytearray, memoryview)) else b""
+    return begins.startswith(_BEGINS) or hasattr(value, "save")
+
+# %% ../../nbs/inputs/30_drafts.ipynb #5f4f2072
+_ALIASES = {  # what a row may lack → other names for it
+    "images": (
+        "img imgs pic pics picture pictures photo photos"
+        " image_path image_paths image_file image_files img_path img_paths image_url image_urls"
+    ),
+    "choices": "choice alternatives",
+    "kind": "answer_kind",
+    "tol": "tolerance rtol",
+    "precision": "decimals decimal_places",
+    "question": "problem query task",
+    "answer": "solution label gold ground_truth target correct_answer",
+}
+_SPELT = {"images": ("images", "image"), "choices": ("choices", "options"), "tol": ("tolerance",)}
+
+
+@lru_cache(10_000)  # a set has few columns and many rows
+def resembles(
+    column,  # a name of theirs
+    ours: str,  # a name of ours
+) -> bool:  # another spelling, or another word for it?
+    "Does a column's name look like one of ours?"
+    from difflib import get_close_matches
+
+    name = re.sub(r"[\s-]+", "_", str(column).strip().lower())
+    if name in _ALIASES[ours].split():
+        return True
+    close = get_close_matches(name, _SPELT.get(ours, (ours,)), 1, 0.8)
+    longer = close and (name.startswith(close[0]) or name.endswith(close[0]))
+    return bool(close) and not (longer and len(name) > len(close[0]) + 1)
+
+# %% ../../nbs/inputs/30_drafts.ipynb #dbb278bf
+def _fits(value, ours):
+    "Could a value stand in a column of ours?"
+    value = _read(value)
+    if ours == "images":
+        some = value if isinstance(value, (list, tuple)) else [value]
+        return any(bool(v) and (isinstance(v, (str, dict, bytes)) or hasattr(v, "save")) for v in some)
+    if ours == "choices" and isinstance(value, str):
+        return bool(find_choices(value)[0])
+    if ours == "choices":
+        return isinstance(value, (list, tuple, dict)) and len(value) > 1
+    if ours == "kind":
+        return isinstance(value, str) and value in KINDS
+    if ours in ("tol", "precision"):
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    return value is not None and bool(str(value).strip())
+
+# %% ../../nbs/inputs/30_drafts.ipynb #df30dbec
+class Overlooked(Drop):
+    "A row with a column that isn't read, though it seems to hold what the row lacks"
+
+
+def _lacks(draft, data):
+    "What a draft lacks that another column may hold, the gravest first"
+    for ours in ("question", "answer"):
+        if draft[ours] is None or not str(draft[ours]).strip():
+            yield ours
+    if not draft["images"] and data.images != "without":
+        yield "images"
+    if not draft["choices"] and not find_choices(str(draft["question"]))[0]:
+        yield "choices"
+    for ours in ("kind", "tol", "precision"):
+        if draft.get(ours) in (None, ""):
+            yield ours
+
+
+_READ = {*OURS, *TURNS, "options", "data_source"} - {"images"}
+
+
+def _unread(d, columns, ignore):
+    "Columns that nobody reads, and what lies one level inside them: (name, value)"
+    skip = {*columns.values(), *ignore, *_READ}
+    for name, value in d.items():
+        if name in skip:
+            continue
+        yield name, value
+        inside = value if isinstance(value, dict) and not shows_picture(value) else {}
+        for key, v in inside.items():
+            if f"{name}.{key}" not in skip:
+                yield f"{name}.{key}", v
+
+# %% ../../nbs/inputs/30_drafts.ipynb #12cd519b
+def overlooked(
+    d: dict,  # a row of any set
+    draft: dict,  # what `draft_mapped` made of it
+    columns: dict,  # our name → theirs
+    data: DataConfig,  # images, ignore
+):
+    "Raise `Overlooked` for a column that isn't read and seems to hold what the draft lacks."
+    unread = [*_unread(d, columns, data.ignore)]
+    for ours in _lacks(draft, data):
+        for name, value in unread:
+            if ours not in columns and _may_be(name, value, ours):
+                _stop_at(name, ours, f"looks like {ours}, which the row lacks")
+        for name, value in unread if ours == "images" else ():
+            if picture := shows_picture(value):
+                _stop_at(name, ours, f"names a picture ({picture}), and the row shows none")
+
+
+def _may_be(name, value, ours):
+    "Could a column be one of ours under another name? Inside of others, `precision` may be anything"
+    before, _, word = name.rpartition(".")
+    return (
+        not (before and ours in ("kind", "tol", "precision")) and resembles(word, ours) and _fits(value, ours)
+    )
+
+
+def _stop_at(name, ours, why):
+    ways = f"to {ours}, or map it with data.columns={{{ours}: {name}}}"
+    if ours in ("question", "answer"):  # without them there is no row: nothing to be ignored
+        raise Drop(f"it has no {ours}", f"its column {name!r} looks like it: rename that {ways}")
+    leave = f"say data.ignore=[{name}] if it is to be left alone"
+    raise Overlooked(f"its column {name!r} isn't read", f"it {why}. Rename it {ways}; {leave}")
 
 # %% ../../nbs/inputs/30_drafts.ipynb #f17b9606
 def grading_of(

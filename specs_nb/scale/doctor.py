@@ -1128,14 +1128,17 @@ def diagnose(
     prompt: Prompt = None,  # how long prompts are; None: `example_prompt`
     rate: dict = None,  # tokens a second: `generate`, `train`
     run=None,  # an earlier run of the same model, for its times
-) -> dict:  # facts, and `problems`: sentences
+) -> dict:  # facts, and `problems` and `warnings`: sentences
     "Everything that can be said of a run before it starts; raises `SpecsError` if the model is nowhere."
+    from specs_nb.inputs.sources import look_over
+
     c = config_of_model(config.model.path)
     shape, local = shape_of(config.model.path, c), _local(config.model.path)
     prompt = prompt or example_prompt(config)
     estimates, space = estimate(config, machine, prompt, shape), disk(config, shape, local, machine.cut)
     problems = missing(config, machine, c.model_type, local) + cramped(config, shape, prompt, machine)
-    problems += _chat_problems(config) + _too_large(config, machine, prompt, shape, estimates)
+    wrong, warnings = look_over(config.data)
+    problems += wrong + _chat_problems(config) + _too_large(config, machine, prompt, shape, estimates)
     if sum(space.values()) > machine.disk > 0:
         problems.append(
             f"the run needs {sum(space.values()) / 2**30:.1f} GiB of disk and {machine.disk / 2**30:.1f} are"
@@ -1157,6 +1160,7 @@ def diagnose(
         tokens=tokens(config, prompt, machine.gpus),
         times=times(config, prompt, machine.gpus, rate, run),
         problems=problems,
+        warnings=warnings,
     )
 
 # %% ../../nbs/scale/30_doctor.ipynb #906a06e2
@@ -1243,6 +1247,8 @@ def doctor(
     prompt = example_prompt(config, args.prompt_tokens, args.image_tokens)
     facts = diagnose(config, machine, prompt, read_rate(args.rate), args.run_dir)
     print(report(facts, config, machine))
+    for w in facts["warnings"]:
+        print(f"warning: {w}", file=sys.stderr)
     for p in facts["problems"]:
         print(f"specs: {p}", file=sys.stderr)
     if not facts["problems"]:
