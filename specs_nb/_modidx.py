@@ -176,7 +176,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'specs_nb.data.pixel_digest': ('method/data.html#pixel_digest', 'specs_nb/data.py'),
                                'specs_nb.data.plain_choices': ('method/data.html#plain_choices', 'specs_nb/data.py'),
                                'specs_nb.data.prompt_text': ('method/data.html#prompt_text', 'specs_nb/data.py'),
-                               'specs_nb.data.read_row': ('method/data.html#read_row', 'specs_nb/data.py'),
                                'specs_nb.data.row_key': ('method/data.html#row_key', 'specs_nb/data.py'),
                                'specs_nb.data.shrink': ('method/data.html#shrink', 'specs_nb/data.py'),
                                'specs_nb.data.to_png': ('method/data.html#to_png', 'specs_nb/data.py'),

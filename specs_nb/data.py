@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'IMAGE_FORMATS', 'FILES', 'Picture', 'to_png', 'decode', 'shrink', 'unique_ids', 'plain_choices',
-           'read_row', 'pixel_digest', 'row_key', 'without', 'features', 'write_rows', 'Rows', 'find_choices',
-           'prompt_text', 'conversation', 'grpo_dataset']
+           'pixel_digest', 'row_key', 'without', 'features', 'write_rows', 'Rows', 'find_choices', 'prompt_text',
+           'conversation', 'grpo_dataset']
 
 # %% ../nbs/method/11_data.ipynb #ad5f4cfe
 import io
@@ -138,41 +138,6 @@ def plain_choices(
     if len(choices) < 2 or not all(m and m[1].upper() == chr(65 + i) for i, m in enumerate(found)):
         return choices
     return [c[m.end() :].strip() for c, m in zip(choices, found)]
-
-# %% ../nbs/method/11_data.ipynb #3e80b044
-def read_row(
-    line: str,  # one line of JSON
-    folder: Path,  # images are found below it
-    where: str,  # file and line, for messages
-) -> dict:  # a row of the schema
-    "Read one line of a `.jsonl`; raises a `SpecsError` that says what is wrong with it."
-    try:
-        d = json.loads(line)
-    except ValueError as e:
-        raise SpecsError(f"{where} is no valid JSON ({e})") from None
-    if not isinstance(d, dict):
-        raise SpecsError(f"{where} must be an object with question and answer")
-    missing = [k for k in ("question", "answer") if not str(d.get(k) or "").strip() and d.get(k) != 0]
-    if missing:
-        raise SpecsError(f"{where} has no {' and no '.join(missing)}")
-    paths = d.get("images", [d["image"]] if d.get("image") else [])
-    if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
-        raise SpecsError(f"{where}: images must be a list of paths within {folder}")
-    for p in paths:
-        if not (folder / p).resolve().is_relative_to(folder.resolve()):
-            raise SpecsError(f"{where}: the image {p} lies outside {folder}")
-    choices = plain_choices([str(c) for c in d.get("choices") or d.get("options") or ()]) or None
-    if not isinstance(d["question"], str):
-        raise SpecsError(f"{where}: its question must be text, not of type {type(d['question']).__name__}")
-    return dict(
-        id=str(d.get("id", where)),
-        question=d["question"],
-        images=[load_image(folder / p, where) for p in paths],
-        answer=str(d["answer"]),
-        kind=d.get("kind") or ("choice" if choices else "number"),
-        choices=choices,
-        source=str(d.get("source", folder.name)),
-    )
 
 # %% ../nbs/method/11_data.ipynb #be4d0603
 def pixel_digest(
