@@ -344,7 +344,11 @@ class Rows(Sequence):
 # %% ../nbs/method/11_data.ipynb #8fc1adbc
 _LABELS = [
     re.compile(p)
-    for p in (r"\(([A-J])\)\s*", r"(?:(?<=\s)|^)([A-J])\s?[.:．：、]\s*", r"(?:(?<=\s)|^)([A-J])\)\s*")
+    for p in (
+        r"\(([A-J])\)\s*",
+        r"(?:(?<=[\s．。？！）：])|^)([A-J])\s?[.:．：、]\s*",
+        r"(?:(?<=\s)|^)([A-J])\)\s*",
+    )
 ]
 
 
