@@ -162,7 +162,8 @@ def _last_said(text, choices):
     "The choice whose text ends a sentence, if no other choice stands in it"
     first = re.match(r"([^,.;!]{1,80})[,.;!]\s+\S", text)  # Yes, it is
     m = re.fullmatch(
-        r"(?:[^.!]{1,80}\b(?:is|are|was|were|will|shows?|be|stands? for|equals|means|points|represents)"
+        r"(?:[^.!]{1,80}\b(?:is|are|was|were|will|shows?|be|stands? for|equals|means|points|represents|feels?"
+        r"|seems|becomes)"
         r"(?: called"
         r"| named| known as| made of)?\s+)?((?:the |an?"
         r" )?[^.!]+?)(?: one)?[.!]?",
@@ -297,6 +298,12 @@ def _only_said(p, gold, choices):
     return len(words) > 1 and f" {words} " in f" {plain_words(p)} " and not _others_said(p, gold, choices)
 
 # %% ../../nbs/inputs/14_compare.ipynb #086c8a2b
+def _several(text, choices):
+    "The letters of several choices that are named by their texts, one after the other; nothing if any isn't"
+    found = [_by_text(s, choices) for s in split_parts(text)]
+    return tuple(c for same in found for c in same) if all(len(same) == 1 for same in found) else ()
+
+
 def _grade_choice(p, g, choices=None, **kw):
     gold = _gold_letters(unwrap(g), choices)
     if gold is None:
@@ -307,7 +314,7 @@ def _grade_choice(p, g, choices=None, **kw):
     said = (
         tuple(c for c in p if c.isupper())
         if len(gold) > 1 and _LETTERS.fullmatch(p)
-        else read_letters(p, choices)
+        else len(gold) > 1 and _several(p, choices) or read_letters(p, choices)
     )
     if not said:
         named = tuple(dict.fromkeys(_CAPITAL.findall(re.sub(_NO_LETTER, "", p))))
@@ -323,7 +330,7 @@ def _grade_choice(p, g, choices=None, **kw):
 # %% ../../nbs/inputs/14_compare.ipynb #cd2aaf33
 def split_parts(
     text: str,  # such as `1, (2, 3) and 4`
-    marks: str = ",;",  # what separates
+    marks: str = ",;、",  # what separates
     words: bool = True,  # do `and` and `or` separate too?
 ) -> list:  # of parts
     "Split at separators outside all brackets."
@@ -541,6 +548,7 @@ def _variables(text):
     return {a or b for a, b in _VARIABLE.findall(text)}
 
 
+_PLUS_MINUS = re.compile(r"([a-z])\s*(?:\\neq?(?![a-z])|≠|!=)\s*(?:\\pm(?![a-z])|±)\s*([\d./]+)")  # x ≠ ±2
 _ABSOLUTE = re.compile(rf"\|([a-z])\|\s*({_ABOVE}=?)\s*([\d./]+)")
 
 
@@ -565,7 +573,7 @@ def read_interval(
     if found := _all_but(text):
         return found
     text = _HALF_LINE.sub(r"x \1 0", text)
-    text = _ABSOLUTE.sub(_without_bars, text)
+    text = _PLUS_MINUS.sub(r"\1 ≠ \2 and \1 ≠ -\2", _ABSOLUTE.sub(_without_bars, text))
     if len(_variables(text)) > 1:
         return None  # 2 < y and x ≤ 5
     text, pieces = re.sub(r"^\s*[A-Za-z]\s*(?:\\in|∈|=|\bin\b)\s*", "", text), []
@@ -689,13 +697,18 @@ def _as_list(text, n):
 
 # %% ../../nbs/inputs/14_compare.ipynb #1a5a19f8
 _PAIR = re.compile(r"\(([A-Za-z]), ?([A-Za-z])\) ?= ?\(([^(),]+),([^(),]+)\)")  # (x, y) = (3, 8)
+def _paired(text):
+    "`x = 3, y = 8` of `(x, y) = (3, 8)`; anything else as it is"
+    m = _PAIR.fullmatch(unwrap(text))
+    return f"{m[1]} = {m[3]}, {m[2]} = {m[4]}" if m else text
+
+
 def _grade_multi(p, g, **kw):
+    p, g = _paired(p), _paired(g)
     gold = read_multi(g)
     if not gold:
         return None, "the gold answer has no parts"
-    if m := _PAIR.fullmatch(unwrap(p)):
-        p = f"{m[1]} = {m[3]}, {m[2]} = {m[4]}"
-    elif not gold[0][0] and (listed := _as_list(unwrap(p), len(gold))) is not None:
+    if not gold[0][0] and (listed := _as_list(unwrap(p), len(gold))) is not None:
         if not listed:
             return None, "signs between names: a list doesn't say which way it is ordered"
         p = listed
@@ -767,14 +780,14 @@ def _grade_ratio(p, g):
 _BY = re.compile(r"\s*(?:\bby\b|×|\\times(?![a-z])|\bx\b|(?<=\d)x(?=\d)|\*)\s*")
 
 
-def _sizes(text):
-    "Length and width of `8 cm by 5 cm` or `8 cm × 5 cm`, or None; `8 × 5` alone is a product"
+def _sizes(text, wanted=False):
+    "Length and width of `8 cm by 5 cm` or `8 cm × 5 cm`, or None; `8 × 5` is a product unless sizes are wanted"
     if len(text) > 60 or not re.search(r"by|×|\\times|x|\*", text):
         return None
     parts = [read_number(s) for s in _BY.split(text)]
     if not 2 <= len(parts) <= 3 or not all(parts):
         return None
-    return parts if re.search(r"\bby\b", text) or parts[0].unit else None
+    return parts if wanted or re.search(r"\bby\b", text) or parts[0].unit else None
 
 
 def _same_sizes(p, g):
@@ -994,6 +1007,7 @@ def _other_name(p, g):
         return f"an equation, not {name_g}"
 
 # %% ../../nbs/inputs/14_compare.ipynb #4ed4e81e
+_CAPITALS = re.compile("[A-Z]{2,4}")
 _PI_DEGREES = re.compile(r"(?:π|pi(?![a-z])).*(?:°|\^\{?\s*\\circ\s*\}?|\bdeg(?:rees?)?\}?)\.?$")
 
 
@@ -1010,7 +1024,7 @@ def _grade_latex(p, g, tol=None, precision=None, **kw):
         return _grade_ratio(p, g)
     if _labels(g):
         return _grade_multi(p, g)
-    if (sizes := _sizes(g)) and (said := _sizes(p)):
+    if (sizes := _sizes(g)) and (said := _sizes(p, True)):
         return _same_sizes(said, sizes)
     (name_p, rest_p), (name_g, rest_g) = _named(p), _named(g)
     if name_p and (other := _other_name(p, g)):
@@ -1019,6 +1033,8 @@ def _grade_latex(p, g, tol=None, precision=None, **kw):
         g = rest_g
     if name_p and (name_p == name_g or "=" not in g):
         p = rest_p
+    if name_g and _CAPITALS.fullmatch(p) and _CAPITALS.fullmatch(g):
+        return sorted(p) == sorted(g), "a product or a segment: its letters have no order"  # V = IR
     p, g = _as_symbols(p, g)
     if is_words(g) and not _structured(g):
         return _grade_text(p, g)
@@ -1032,11 +1048,12 @@ def _grade_latex(p, g, tol=None, precision=None, **kw):
     a, b = read_number(p), read_number(g)
     if a and b:
         return same_number(a, b, tol, precision), "compared as numbers"
+    if "matrix}" in g or _rows(g):
+        p, g = _rows(p) or p, _rows(g) or g
     if f := _structured(g):
         return f(p, g)
     if chain := _ordered(g):
         return _grade_chain(_ordered(p), chain)
-    p = _rows(p) or p if "matrix}" in g else p
     if a and a.unit and unit_of(a.unit)[0] == "angle" and re.search(r"π|\\pi(?![a-z])|\bpi\b", g):
         p, a = rf"\frac{{{a.value.numerator} \pi}}{{{180 * a.value.denominator}}}", None
     if (column := _as_point(g)) and not ("\\begin" in p and "\\begin" in g):
@@ -1109,7 +1126,9 @@ def _in_time(text):
         return None, _SLOW
 
 # %% ../../nbs/inputs/14_compare.ipynb #98c59ad1
-_NAME = re.compile(r"([A-Za-z](?:_\{?\w+\}?)?(?:\([a-z]\))?)\s*(?:=|\\in(?![a-z])|∈)\s*([^=]+)", re.S)
+_NAME = re.compile(
+    r"([A-Za-z](?:_\{?\w+\}?)?(?:\^\{?-1\}?(?=\())?(?:\([a-z]\))?)\s*(?:=|\\in(?![a-z])|∈)\s*([^=]+)", re.S
+)
 
 
 # an angle or a side with its size: ∠B = 40°
@@ -1338,7 +1357,7 @@ def _is_region(g):
 # %% ../../nbs/inputs/14_compare.ipynb #9c2f68c0
 def _structured(g):
     "The grader for the structure of a gold answer, if it has one"
-    g = _named_set(_POINT.sub("", _bare(g)))[1]
+    g = _named_set(_POINT.sub("", re.sub(r"^\([a-z](?:, ?[a-z])+\) ?= ?", "", _bare(g))))[1]
     if _labels(g):
         return _grade_multi
     if _is_region(g):
@@ -1432,6 +1451,14 @@ def _cached(p, g, kind, choices, tol, precision, iou_at):
         _budget.left = None
 
 # %% ../../nbs/inputs/14_compare.ipynb #4d3a8f3c
+# add 3, Day 2: words, where sin 3 is none
+_COUNTED_NAME = re.compile(
+    r"(?!(?:sin|cos|tan|cot|sec|csc|log|exp|gcd|lcm|max|min|det|arc\w*|sqrt|pi|mod)\b)"
+    r"[A-Za-z]{3,12} \d{1,3}|\d{1,3}(?:st|nd|rd|th)",
+    re.I,
+)
+
+
 @lru_cache(maxsize=16384)
 def kind_of(
     gold: str,  # the right answer
@@ -1451,6 +1478,8 @@ def kind_of(
         return "text"
     if _sizes(g):
         return "latex"
+    if _COUNTED_NAME.fullmatch(g):
+        return "text"
     if _labels(g):
         return "multi"
     if _is_region(g):

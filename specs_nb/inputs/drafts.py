@@ -181,7 +181,10 @@ _ASKS_UNIT = re.compile(
     r"|\bnearest (?P<d>[a-z]{2,12})(?=[?.;)]|$)"
     r"|\bhow many"
     r" (?P<e>(?:milli|centi|kilo)?(?:met(?:er|re)|gram|lit(?:er|re))s|hours|minutes|years|months|cm|mm|km"
-    r"|kg|ml|mL)\b",
+    r"|kg|ml|mL)\b"
+    r"|(?:多少|_{2,}|[（(] *[)）]) ?(?P<f>(?:平方|立方)?(?:厘米|毫米|分米|千米|米)"
+    r"|千米(?:/|每)小?时|米(?:/|每)秒|千克|公斤|克|吨|毫升|升|小时|分钟|元"
+    r"|[cdkm]?m(?:[23²³]|\^[23])?|kg)(?![A-Za-z一-龥^/])",
     re.I,
 )
 _NO_ASKED_UNIT = re.compile(
@@ -245,7 +248,7 @@ _ASKS_AMOUNT = re.compile(
     re.I,
 )
 _ASKS_ORDER = re.compile(
-    r"\brespectively\b|\bnext (?:two|three|four|five|\d) \w+s\b|\b\w+est first\b|排列|排序|顺序"
+    r"\brespectively\b|\bnext (?:two|three|four|five|\d) \w+s\b|\b\w+est (?:first|to (?:the )?\w+est)\b|排列|排序|顺序"
     r"|\b(?:rank|arrange|sort|order) (?:the|these|them|following|all)\b|\b(?:from|in) (?:the )?(?:order\b(?!"
     r" to)|(?:least|smallest|lowest|greatest|largest|highest|biggest"
     r"|shortest|longest|youngest|oldest|earliest|latest|left|top|ascending|descending|increasing|decreasing|chronological)\b)"
@@ -322,6 +325,9 @@ def _as_asked(question, answer):
         return listed
     if re.fullmatch(r"[1-9]\d*(?:\.\d+)?", bare) and _ASKS_PERCENT.search(question):
         return f"{bare}%", "number"
+    m = re.fullmatch(r"(\d{1,2})时(\d{1,2})分", bare)
+    if m and re.search("几时|几点|时刻|什么时[间候]", question):
+        return f"{m[1]}:{int(m[2]):02}", "text"
     if re.fullmatch(r"\d{1,2}:\d\d(?::\d\d)?", bare) and _ASKS_RATIO.search(question):
         return answer, "number"
     ends = re.fullmatch(r"(?:\\overline ?\{)?([A-Z]{2})\}?", bare)

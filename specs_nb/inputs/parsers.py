@@ -108,6 +108,10 @@ def _peel(text):
     )
 
 # %% ../../nbs/inputs/11_parsers.ipynb #600944dd
+# x = kπ, k ∈ Z
+_ANY_INTEGER = re.compile(
+    r"\s*[,(]?\s*(?:\\text\s*\{\s*(?:where|for)?\s*\})?\(?[kn]\s*(?:\\in(?![a-z])|∈)\s*(?:\\mathbb\s*\{?Z\}?|ℤ|Z)\)?\$?$"
+)
 _ARC = re.compile(r"\\(?:overset|stackrel)\s*\{\s*\\frown\s*\}")  # an arc's name, as in Chinese sets
 
 
@@ -116,6 +120,8 @@ def unwrap(
 ) -> str:  # the answer alone
     "The answer without its wrapping."
     text = clean(text)
+    if "Z" in text or "ℤ" in text:
+        text = _ANY_INTEGER.sub("", text)
     if "\\frown" in text:
         text = _ARC.sub(r"\\widehat", text)
     for _ in range(8):
@@ -845,8 +851,9 @@ _CODES = {
     "a number with more than one point": r"(?![1-9]\d{0,2}(?:\.\d{3})+$)\d+(?:\.\d+){2,}",
     "a code": (
         r"[A-Z]{1,4}-\d+[A-Z]?|[A-Z]{2,4} ?\d{1,6}|[A-Z]\d{1,6}|\d{1,6}[A-DF-Z]|\d{1,3}E\d{1,3}"
-        r"|\d+(?:-\d+){2,}|\d{3}-\d{4}"
+        r"|\d+(?:-\d+){2,}|\d{3}-\d{4}|[vV]\d+(?:\.\d+)+"
     ),
+    "a bearing": r"[NS] ?\d{1,2}(?:\.\d+)? ?(?:°|degrees?|\^\{?\\circ\}?) ?[EW]",
     "a quotient with its remainder": r"\d+ ?(?:R|remainder|余|…+|\.{3,}) ?\d+",
     "a chemical formula": (
         rf"(?:{_ELEMENT}\d*){{2,}}(?<=[\d])(?:{_ELEMENT}\d*)*|(?=.*\d){_ELEMENT}\d*(?:{_ELEMENT}\d*)+"
@@ -886,6 +893,7 @@ _ONE_KEY = _rules(r"""
 ^(?:from|between)␣ →
 (?<=\d) ?(?:to|-+|and) ?(?=[$\d]) → -
 \^(?=\{?\d*[+-]) →
+\^?\{?\\circ\}?|degrees? → °
 (?<=[ap])\.?(?=m)|(?<=m)\.$|[\s{}_] →""")
 
 
@@ -997,13 +1005,14 @@ _YES_HAN |= dict.fromkeys([*"√✓✔", "\\checkmark"], True) | dict.fromkeys("
 
 # %% ../../nbs/inputs/11_parsers.ipynb #2f093561
 _NOTHING = re.compile(
-    r"(?:there (?:is|are) )?(?:none|no (?:real )?solutions?|(?:the )?empty set)|\\?emptyset|\\varnothing|∅"
+    r"(?:there (?:is|are) )?(?:none|no (?:real )?(?:solution|root|zero)s?|(?:the )?empty set)"
+    r"|\\?emptyset|\\varnothing|∅"
     r"|has no solutions?|无解|\\?\{\s*\\?\}",
     re.I,
 )
 _ENDLESS = re.compile(
     r"(?:there (?:is|are) )?(?:an )?infinite(?:ly many)?(?: number of)?(?: real)?(?:"
-    r" solutions?)?|无[数穷]多?[个组]?解?",
+    r" solutions?)?|无[数穷]多?[个组条种]?解?",
     re.I,
 )
 _MANY = re.compile(r"\b(?:or|and|not|neither|nor|either)\b|n't|[,;/]", re.I)
@@ -1026,6 +1035,28 @@ def _sign(text):
     "A sign of comparison or arithmetic in one spelling"
     text = _SIGN_NAMES.get(text.strip().casefold(), text)
     return _spelled(text).strip()
+
+# %% ../../nbs/inputs/11_parsers.ipynb #dcd06950
+_GENOTYPE = re.compile(r"([A-Za-z])(?i:\1)(?:([A-Za-z])(?i:\2))?(?:([A-Za-z])(?i:\3))?")
+
+
+def _genotypes(text):
+    "The genotypes of `Aa` or `BB and Bb`, in no order; None for anything else"
+    parts = re.split(r",? and |,? or |[,;]\s*|\s+", text.strip())
+    if len(text) > 40 or not all(_GENOTYPE.fullmatch(s) for s in parts):
+        return None
+    return {"".join(sorted(s, key=lambda c: (c.lower(), c))) for s in parts}
+
+
+def _elements(text):
+    "The elements of a short formula without digits, as C and O of `CO`; None for anything else"
+    return re.findall(_ELEMENT, text) if re.fullmatch(rf"(?:{_ELEMENT}){{1,3}}", text) else None
+
+
+def _other_elements(p, g):
+    "Do two short formulas of the same letters name other elements?"
+    a, b = _elements(p), _elements(g)
+    return a is not None and b is not None and a != b
 
 # %% ../../nbs/inputs/11_parsers.ipynb #0faa25ea
 _CIRCLED = re.compile(r"[①-⑳](?:(?:[、,，\s>-]|→)*[①-⑳])+")  # ③→①→②
@@ -1052,8 +1083,10 @@ def _grade_text(p, g, **kw):
         return told, "compared as relations"
     if (a := statement(g)) or statement(p):
         return statement(p) == a, "compared as statements"
+    if a := _genotypes(g):
+        return _genotypes(p) == a, "compared as genotypes"
     if words_p == words_g:
-        return True, "same words"
+        return (False, "another formula") if _other_elements(p, g) else (True, "same words")
     if _CIRCLED.fullmatch(p) and _CIRCLED.fullmatch(g):
         return re.findall("[①-⑳]", p) == re.findall("[①-⑳]", g), "compared as circled numbers"
     if (named := _same_name(p, g, words_p, words_g)) is not None:
@@ -1138,13 +1171,24 @@ _ORDINAL = re.compile(rf"\b(?:{'|'.join(_ORDINALS)})\b")
 
 
 def _counted_off(words):
-    "`nineteenth century` as `19th century`"
+    "`nineteenth century` as `19th century`, 第三名 as 第3名"
+    words = re.sub("(?<=第)[一二三四五六七八九十百]+", lambda m: str(_han(m[0])), words)
     return _ORDINAL.sub(lambda m: _ORDINALS[m[0]], words)
 
 
+_SUBJECT = re.compile(r"^(?:it|they) (?!is|are|was|were)(?=[a-z]{3})")
+_CHANGES = re.compile(
+    r"((?:in|de)creas|attract|repel|ris|fall|grow|shrink|expand|contract|sink|float|melt|freez)(?:e?s|e|e?d|ing)?"
+)
+_WAY = re.compile(r"(?:(?:to|towards?) )?(up|down|left|right|north|south|east|west)(?:wards?)?")
+
+
 def _it(words):
-    "`it increases` as `increases`"
-    return re.sub("^(?:it|they) (?!is|are|was|were)(?=[a-z]{3})", "", words)
+    "`it increases` as `increas`, `to left` as `left`: what a question asks about may stand before it"
+    words = _SUBJECT.sub("", words)
+    m = _CHANGES.fullmatch(words) or _WAY.fullmatch(words)
+    return m[1] if m else words
+
 
 # %% ../../nbs/inputs/11_parsers.ipynb #1536b977
 _BEARERS = {
@@ -1166,7 +1210,7 @@ def _without_noun(p, g):
 # %% ../../nbs/inputs/11_parsers.ipynb #5c1e90da
 _NAMED_SO = re.compile(
     r"(?:(?:\\triangle|[△▱∠]|三角形|四边形|多边形|直线|线段)?\s*[A-Z]{1,6}(?:[与和][A-Z]{1,6})?(?:的形状|的位置关系)?"
-    r"|[它这]|(?:这个|该)(?:三角形|四边形|多边形|图形))是(?:一?个|一种)?(?=[一-龥])"
+    r"|[它这]|(?:这个|该)(?:三角形|四边形|多边形|图形))?是(?:一?个|一种)?(?=[一-龥])"
 )
 
 
@@ -1259,7 +1303,8 @@ _\{\} →
 \\?\blog_\{?e\}?(?![a-z]) → \\ln␣
 (?<![\\A-Za-z])C\((\d+), ?(\d+)\) → \\binom{\1}{\2}
 (?<![\\A-Za-z_])(pi|FUNCTIONS|infty)\b → \\\1␣
-(\\(?:FUNCTIONS)\s*)[{(]?\s*(\d+(?:\.\d+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?)\s*[})]? → \1(\\frac{\2 \\pi}{180})
+(\\(?:FUNCTIONS)\s*)[{(]\s*(\d+(?:\.\d+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?)\s*[})] → \1(\\frac{\2 \\pi}{180})
+(\\(?:FUNCTIONS)\s*)(\d+(?:\.\d+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?) → \1(\\frac{\2 \\pi}{180})
 \\operatorname\s*\{(\w+)\} → \\\1␣
 \\lg(?![a-z]) → \\log_{10}␣
 \^\(([^()]*)\) → ^{\1}
