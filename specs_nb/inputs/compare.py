@@ -781,7 +781,7 @@ _BY = re.compile(r"\s*(?:\bby\b|×|\\times(?![a-z])|\bx\b|(?<=\d)x(?=\d)|\*)\s*"
 
 
 def _sizes(text, wanted=False):
-    "Length and width of `8 cm by 5 cm` or `8 cm × 5 cm`, or None; `8 × 5` is a product unless sizes are wanted"
+    "Sizes of `8 cm by 5 cm` or `8 cm × 5 cm`, or None; `8 × 5` is a product unless sizes are `wanted`"
     if len(text) > 60 or not re.search(r"by|×|\\times|x|\*", text):
         return None
     parts = [read_number(s) for s in _BY.split(text)]

@@ -191,8 +191,8 @@ _NO_ASKED_UNIT = re.compile(
     r"(?i:in|degrees?|cents?|pounds?|min|second|g|h|s|t|percent|total|days?|ones)|个|%"
 )
 _ASKS_DEGREES = re.compile(
-    r"\b(?:measure of (?:the )?(?:\w+ )?(?:angle|∠|\\angle)|how many degrees)|m"
-    r" ?(?:∠|\\angle)|∠\w+的?度数|角的?度数"
+    r"\b(?:measure of (?:the )?(?:\w+ )?(?:angle|∠|\\angle)|how many degrees)"
+    r"|m ?(?:∠|\\?(?:angle|widehat|overset|overarc|overparen)(?![a-z]))|∠\w+的?度数|角的?度数"
 )
 
 
@@ -248,7 +248,8 @@ _ASKS_AMOUNT = re.compile(
     re.I,
 )
 _ASKS_ORDER = re.compile(
-    r"\brespectively\b|\bnext (?:two|three|four|five|\d) \w+s\b|\b\w+est (?:first|to (?:the )?\w+est)\b|排列|排序|顺序"
+    r"\brespectively\b|\bnext (?:two|three|four|five|\d) \w+s\b|\b\w+est (?:first|to (?:the )?\w+est)\b"
+    r"|排列|排序|顺序"
     r"|\b(?:rank|arrange|sort|order) (?:the|these|them|following|all)\b|\b(?:from|in) (?:the )?(?:order\b(?!"
     r" to)|(?:least|smallest|lowest|greatest|largest|highest|biggest"
     r"|shortest|longest|youngest|oldest|earliest|latest|left|top|ascending|descending|increasing|decreasing|chronological)\b)"

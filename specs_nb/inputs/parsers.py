@@ -23,6 +23,7 @@ _PLAINLY = str.maketrans("−–‐‑‒—\xa0\u2009\u202f\u3000\u2002\u2003�
 _PLAINLY |= {c: c - 0xFEE0 for c in range(0xFF01, 0xFF5F)}  # full width
 # small forms, as in 菁优网's ﹣1, and what only looks like a slash, a bar or a degree
 _PLAINLY |= str.maketrans("﹢﹣﹤﹥﹦﹪﹙﹚￥￡⩽⩾≦≧∕⁄∣∗⋅˚º´", "+-<>=%()¥£≤≥≤≥//|*·°°'")
+_GAP = re.compile(r"[ \t]{20,}|\s{50,}")
 
 
 def clean(
@@ -31,6 +32,8 @@ def clean(
     "Plain characters for those that only look different."
     if not text.isascii() or not text.isprintable():
         text = _INVISIBLE.sub("", text).translate(_PLAINLY)
+    if len(text) > 100:
+        text = _GAP.sub("  ", text)  # thousands of spaces would cost the patterns below their square
     return text.strip()
 
 # %% ../../nbs/inputs/11_parsers.ipynb #ac5237fa
@@ -110,7 +113,7 @@ def _peel(text):
 # %% ../../nbs/inputs/11_parsers.ipynb #600944dd
 # x = kπ, k ∈ Z
 _ANY_INTEGER = re.compile(
-    r"\s*[,(]?\s*(?:\\text\s*\{\s*(?:where|for)?\s*\})?\(?[kn]\s*(?:\\in(?![a-z])|∈)\s*(?:\\mathbb\s*\{?Z\}?|ℤ|Z)\)?\$?$"
+    r"(?<!\s)\s*(?:[,(]\s*)?(?:\\text\s*\{\s*(?:where|for)?\s*\})?\(?[kn]\s*(?:\\in(?![a-z])|∈)\s*(?:\\mathbb\s*\{?Z\}?|ℤ|Z)\)?\$?$"
 )
 _ARC = re.compile(r"\\(?:overset|stackrel)\s*\{\s*\\frown\s*\}")  # an arc's name, as in Chinese sets
 
@@ -587,6 +590,7 @@ def _compound(text):
 _REWRITTEN = _rules(r"""
 (?i)^(?:[a-z](?:_\w)? ?= ?|[=≈] ?|\\approx ?) →
 (?i)^(?:about|approximately|roughly|around) (?=[$€£¥\d]) →
+^大?约(?:等于|为|是)? ?(?=[\d.]) →
 (?i)^(?:minus|negative|零下) ?(?=[\d.$\\]) → -
 (?i)^(\d\S*(?: degrees?)?) below (?:zero|0)\b → -\1
 (?i)^(?:USD|US ?\$) ?(?=\d) → $
@@ -1172,7 +1176,7 @@ _ORDINAL = re.compile(rf"\b(?:{'|'.join(_ORDINALS)})\b")
 
 def _counted_off(words):
     "`nineteenth century` as `19th century`, 第三名 as 第3名"
-    words = re.sub("(?<=第)[一二三四五六七八九十百]+", lambda m: str(_han(m[0])), words)
+    words = re.sub("(?<=第)[一二三四五六七八九十百]{1,6}", lambda m: str(_han(m[0])), words)
     return _ORDINAL.sub(lambda m: _ORDINALS[m[0]], words)
 
 
