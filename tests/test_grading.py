@@ -54,7 +54,8 @@ def by_the_path_of_data(case):
         check_gold(gold, kind, choices)
     except Drop as e:
         return None, f"dropped: {e}"
-    return explain_grade(case["pred"], gold, kind, choices)
+    columns = {k: case[k] for k in ("tol", "precision") if k in case}
+    return explain_grade(case["pred"], gold, kind, choices, **columns)
 
 
 @pytest.mark.parametrize("name", ["grading_cases.jsonl", "grading_more.jsonl"])

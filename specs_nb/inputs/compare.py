@@ -22,6 +22,8 @@ from specs_nb.inputs.parsers import (
     _LEAD,
     _MACRO,
     _NOTHING,
+    _SPELLED,
+    _YES,
     _YES_HAN,
     Number,
     _bare,
@@ -29,6 +31,7 @@ from specs_nb.inputs.parsers import (
     _infinity,
     _leads_to,
     _spelled,
+    _without_noun,
     as_latex,
     clean,
     close,
@@ -159,7 +162,9 @@ def _last_said(text, choices):
     "The choice whose text ends a sentence, if no other choice stands in it"
     first = re.match(r"([^,.;!]{1,80})[,.;!]\s+\S", text)  # Yes, it is
     m = re.fullmatch(
-        r"(?:[^.!]{1,80}\b(?:is|are|was|were|shows?|be|stands? for|equals|means|points|represents)(?: called"
+        r"(?:[^.!]{1,80}\b(?:is|are|was|were|will|shows?|be|stands? for|equals|means|points|represents|feels?"
+        r"|seems|becomes)"
+        r"(?: called"
         r"| named| known as| made of)?\s+)?((?:the |an?"
         r" )?[^.!]+?)(?: one)?[.!]?",
         text,
@@ -212,6 +217,27 @@ def _ends_in_answer(text, choices):
         return ()
     return (m[1],)
 
+# %% ../../nbs/inputs/14_compare.ipynb #12b96ae8
+_NONE_OF = re.compile(r"none of (?:(?:the|these|them|those|above|others?|options|choices|answers|listed) ?)+")
+_YES_SAID = re.compile(r"(yes|no|true|false)\s*[,.;:!-]\s*(.*)", re.I | re.S)
+
+
+def _nothing_above(text, choices):
+    "The choice that says that none of the others fits, in whichever words"
+    same = tuple(chr(65 + i) for i, c in enumerate(choices or ()) if _NONE_OF.fullmatch(plain_words(c)))
+    return same if len(same) == 1 and _NONE_OF.fullmatch(plain_words(text)) else ()
+
+
+def _yes_first(text, choices):
+    "The choice of `No, it is smaller than …`, where the choices are yes and no, or true and false"
+    words = [plain_words(c) for c in choices or ()]
+    m = _YES_SAID.fullmatch(text)
+    if not m or not words or not set(words) <= set(_YES):
+        return ()
+    if re.search(r"\b(?:yes|no|true|false)\b", m[2], re.I):
+        return ()
+    return tuple(chr(65 + i) for i, w in enumerate(words) if w == m[1].lower())
+
 # %% ../../nbs/inputs/14_compare.ipynb #87eb8630
 def read_letters(
     text: str,  # unwrapped
@@ -237,6 +263,8 @@ def read_letters(
     if m and (same := _by_text(m[1], choices)):
         return same  # false, if that is a choice
     text = re.split(r",?\s+(?:because|since|as|due to)\b", text)[0]
+    if same := _nothing_above(text, choices) or _yes_first(text, choices):
+        return same
     if _DENIED.search(text):
         return ()
     if same := _by_value(text, choices) or _last_said(text, choices):
@@ -270,6 +298,12 @@ def _only_said(p, gold, choices):
     return len(words) > 1 and f" {words} " in f" {plain_words(p)} " and not _others_said(p, gold, choices)
 
 # %% ../../nbs/inputs/14_compare.ipynb #086c8a2b
+def _several(text, choices):
+    "The letters of several choices that are named by their texts, one after the other; nothing if any isn't"
+    found = [_by_text(s, choices) for s in split_parts(text)]
+    return tuple(c for same in found for c in same) if all(len(same) == 1 for same in found) else ()
+
+
 def _grade_choice(p, g, choices=None, **kw):
     gold = _gold_letters(unwrap(g), choices)
     if gold is None:
@@ -280,7 +314,7 @@ def _grade_choice(p, g, choices=None, **kw):
     said = (
         tuple(c for c in p if c.isupper())
         if len(gold) > 1 and _LETTERS.fullmatch(p)
-        else read_letters(p, choices)
+        else len(gold) > 1 and _several(p, choices) or read_letters(p, choices)
     )
     if not said:
         named = tuple(dict.fromkeys(_CAPITAL.findall(re.sub(_NO_LETTER, "", p))))
@@ -296,7 +330,7 @@ def _grade_choice(p, g, choices=None, **kw):
 # %% ../../nbs/inputs/14_compare.ipynb #cd2aaf33
 def split_parts(
     text: str,  # such as `1, (2, 3) and 4`
-    marks: str = ",;",  # what separates
+    marks: str = ",;、",  # what separates
     words: bool = True,  # do `and` and `or` separate too?
 ) -> list:  # of parts
     "Split at separators outside all brackets."
@@ -317,6 +351,17 @@ def split_parts(
             at = i + 1
     return [s for part in (*parts, text[at:]) if (s := part.strip())]
 
+# %% ../../nbs/inputs/14_compare.ipynb #f490585c
+_SET_NAME = re.compile(
+    r"([A-Z](?:\s*(?:\\(?:cap|cup|setminus|backslash)(?![a-z])|[∩∪])\s*[A-Z])+)\s*=\s*(?=\\?\{|\\emptyset|∅)"
+)
+
+
+def _named_set(text):
+    "(`A ∩ B` or None, set) of `A ∩ B = {1, 2}`"
+    m = _SET_NAME.match(text)
+    return (re.sub(r"\s", "", _spelled(m[1])), text[m.end() :]) if m else (None, text)
+
 # %% ../../nbs/inputs/14_compare.ipynb #7e5184d1
 def read_set(
     text: str,  # unwrapped
@@ -325,6 +370,7 @@ def read_set(
     text = _bare(unwrap(text))
     if _NOTHING.fullmatch(text):
         return []
+    text = _named_set(text)[1]
     text = re.sub(r"^[A-Za-z]\s*(?:=|\\in|∈)\s*(?=[^=]*$)", "", text)
     if m := re.fullmatch(r"\\?[{\[](.*?)\\?[}\]]", text, re.S):
         text = m[1]
@@ -364,6 +410,9 @@ def _grade_set(p, g, **kw):
         return None, "the gold answer is no set"
     if said is None:
         return False, "no set can be read"
+    name_p, name_g = (_named_set(_bare(unwrap(t)))[0] for t in (p, g))
+    if name_p and name_g and name_p != name_g:
+        return False, "about another set"
     names_p, names_g = (set(_UNKNOWN.findall(t)) for t in (p, g))
     if len(names_p) > 1:
         return False, "about two names"
@@ -374,6 +423,29 @@ def _grade_set(p, g, **kw):
     same = [[_part(a, b) for b in gold] for a in said]
     partners = [True if True in row else None if None in row else False for row in (*same, *zip(*same))]
     return _all(partners), "compared element by element"
+
+# %% ../../nbs/inputs/14_compare.ipynb #a94e9105
+_ALL_BUT = re.compile(
+    r"(?:[a-z] (?:can be|is) )?(?:the set of )?(?:all|any|every)? ?reals?(?: numbers?)?(?: [a-z])?,?"
+    r" (?:except|excluding|other than|but)(?: for)? (?:[a-z] ?= ?)?(?P<a>[^a-z]+(?:and [^a-z]+)?)"
+    r"|(?:\\mathbb\s*\{?R\}?|ℝ|R)\s*(?:\\setminus|\\backslash|\\|-)\s*\\?\{(?P<b>[^{}\\]+)\\?\}"
+    r"|除了?(?P<c>[^一-龥]+)(?:以外|之外|外)的?(?:所有|全体|一切|任意)实数"
+)
+
+
+_HALF_LINE = re.compile(
+    r"(?:[a-z]\s*(?:\\in|∈)\s*)?(?:\\mathbb\s*\{?R\}?|ℝ)\s*_\s*\{?\s*([<>≤≥]|\\[lg](?:eq?|t)(?![a-z]))\s*0\s*\}?$"
+)
+
+
+def _all_but(text):
+    "Pieces of all real numbers except a few, or None"
+    m = _ALL_BUT.fullmatch(text)
+    out = [read_number(s) for s in split_parts(next(x for x in m.groups() if x).strip())] if m else [None]
+    if None in out:
+        return None
+    ends = [float("-inf"), *sorted(n.value for n in out), float("inf")]
+    return [(a, True, b, True) for a, b in zip(ends, ends[1:])]
 
 # %% ../../nbs/inputs/14_compare.ipynb #269459c1
 _PIECE = re.compile(r"([\[\](])([^,;]+)[,;](.+)([\[\])])", re.S)
@@ -437,7 +509,11 @@ def _joined(pieces):
     return [(*low, high[0], not high[1]) for low, high in out]
 
 # %% ../../nbs/inputs/14_compare.ipynb #7850d57f
-_AND = re.compile(r"\s*(?:\\text\s*\{\s*and\s*\}|\band\b|\\cap|∩|\\wedge|,(?=\s*[a-z]\s*(?:\\ne|≠|!=)))\s*")
+_AND = re.compile(
+    r"\s*(?:\\text\s*\{\s*and\s*\}|\band\b|\\cap|∩|\\(?:wedge|land)(?![a-z])|∧|且"
+    r"|,(?=\s*[a-z]\s*(?:\\ne|≠|!=)))\s*"
+)
+_OR = re.compile(r"\\cup|∪|\s*(?:\\text\s*\{\s*or\s*\}|\bor\b|\bU\b|\\(?:vee|lor)(?![a-z])|∨|或)\s*")
 
 
 def _both(text):
@@ -472,6 +548,7 @@ def _variables(text):
     return {a or b for a, b in _VARIABLE.findall(text)}
 
 
+_PLUS_MINUS = re.compile(r"([a-z])\s*(?:\\neq?(?![a-z])|≠|!=)\s*(?:\\pm(?![a-z])|±)\s*([\d./]+)")  # x ≠ ±2
 _ABSOLUTE = re.compile(rf"\|([a-z])\|\s*({_ABOVE}=?)\s*([\d./]+)")
 
 
@@ -493,11 +570,14 @@ def read_interval(
     text = re.sub(r"\b(?:in(?=f|\b))?(?:inf|infinity|oo)\b", r"\\infty", text)
     if _REALS.fullmatch(text):
         return [(float("-inf"), True, float("inf"), True)]
-    text = _ABSOLUTE.sub(_without_bars, text)
+    if found := _all_but(text):
+        return found
+    text = _HALF_LINE.sub(r"x \1 0", text)
+    text = _PLUS_MINUS.sub(r"\1 ≠ \2 and \1 ≠ -\2", _ABSOLUTE.sub(_without_bars, text))
     if len(_variables(text)) > 1:
         return None  # 2 < y and x ≤ 5
     text, pieces = re.sub(r"^\s*[A-Za-z]\s*(?:\\in|∈|=|\bin\b)\s*", "", text), []
-    for part in re.split(r"\\cup|∪|\s*(?:\\text\s*\{\s*or\s*\}|\bor\b|\bU\b)\s*", text):
+    for part in _OR.split(text):
         part = re.sub(r"^\s*[A-Za-z]\s*(?:\\in|∈)\s*", "", part).strip()
         if m := _PIECE.fullmatch(part):
             found = [(_bound(m[2]), m[1] != "[", _bound(m[3]), m[4] != "]")]
@@ -597,19 +677,41 @@ def _labels(text):
         return None
     return None if all(re.fullmatch(r"x\d", k) for k in labels) else labels
 
+# %% ../../nbs/inputs/14_compare.ipynb #da369fd4
+_ARROW = re.compile(r"→|->|=>|⇒|\\(?:to|(?:long)?rightarrow|Rightarrow)(?![a-z])")
+
+
+def _as_list(text, n):
+    """`2, 5, 9` of `2 < 5 < 9` or `2 → 5 → 9`; nothing where names stand between the signs; None for anything
+    else, such as `2 > 5`"""
+    if len(parts := _ARROW.split(text)) == n > 1:
+        return ", ".join(parts)
+    for sign, up in ("<", 1), (">", -1):
+        if len(parts := text.split(sign)) != n or n < 2 or re.search(r"[<>=≤≥]", "".join(parts)):
+            continue
+        values = [read_number(unwrap(s)) for s in parts]
+        if None in values:
+            return "" if not any(values) else None
+        values = [v.value * up for v in values]
+        return ", ".join(parts) if values == sorted(values) else None
+
 # %% ../../nbs/inputs/14_compare.ipynb #1a5a19f8
 _PAIR = re.compile(r"\(([A-Za-z]), ?([A-Za-z])\) ?= ?\(([^(),]+),([^(),]+)\)")  # (x, y) = (3, 8)
-_ORDERED = re.compile(r"-?[\d./]+(?:(?: ?< ?-?[\d./]+)+|(?: ?> ?-?[\d./]+)+)")  # 2 < 5 < 9
+def _paired(text):
+    "`x = 3, y = 8` of `(x, y) = (3, 8)`; anything else as it is"
+    m = _PAIR.fullmatch(unwrap(text))
+    return f"{m[1]} = {m[3]}, {m[2]} = {m[4]}" if m else text
 
 
 def _grade_multi(p, g, **kw):
+    p, g = _paired(p), _paired(g)
     gold = read_multi(g)
     if not gold:
         return None, "the gold answer has no parts"
-    if m := _PAIR.fullmatch(unwrap(p)):
-        p = f"{m[1]} = {m[3]}, {m[2]} = {m[4]}"
-    elif not gold[0][0] and _ORDERED.fullmatch(unwrap(p)):
-        p = re.sub(r"[<>]", ",", unwrap(p))
+    if not gold[0][0] and (listed := _as_list(unwrap(p), len(gold))) is not None:
+        if not listed:
+            return None, "signs between names: a list doesn't say which way it is ordered"
+        p = listed
     said = read_multi(p)
     if not said:
         return False, "no parts can be read"
@@ -661,7 +763,7 @@ def _grade_ratio(p, g):
         if a and b and not a.unit and not b.unit:
             read = read_number(p)
             return bool(read and same_number(read, Number(a.value / b.value))), "a ratio as a fraction"
-        return _by_algebra(p, r"\frac{%s}{%s}" % tuple(gold))
+        return _by_algebra(p, r"\frac{%s}{%s}" % tuple(gold), read_number(p))
     if said is None or len(said) != len(gold):
         return False, f"no ratio of {len(gold)} parts"
     if all(read_number(x) for x in (*gold, *said)):
@@ -673,6 +775,28 @@ def _grade_ratio(p, g):
         _all(_by_algebra(times.format(y, a), times.format(x, b))[0] for x, y in zip(gold, said)),
         "compared as ratios",
     )
+
+# %% ../../nbs/inputs/14_compare.ipynb #cc930207
+_BY = re.compile(r"\s*(?:\bby\b|×|\\times(?![a-z])|\bx\b|(?<=\d)x(?=\d)|\*)\s*")
+
+
+def _sizes(text, wanted=False):
+    "Sizes of `8 cm by 5 cm` or `8 cm × 5 cm`, or None; `8 × 5` is a product unless sizes are `wanted`"
+    if len(text) > 60 or not re.search(r"by|×|\\times|x|\*", text):
+        return None
+    parts = [read_number(s) for s in _BY.split(text)]
+    if not 2 <= len(parts) <= 3 or not all(parts):
+        return None
+    return parts if wanted or re.search(r"\bby\b", text) or parts[0].unit else None
+
+
+def _same_sizes(p, g):
+    "Compare sizes in their order; the unit behind the last is the unit of all"
+    p, g = ([n if n.unit else n._replace(unit=ns[-1].unit) for n in ns] for ns in (p, g))
+    if len(p) == len(g) and all(same_number(a, b) for a, b in zip(p, g)):
+        return True, "compared as sizes"
+    swapped = len(p) == len(g) and all(same_number(a, b) for a, b in zip(p[::-1], g))
+    return (None, "the same sizes in another order") if swapped else (False, "compared as sizes")
 
 # %% ../../nbs/inputs/14_compare.ipynb #23bdd219
 def iou(
@@ -834,6 +958,8 @@ def _grade_number(p, g, tol=None, precision=None, **kw):
         return _grade_text(p, g) if code_of(g) else (None, "the gold answer is no number")
     if gold is None:
         return _grade_latex(p, g, tol=tol, precision=precision)
+    if m := re.fullmatch(r"(?:[a-z] ?(?:=|\\in|∈) ?)?\\?\{([^{},;]+?)\\?\}", text):
+        text = m[1].strip()  # the set of one solution
     if "=" in text and (other := _other_name(text, g)):
         return False, other
     if other := _other_thing(text, g):
@@ -855,7 +981,7 @@ def _grade_number(p, g, tol=None, precision=None, **kw):
     return False, "no single number can be read"
 
 # %% ../../nbs/inputs/14_compare.ipynb #1543fdf4
-_ALGEBRA = re.compile(r"\\|\^|√|∛|π|sqrt|/|\d!|\b(?:log|ln|sin|cos|tan)|[²³]")
+_ALGEBRA = re.compile(r"\\|\^|√|∛|π|sqrt|/|\d!|\b(?:log|ln|sin|cos|tan)|[²³]|\bC\(\d+, ?\d+\)")
 
 
 _SO = re.compile(
@@ -881,11 +1007,12 @@ def _other_name(p, g):
         return f"an equation, not {name_g}"
 
 # %% ../../nbs/inputs/14_compare.ipynb #4ed4e81e
+_CAPITALS = re.compile("[A-Z]{2,4}")
 _PI_DEGREES = re.compile(r"(?:π|pi(?![a-z])).*(?:°|\^\{?\s*\\circ\s*\}?|\bdeg(?:rees?)?\}?)\.?$")
 
 
 def _grade_latex(p, g, tol=None, precision=None, **kw):
-    p, g = _stated(unwrap(p)), unwrap(g)
+    p, g = _without_noun(_stated(unwrap(p)), unwrap(g))
     if g.count("$") == 2 and g.startswith("$"):
         g = g.replace("$", "")  # $2\sqrt{5}$ cm
     if code_of(g) or statement(g) or _infinity(g):
@@ -897,6 +1024,8 @@ def _grade_latex(p, g, tol=None, precision=None, **kw):
         return _grade_ratio(p, g)
     if _labels(g):
         return _grade_multi(p, g)
+    if (sizes := _sizes(g)) and (said := _sizes(p, True)):
+        return _same_sizes(said, sizes)
     (name_p, rest_p), (name_g, rest_g) = _named(p), _named(g)
     if name_p and (other := _other_name(p, g)):
         return False, other
@@ -904,6 +1033,8 @@ def _grade_latex(p, g, tol=None, precision=None, **kw):
         g = rest_g
     if name_p and (name_p == name_g or "=" not in g):
         p = rest_p
+    if name_g and _CAPITALS.fullmatch(p) and _CAPITALS.fullmatch(g):
+        return sorted(p) == sorted(g), "a product or a segment: its letters have no order"  # V = IR
     p, g = _as_symbols(p, g)
     if is_words(g) and not _structured(g):
         return _grade_text(p, g)
@@ -917,8 +1048,12 @@ def _grade_latex(p, g, tol=None, precision=None, **kw):
     a, b = read_number(p), read_number(g)
     if a and b:
         return same_number(a, b, tol, precision), "compared as numbers"
+    if "matrix}" in g or _rows(g):
+        p, g = _rows(p) or p, _rows(g) or g
     if f := _structured(g):
         return f(p, g)
+    if chain := _ordered(g):
+        return _grade_chain(_ordered(p), chain)
     if a and a.unit and unit_of(a.unit)[0] == "angle" and re.search(r"π|\\pi(?![a-z])|\bpi\b", g):
         p, a = rf"\frac{{{a.value.numerator} \pi}}{{{180 * a.value.denominator}}}", None
     if (column := _as_point(g)) and not ("\\begin" in p and "\\begin" in g):
@@ -929,23 +1064,51 @@ def _grade_latex(p, g, tol=None, precision=None, **kw):
 
 _BASED = re.compile(r"\(?([\dA-F]+)\)?_\{?(?:\\text\{)?(\d+|[a-z]+)\}*")  # 1011_2
 
+# %% ../../nbs/inputs/14_compare.ipynb #0d619b8a
+_SYMBOL = re.compile(r"\\[A-Za-z]+|[^\W\d_]")
+
+
+def _symbol(token):
+    "One name of a letter, Greek ones by their command"
+    token = "\\" + _SPELLED[token] if token in _SPELLED else token
+    return _spelled(token) if token.startswith("\\") else token
+
+
+_DIFFERENCE = re.compile(r"(?:\\Delta(?![a-z])|Δ)\s*([A-Za-z])")
+
+
+def _without_capitals(p, g):
+    """Another small letter for each capital beside whose own small letter it stands, as in `R^2 - r^2`:
+    Math-Verify would read both as one"""
+    both = f"{p} {g}"
+    there = {_symbol(t) for t in _SYMBOL.findall(both)}
+    capitals = sorted(t for t in there if t != t.lower() and t.lower() in there)
+    changes = sorted({f"\\Delta {c}" for c in _DIFFERENCE.findall(both)})  # Δv/Δt is no v/t
+    if not capitals and not changes or len(both) > 800:
+        return p, g
+    free = [c for c in "qwzukjvhpstrnmbadfgly" if not {c, c.upper()} & there]
+    names = dict(zip(changes + capitals, free))
+    change = lambda m: names.get(f"\\Delta {m[1]}", m[0])
+    new = lambda m: names.get(_symbol(m[0]), m[0])
+    return tuple(_SYMBOL.sub(new, _DIFFERENCE.sub(change, t)) for t in (p, g))
+
 # %% ../../nbs/inputs/14_compare.ipynb #973f3b6d
 _GLUED = re.compile(r"(?<![A-Za-z\\_^])[A-Za-z]\d")  # e4 is no 4e
-
-
 def _by_algebra(p, g, a=None, b=None, tol=None, precision=None):
     "Compare two expressions, or two relations, by computer algebra"
+    words = is_words(p)
+    p, g = _without_capitals(p, g)
     gold, why = _in_time(as_latex(g))
     if gold is None:
         return (True, "same text") if p == g else (None, f"the gold answer can't be read: {why}")
-    if is_words(p):
+    if words:
         return False, "words, not mathematics"
     if _GLUED.search(p) and not _GLUED.search(g):
         return False, "a letter before a digit is a name, no product"
     said, why = _in_time(as_latex(p))
     if said is None:
         return None if why == _SLOW else False, f"the answer can't be read: {why}"
-    if _letters(p) != _letters(g) and _letters(p).lower() == _letters(g).lower():
+    if _letters(p) != _letters(g) and set(_letters(p).lower()) == set(_letters(g).lower()):
         return False, "capitals are other variables"
     try:
         return bool(limited(0.45, _leaf, gold, said, a, b, tol, precision)), "compared by computer algebra"
@@ -963,7 +1126,9 @@ def _in_time(text):
         return None, _SLOW
 
 # %% ../../nbs/inputs/14_compare.ipynb #98c59ad1
-_NAME = re.compile(r"([A-Za-z](?:_\{?\w+\}?)?(?:\([a-z]\))?)\s*(?:=|\\in(?![a-z])|∈)\s*([^=]+)", re.S)
+_NAME = re.compile(
+    r"([A-Za-z](?:_\{?\w+\}?)?(?:\^\{?-1\}?(?=\())?(?:\([a-z]\))?)\s*(?:=|\\in(?![a-z])|∈)\s*([^=]+)", re.S
+)
 
 
 # an angle or a side with its size: ∠B = 40°
@@ -1015,6 +1180,36 @@ def _as_symbols(p, g):
 
     g, p = _GEOMETRY.sub(symbol, g), _GEOMETRY.sub(symbol, p)
     return p.strip(), g.strip()
+
+# %% ../../nbs/inputs/14_compare.ipynb #895038da
+_ROWS = re.compile(r"\[\s*(\[[^\[\]]+\](?:\s*[,;]\s*\[[^\[\]]+\])*)\s*\]")
+
+
+def _rows(text):
+    "`[[1, 2], [3, 4]]` as a matrix in LaTeX, or None"
+    if not (m := _ROWS.fullmatch(_bare(text))):
+        return None
+    rows = [" & ".join(split_parts(row, words=False)) for row in re.findall(r"\[([^\[\]]+)\]", m[1])]
+    return r"\begin{pmatrix}%s\end{pmatrix}" % r" \\ ".join(rows)
+
+
+def _ordered(text):
+    "(sides, signs) of `a < b ≤ c`, smallest side first; nothing for fewer than two signs"
+    sides, *rest = [s.strip() for s in _REL.split(_bare(text))]
+    signs = [_OPS.get(s, s) for s in (_spelled(o).strip() for o in rest[::2])]
+    sides = [sides, *rest[1::2]]
+    if len(signs) < 2 or not all(sides) or len({s[0] for s in signs}) > 1 or signs[0][0] not in "<>":
+        return ()
+    if signs[0][0] == "<":
+        return sides, signs
+    return sides[::-1], [s.replace(">", "<") for s in signs[::-1]]
+
+
+def _grade_chain(p, g):
+    "Compare two chains of inequalities, side by side"
+    if not p or p[1] != g[1]:
+        return False, "other signs"
+    return _all(_part(a, b, "latex") for a, b in zip(p[0], g[0])), "compared side by side"
 
 # %% ../../nbs/inputs/14_compare.ipynb #749b0d68
 _END_UNIT = re.compile(
@@ -1149,7 +1344,9 @@ _POINT = re.compile(r"^(?:the )?(?:point |vertex |cent(?:er|re) )?(?:[A-Z]'?\s*=
 
 
 def _is_region(g):
-    "An inequality that bounds one variable by numbers?"
+    "An inequality that bounds one variable by numbers, or real numbers in words?"
+    if _REALS.fullmatch(g) or _all_but(g):
+        return True
     if not _REL.search(g) or not (pieces := read_interval(g)):
         return False
     bounds = [b for low, _, high, _ in pieces for b in (low, high)]
@@ -1160,10 +1357,10 @@ def _is_region(g):
 # %% ../../nbs/inputs/14_compare.ipynb #9c2f68c0
 def _structured(g):
     "The grader for the structure of a gold answer, if it has one"
-    g = _POINT.sub("", _bare(g))
+    g = _named_set(_POINT.sub("", re.sub(r"^\([a-z](?:, ?[a-z])+\) ?= ?", "", _bare(g))))[1]
     if _labels(g):
         return _grade_multi
-    if _REALS.fullmatch(g) or _is_region(g):
+    if _is_region(g):
         return _grade_interval
     union = re.search(r"\\cup(?![a-z])|∪", g)
     if re.match(r"\\\{|\\emptyset|\\varnothing", g) and not union:
@@ -1254,6 +1451,14 @@ def _cached(p, g, kind, choices, tol, precision, iou_at):
         _budget.left = None
 
 # %% ../../nbs/inputs/14_compare.ipynb #4d3a8f3c
+# add 3, Day 2: words, where sin 3 is none
+_COUNTED_NAME = re.compile(
+    r"(?!(?:sin|cos|tan|cot|sec|csc|log|exp|gcd|lcm|max|min|det|arc\w*|sqrt|pi|mod)\b)"
+    r"[A-Za-z]{3,12} \d{1,3}|\d{1,3}(?:st|nd|rd|th)",
+    re.I,
+)
+
+
 @lru_cache(maxsize=16384)
 def kind_of(
     gold: str,  # the right answer
@@ -1271,9 +1476,13 @@ def kind_of(
         return "box"
     if code_of(g) or statement(g) or g in _YES_HAN:
         return "text"
+    if _sizes(g):
+        return "latex"
+    if _COUNTED_NAME.fullmatch(g):
+        return "text"
     if _labels(g):
         return "multi"
-    if _REALS.fullmatch(g) or _is_region(g):
+    if _is_region(g):
         return "interval"
     if is_words(g):
         return "text"

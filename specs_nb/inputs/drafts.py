@@ -21,7 +21,7 @@ from ..core import DataConfig, nearest
 from ..data import decode, find_choices, plain_choices, shrink, to_png
 from ..formats import FORMATS, boxed
 from .compare import KINDS, explain_grade, kind_of, read_boxes, read_letters, scale_boxes
-from .parsers import UNITS, clean, read_number, unit_of, unwrap
+from .parsers import UNITS, _lists, clean, read_number, unit_of, unwrap
 
 # %% ../../nbs/inputs/30_drafts.ipynb #a43002a6
 class Drop(Exception):
@@ -183,15 +183,18 @@ _ASKS_UNIT = re.compile(
     r"|\bnearest (?P<d>[a-z]{2,12})(?=[?.;)]|$)"
     r"|\bhow many"
     r" (?P<e>(?:milli|centi|kilo)?(?:met(?:er|re)|gram|lit(?:er|re))s|hours|minutes|years|months|cm|mm|km"
-    r"|kg|ml|mL)\b",
+    r"|kg|ml|mL)\b"
+    r"|(?:多少|_{2,}|[（(] *[)）]) ?(?P<f>(?:平方|立方)?(?:厘米|毫米|分米|千米|米)"
+    r"|千米(?:/|每)小?时|米(?:/|每)秒|千克|公斤|克|吨|毫升|升|小时|分钟|元"
+    r"|[cdkm]?m(?:[23²³]|\^[23])?|kg)(?![A-Za-z一-龥^/])",
     re.I,
 )
 _NO_ASKED_UNIT = re.compile(
     r"(?i:in|degrees?|cents?|pounds?|min|second|g|h|s|t|percent|total|days?|ones)|个|%"
 )
 _ASKS_DEGREES = re.compile(
-    r"\b(?:measure of (?:the )?(?:\w+ )?(?:angle|∠|\\angle)|how many degrees)|m"
-    r" ?(?:∠|\\angle)|∠\w+的?度数|角的?度数"
+    r"\b(?:measure of (?:the )?(?:\w+ )?(?:angle|∠|\\angle)|how many degrees)"
+    r"|m ?(?:∠|\\?(?:angle|widehat|overset|overarc|overparen)(?![a-z]))|∠\w+的?度数|角的?度数"
 )
 
 
@@ -215,6 +218,8 @@ def _kind(answer):
         return "text"  # no is not n·o
     if re.fullmatch(r"[(\[].*(?:\\infty|∞).*[)\]]", answer, re.S):
         return "interval"
+    if re.fullmatch(r"\\(?:widehat|overrightarrow|overline)\s*\{[A-Z]{2,3}\}", unwrap(answer)):
+        return "text"  # an arc, a ray, a segment
     kind = kind_of(answer)
     names = (
         kind == "latex"
@@ -245,7 +250,9 @@ _ASKS_AMOUNT = re.compile(
     re.I,
 )
 _ASKS_ORDER = re.compile(
-    r"\brespectively\b|\b(?:from|in) (?:the )?(?:order\b(?!"
+    r"\brespectively\b|\bnext (?:two|three|four|five|\d) \w+s\b|\b\w+est (?:first|to (?:the )?\w+est)\b"
+    r"|排列|排序|顺序"
+    r"|\b(?:rank|arrange|sort|order) (?:the|these|them|following|all)\b|\b(?:from|in) (?:the )?(?:order\b(?!"
     r" to)|(?:least|smallest|lowest|greatest|largest|highest|biggest"
     r"|shortest|longest|youngest|oldest|earliest|latest|left|top|ascending|descending|increasing|decreasing|chronological)\b)"
     r"|\b(?:values? of|find|determine|solve for) \$?[a-z]\$? and \$?[a-z]\$?(?=["
@@ -264,6 +271,43 @@ _NO_SEGMENT = re.compile(
     r"\b(?:rays?|vectors?|codes?|bus|metro|train|subway|orders?|directions?|states?|countr\w+|initials|letters?)\b",
     re.I,
 )
+# Which countries are …? What are the two years? A question that says *and*, or asks for steps, may mean an
+# order
+_ASKS_SEVERAL = re.compile(
+    r"\b(?:which|what|name|list|identify)"
+    r"(?: (?:all|the|of|are|were|two|three|four|five|these|following|other|both))*"
+    r" (?:(?!is\b|was\b)[a-z]+ ){0,2}?[a-z]{2,}(?<!s)s\b",
+    re.I,
+)
+_MAY_ORDER = re.compile(
+    r"\band\b|\b(?:steps?|stages?|phases?|sequence|order|path|route|directions?|coordinates?|dimensions?|intervals?"
+    r"|domain|range|bounds?|limits?|points?|vectors?|values? of|terms?|first|last|then)\b",
+    re.I,
+)
+
+
+def _is_list(answer):
+    "Is an answer a list, of numbers or of words, that is no set in braces?"
+    if re.match(r"\\?\{", answer) or re.search(r"\\pm|±", answer):
+        return False
+    return _kind(answer) == "set" or _kind(answer) == "text" and _lists(answer, answer) is not None
+
+
+def _unordered(question, answer):
+    "(answer, kind) of a list whose question asks for several things in no order, as ChartQA's; or None"
+    if not _ASKS_SEVERAL.search(question) or _MAY_ORDER.search(question):
+        return None
+    if re.fullmatch(r"\[-?\d[^\[\]]*,[^\[\]]+\]", answer):
+        return answer[1:-1], "set"  # [2010, 2014]
+    bare = re.sub(r"^\[([^\[\]]+)\]$", r"\1", answer)
+    if "," not in bare or _kind(answer) != "text" or _lists(bare, bare) is None:
+        return None
+    parts = [s.strip() for s in bare.split(",")]
+    if any(re.search(r"\band\b|[\d&;/]", s) for s in parts):
+        return None
+    return f"{', '.join(parts[:-1])} and {parts[-1]}", "text"
+
+
 _ROUGHLY = re.compile(r"(?:approximately|about|around|roughly|approx\.?|≈|大约|约为?)\s*(?=[$€£¥\d])", re.I)
 
 
@@ -277,10 +321,16 @@ def _as_asked(question, answer):
         return answer, "box"
     if re.fullmatch(r"-?\d+(?:\.\d+)?", bare) and (unit := _asked_unit(question)):
         return f"{bare} {unit}", "number"
-    if not re.search(r"[{}\\]", bare) and _ASKS_ORDER.search(question) and _kind(answer) == "set":
-        return answer, "multi"
+    if _ASKS_ORDER.search(question):
+        if _is_list(bare):
+            return answer, "multi"
+    elif listed := _unordered(question, bare):
+        return listed
     if re.fullmatch(r"[1-9]\d*(?:\.\d+)?", bare) and _ASKS_PERCENT.search(question):
         return f"{bare}%", "number"
+    m = re.fullmatch(r"(\d{1,2})时(\d{1,2})分", bare)
+    if m and re.search("几时|几点|时刻|什么时[间候]", question):
+        return f"{m[1]}:{int(m[2]):02}", "text"
     if re.fullmatch(r"\d{1,2}:\d\d(?::\d\d)?", bare) and _ASKS_RATIO.search(question):
         return answer, "number"
     ends = re.fullmatch(r"(?:\\overline ?\{)?([A-Z]{2})\}?", bare)

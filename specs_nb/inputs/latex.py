@@ -174,6 +174,16 @@ def same_value(
         return None
     return all(_near(a, b, rel) for a, b in real)
 
+# %% ../../nbs/inputs/13_latex.ipynb #0193e20e
+def _cleared(a, b):
+    "Two equations without denominators, or None where there are none: `y = 6/x` is `xy = 6`"
+    from sympy import Eq, fraction, together
+
+    (a, under_a), (b, under_b) = (fraction(together(e)) for e in (a, b))
+    if not (under_a.free_symbols or under_b.free_symbols):
+        return None
+    return Eq(a, 0, evaluate=False), Eq(b, 0, evaluate=False)
+
 # %% ../../nbs/inputs/13_latex.ipynb #edb47b58
 def same_relation(
     g,  # SymPy relation
@@ -197,6 +207,8 @@ def same_relation(
     if len(ratios) < 2:
         return None
     constant = all(_near(r, ratios[0], 1e-9) for r in ratios)
+    if not constant and isinstance(g, Eq) and (cleared := _cleared(a, b)):
+        return same_relation(*cleared)
     return bool(constant and (isinstance(g, (Eq, Ne)) or ratios[0].is_real and ratios[0] > 0))
 
 # %% ../../nbs/inputs/13_latex.ipynb #96b9f56d

@@ -21,6 +21,9 @@ from .times import read_clock, read_date, same_clock, same_date
 _INVISIBLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]+")
 _PLAINLY = str.maketrans("−–‐‑‒—\xa0\u2009\u202f\u3000\u2002\u2003’‘′“”″∶", "------      '''\"\"\":")
 _PLAINLY |= {c: c - 0xFEE0 for c in range(0xFF01, 0xFF5F)}  # full width
+# small forms, as in 菁优网's ﹣1, and what only looks like a slash, a bar or a degree
+_PLAINLY |= str.maketrans("﹢﹣﹤﹥﹦﹪﹙﹚￥￡⩽⩾≦≧∕⁄∣∗⋅˚º´", "+-<>=%()¥£≤≥≤≥//|*·°°'")
+_GAP = re.compile(r"[ \t]{20,}|\s{50,}")
 
 
 def clean(
@@ -29,6 +32,8 @@ def clean(
     "Plain characters for those that only look different."
     if not text.isascii() or not text.isprintable():
         text = _INVISIBLE.sub("", text).translate(_PLAINLY)
+    if len(text) > 100:
+        text = _GAP.sub("  ", text)  # thousands of spaces would cost the patterns below their square
     return text.strip()
 
 # %% ../../nbs/inputs/11_parsers.ipynb #ac5237fa
@@ -106,11 +111,22 @@ def _peel(text):
     )
 
 # %% ../../nbs/inputs/11_parsers.ipynb #600944dd
+# x = kπ, k ∈ Z
+_ANY_INTEGER = re.compile(
+    r"(?<!\s)\s*(?:[,(]\s*)?(?:\\text\s*\{\s*(?:where|for)?\s*\})?\(?[kn]\s*(?:\\in(?![a-z])|∈)\s*(?:\\mathbb\s*\{?Z\}?|ℤ|Z)\)?\$?$"
+)
+_ARC = re.compile(r"\\(?:overset|stackrel)\s*\{\s*\\frown\s*\}")  # an arc's name, as in Chinese sets
+
+
 def unwrap(
     text: str,  # an answer, perhaps in a sentence, a box, dollars or bold
 ) -> str:  # the answer alone
     "The answer without its wrapping."
     text = clean(text)
+    if "Z" in text or "ℤ" in text:
+        text = _ANY_INTEGER.sub("", text)
+    if "\\frown" in text:
+        text = _ARC.sub(r"\\widehat", text)
     for _ in range(8):
         if text.isalnum() or (inner := _peel(text).strip()) == text:
             break
@@ -222,7 +238,7 @@ _UNIT_SPELLINGS = _rules(r"""
 (\w+) squared\b → \1^2
 ^degrees? ([CF])(?:elsius|ahrenheit)?$ → °\1
 ␣?(?:\bper\b|每) ? → /
-␣?([/·*⋅]) ? → \1
+␣?([/·*×]) ? → \1
 ␣\^ → ^
 \^?\{(-?\d)\} → ^\1
 ^(k?m) ?s\^-1$ → \1/s""")
@@ -239,7 +255,7 @@ def unit_of(
     if name in UNITS:
         return UNITS[name]
     dims, factor = {}, Fraction(1)
-    for mark, part in re.findall(r"(^|[/·*⋅])([^/·*⋅]*)", name.strip()):
+    for mark, part in re.findall(r"(^|[/·*×])([^/·*×]*)", name.strip()):
         m = _FACTOR.fullmatch(part)
         if not m or m[1] not in UNITS:
             return None
@@ -331,6 +347,10 @@ _TIDY = _rules(
 \\[dt]frac → \\frac
 \\(?:times|cdot)(?![a-z])|[xX](?= ?10 ?\^)|\* → ×
 \^?\{?\\circ(?![a-z])\}?|\\degree → °
+\^?\{?\\prime ?\\prime(?![a-z])\}? → "
+\^?\{?\\prime(?![a-z])\}? → '
+(?<=[a-z])\^\{(-?\d)\} → ^\1
+(?<=[a-z]{2})\.(?=\}? ?\^) →
 ℃ → °C
 \\Omega(?![a-z]) → Ω
 \\mu ?(?=(?:\\(?:text|mathrm) ?\{)?[mgsLAFVC](?![A-Za-z])) → μ
@@ -429,6 +449,12 @@ def _first_unit(unit):
     return None if _NO_UNIT.search(unit) or _CHANGED.search(rest) else name
 
 
+def _after(m):
+    "What stands behind the number of a match of `_NUMBER`, with the currency that stands before it"
+    per = m["cur"] and m["tail"].lstrip().startswith("/")  # $0.75/oz
+    return f" {m['cur']}{m['tail'].strip()}" if per else m["tail"] + m["cur"]
+
+
 def _with_unit(value, places, tail):
     if not tail:
         return Number(value, places)
@@ -468,7 +494,9 @@ _PHRASE = re.compile(
 _HAN = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 _HAN_SCALES = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
 _HAN_NUMBER = re.compile(
-    r"(负?)([零〇一二两三四五六七八九十百千万亿]{1,20})(?:分之([零〇一二两三四五六七八九十百千万亿]{1,20}))?"
+    r"(?P<neg>负?)(?P<n>[零〇一二两三四五六七八九十百千万亿]{1,20})"
+    r"(?:点(?P<dec>[零〇一二三四五六七八九]{1,20})(?![十分刻]))?"  # 一点五; 三点五分 is a time
+    r"(?:分之(?P<over>[零〇一二两三四五六七八九十百千万亿]{1,20}))?"
 )
 
 # %% ../../nbs/inputs/11_parsers.ipynb #14c42a58
@@ -525,6 +553,15 @@ def _han(text):
             now, one = now + (one or 1) * _HAN_SCALES[c], 0
     return Fraction(total + now + one)
 
+
+def _han_value(m):
+    "(value, places) of a match of `_HAN_NUMBER`"
+    value, decimals = _han(m["n"]), m["dec"] or ""
+    value += Fraction("".join(str(_HAN[c]) for c in decimals) or 0) / 10 ** len(decimals)
+    if m["over"] and value:
+        return _han(m["over"]) / value, None
+    return value, len(decimals)
+
 # %% ../../nbs/inputs/11_parsers.ipynb #29d2278f
 _SMALL_ANGLES = {"'": ("angle", Fraction(1, 60)), '"': ("angle", Fraction(1, 3600))}
 _QUANTITY = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?([^\W\d]+|[°'\"])(?:,? and |, | |(?=\d)|$)")
@@ -553,10 +590,13 @@ def _compound(text):
 _REWRITTEN = _rules(r"""
 (?i)^(?:[a-z](?:_\w)? ?= ?|[=≈] ?|\\approx ?) →
 (?i)^(?:about|approximately|roughly|around) (?=[$€£¥\d]) →
+^大?约(?:等于|为|是)? ?(?=[\d.]) →
 (?i)^(?:minus|negative|零下) ?(?=[\d.$\\]) → -
 (?i)^(\d\S*(?: degrees?)?) below (?:zero|0)\b → -\1
 (?i)^(?:USD|US ?\$) ?(?=\d) → $
 (?i)^EUR ?(?=\d) → €
+^- ?\( ?- ?(\d[\d.,]*) ?\)$ → \1
+^\( ?(-\d[\d.,]*) ?\)$ → \1
 (?i)^GBP ?(?=\d) → £""")
 
 _MIXED_SUM = re.compile(r"(\d{1,4}) ?\+ ?(?:\\frac ?\{)?(\d{1,4})(?: ?/ ?|\} ?\{)(\d{1,4})\}?")  # 4 + 2/5
@@ -577,7 +617,7 @@ def read_number(
     elif (m := _MIXED_SUM.fullmatch(text)) and int(m[2]) < int(m[3]):
         text = f"{m[1]} {m[2]}/{m[3]}"
     if (m := _NUMBER.fullmatch(text)) and (read := _fraction(m)):
-        sign, (value, places), tail = "-" in m["sign"] + m["sign2"], read, (m["tail"] + m["cur"])
+        sign, (value, places), tail = "-" in m["sign"] + m["sign2"], read, _after(m)
         if "-" in m["sign"] and m["sign2"]:
             return None
     elif text[:1].isalpha() and (m := _PHRASE.match(text)):
@@ -586,9 +626,7 @@ def read_number(
             return None
         places = 0 if value.denominator == 1 else None
     elif m := _HAN_NUMBER.match(text):
-        sign, value, places, tail = m[1], _han(m[2]), 0, text[m.end() :]
-        if m[3]:
-            value, places = (_han(m[3]) / value, None) if value else (value, 0)
+        sign, (value, places), tail = m["neg"], _han_value(m), text[m.end() :]
     else:
         return None
     read = _with_unit(-value if sign else value, places, tail)
@@ -741,7 +779,7 @@ _DENIED = re.compile(
 )
 
 # %% ../../nbs/inputs/11_parsers.ipynb #53327baf
-_DROP = re.compile(r"\b(?:the|an?)\b(?=\s+[A-Za-zÀ-ɏ]{2})", re.I)
+_DROP = re.compile(r"\b(?:the|an?)\b(?=\s+(?:[A-Za-zÀ-ɏ]{2}|\d+(?:st|nd|rd|th)\b))", re.I)
 _GREEK = (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi"
     " chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
@@ -757,7 +795,8 @@ _SAME_COMMAND = dict(
     pair.split(":")
     for pair in (
         "leq:le leqslant:le geq:ge geqslant:ge ne:neq varnothing:emptyset rightarrow:to varepsilon:epsilon"
-        " varphi:phi backsim:sim thicksim:sim lt:< gt:>"
+        " varphi:phi backsim:sim thicksim:sim overrightarrow:vec"
+        " wideparen:widehat overarc:widehat overparen:widehat lt:< gt:>"
     ).split()
 )
 _DOWN = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
@@ -784,6 +823,7 @@ def _one_way(m):
 _NO_COMMANDS = _rules(r"""
 \\(?:left|right|text|mathrm|mathbf|textbf|displaystyle|quad|rm)(?![a-z]) → ␣
 \\[dt]frac → \\frac
+\\widehat ?\{([a-z]{2,3})\}|弧(?=[a-z]{2,3}$) → arc␣\1␣
 \\([a-z]+) → ␣\1␣
 [{}$\\] → ␣""")
 _NO_PUNCTUATION = re.compile(
@@ -815,8 +855,10 @@ _CODES = {
     "a number with more than one point": r"(?![1-9]\d{0,2}(?:\.\d{3})+$)\d+(?:\.\d+){2,}",
     "a code": (
         r"[A-Z]{1,4}-\d+[A-Z]?|[A-Z]{2,4} ?\d{1,6}|[A-Z]\d{1,6}|\d{1,6}[A-DF-Z]|\d{1,3}E\d{1,3}"
-        r"|\d+(?:-\d+){2,}|\d{3}-\d{4}"
+        r"|\d+(?:-\d+){2,}|\d{3}-\d{4}|[vV]\d+(?:\.\d+)+"
     ),
+    "a bearing": r"[NS] ?\d{1,2}(?:\.\d+)? ?(?:°|degrees?|\^\{?\\circ\}?) ?[EW]",
+    "a quotient with its remainder": r"\d+ ?(?:R|remainder|余|…+|\.{3,}) ?\d+",
     "a chemical formula": (
         rf"(?:{_ELEMENT}\d*){{2,}}(?<=[\d])(?:{_ELEMENT}\d*)*|(?=.*\d){_ELEMENT}\d*(?:{_ELEMENT}\d*)+"
         rf"|(?:{_ELEMENT}\d*)+[+-]"
@@ -855,6 +897,7 @@ _ONE_KEY = _rules(r"""
 ^(?:from|between)␣ →
 (?<=\d) ?(?:to|-+|and) ?(?=[$\d]) → -
 \^(?=\{?\d*[+-]) →
+\^?\{?\\circ\}?|degrees? → °
 (?<=[ap])\.?(?=m)|(?<=m)\.$|[\s{}_] →""")
 
 
@@ -908,6 +951,21 @@ def _carried(text):
         return None, text
     return m[1].casefold(), m[2]
 
+# %% ../../nbs/inputs/11_parsers.ipynb #c2029d20
+_QUOTIENT = re.compile(
+    r"商?(?:是|为)?\s*(\d+)[,， ]*"
+    r"(?:R|r|(?:with )?(?:an? )?remainder(?: of)?|余数?(?:是|为)?|…+|\.{3,})\s*(\d+)"
+)
+_RANGE_UNIT = re.compile(r"(.*\d) ?(%|(?:[A-Za-z]{1,8}|[一-龥]{1,3})(?:/[A-Za-z]{1,4})?)(?: old)?")
+
+
+def _without_end_unit(p, g):
+    "Two ranges without the unit that only one of them has"
+    a, b = (m if (m := _RANGE_UNIT.fullmatch(t)) and unit_of(m[2]) else None for t in (p, g))
+    if bool(a) is bool(b):
+        return p, g
+    return (a[1], g) if a else (p, b[1])
+
 # %% ../../nbs/inputs/11_parsers.ipynb #762ca170
 def _grade_code(p, g, name):
     (noun, said), (gold_noun, gold) = _carried(p), _carried(g)
@@ -924,6 +982,10 @@ def _grade_code(p, g, name):
     if m and not _DENIED.search(head := p[: m.start(1)]) and not _CHANGED.search(head):
         if (verdict := _grade_code(m[1], g, name))[0]:
             return verdict
+    if name == "a range" and (said, gold) != (bare := _without_end_unit(said, gold)):
+        return _grade_code(*bare, name)  # 25-34 years for 25-34
+    if (a := _QUOTIENT.fullmatch(said)) and (b := _QUOTIENT.fullmatch(gold)):
+        return a.groups() == b.groups(), "quotient and remainder"
     if name == "a date" and re.search(r"[A-Za-z]{3}", p):
         return None, "a date among words"
     if name == "a code" and _code_key(said).replace("-", "") == _code_key(gold).replace("-", ""):
@@ -943,17 +1005,18 @@ def _infinity(text):
 _YES = {"yes": True, "true": True, "no": False, "false": False}
 _YES_HAN = dict.fromkeys(("是", "是的", "对", "对的", "正确"), True)
 _YES_HAN |= dict.fromkeys(("否", "不是", "不", "不对", "错", "错误", "不正确"), False)
-_YES_HAN |= dict.fromkeys("√✓✔", True) | dict.fromkeys("×✗✘", False)
+_YES_HAN |= dict.fromkeys([*"√✓✔", "\\checkmark"], True) | dict.fromkeys("×✗✘", False)
 
 # %% ../../nbs/inputs/11_parsers.ipynb #2f093561
 _NOTHING = re.compile(
-    r"(?:there (?:is|are) )?(?:none|no (?:real )?solutions?|(?:the )?empty set)|\\?emptyset|\\varnothing|∅"
+    r"(?:there (?:is|are) )?(?:none|no (?:real )?(?:solution|root|zero)s?|(?:the )?empty set)"
+    r"|\\?emptyset|\\varnothing|∅"
     r"|has no solutions?|无解|\\?\{\s*\\?\}",
     re.I,
 )
 _ENDLESS = re.compile(
     r"(?:there (?:is|are) )?(?:an )?infinite(?:ly many)?(?: number of)?(?: real)?(?:"
-    r" solutions?)?|无[数穷]多?[个组]?解?",
+    r" solutions?)?|无[数穷]多?[个组条种]?解?",
     re.I,
 )
 _MANY = re.compile(r"\b(?:or|and|not|neither|nor|either)\b|n't|[,;/]", re.I)
@@ -967,6 +1030,9 @@ _SIGN_NAMES = dict(
         r",minus:-,<=:\le,>=:\ge"
     ).split(",")
 )
+_SIGN_NAMES |= {"大于": ">", "小于": "<", "等于": "=", "不等于": r"\neq", "加": "+", "减": "-"}
+_SIGN_NAMES |= dict.fromkeys(("大于等于", "大于或等于"), r"\ge")
+_SIGN_NAMES |= dict.fromkeys(("小于等于", "小于或等于"), r"\le")
 
 
 def _sign(text):
@@ -974,9 +1040,35 @@ def _sign(text):
     text = _SIGN_NAMES.get(text.strip().casefold(), text)
     return _spelled(text).strip()
 
+# %% ../../nbs/inputs/11_parsers.ipynb #dcd06950
+_GENOTYPE = re.compile(r"([A-Za-z])(?i:\1)(?:([A-Za-z])(?i:\2))?(?:([A-Za-z])(?i:\3))?")
+
+
+def _genotypes(text):
+    "The genotypes of `Aa` or `BB and Bb`, in no order; None for anything else"
+    parts = re.split(r",? and |,? or |[,;]\s*|\s+", text.strip())
+    if len(text) > 40 or not all(_GENOTYPE.fullmatch(s) for s in parts):
+        return None
+    return {"".join(sorted(s, key=lambda c: (c.lower(), c))) for s in parts}
+
+
+def _elements(text):
+    "The elements of a short formula without digits, as C and O of `CO`; None for anything else"
+    return re.findall(_ELEMENT, text) if re.fullmatch(rf"(?:{_ELEMENT}){{1,3}}", text) else None
+
+
+def _other_elements(p, g):
+    "Do two short formulas of the same letters name other elements?"
+    a, b = _elements(p), _elements(g)
+    return a is not None and b is not None and a != b
+
 # %% ../../nbs/inputs/11_parsers.ipynb #0faa25ea
+_CIRCLED = re.compile(r"[①-⑳](?:(?:[、,，\s>-]|→)*[①-⑳])+")  # ③→①→②
+
+
 def _grade_text(p, g, **kw):
     p, g = re.split(r"(?<=\w),? (?:because|since)\b|, (?:with|which|due to) ", unwrap(p))[0], unwrap(g)
+    p, g = _without_noun(p, g)
     words_p, words_g = plain_words(p), plain_words(g)
     said, asked = (_YES_HAN.get(words, _YES_HAN.get(t)) for t, words in ((p, words_p), (g, words_g)))
     if asked is not None and (said is not None or not _SIGN.fullmatch(g)):
@@ -995,8 +1087,12 @@ def _grade_text(p, g, **kw):
         return told, "compared as relations"
     if (a := statement(g)) or statement(p):
         return statement(p) == a, "compared as statements"
+    if a := _genotypes(g):
+        return _genotypes(p) == a, "compared as genotypes"
     if words_p == words_g:
-        return True, "same words"
+        return (False, "another formula") if _other_elements(p, g) else (True, "same words")
+    if _CIRCLED.fullmatch(p) and _CIRCLED.fullmatch(g):
+        return re.findall("[①-⑳]", p) == re.findall("[①-⑳]", g), "compared as circled numbers"
     if (named := _same_name(p, g, words_p, words_g)) is not None:
         return named, "compared as names"
     if words_g in _YES:
@@ -1059,10 +1155,66 @@ def _quadrant(words):
     m = _QUADRANT.fullmatch(words)
     return next(i for i, names in enumerate(_QUADRANTS) if m["n"] in names.split()) if m else None
 
+# %% ../../nbs/inputs/11_parsers.ipynb #ce1e6bdb
+_TRIANGLE = re.compile(
+    r"((?:(?:isosceles|right(?: ?angled)?|acute|obtuse|equilateral|scalene)[ -]?(?:and )?)+)triangle"
+    r"|((?:等腰|直角|等边|钝角|锐角)+)三角形"
+)
+
+
+def _triangle(words):
+    "The adjectives of a triangle, which have no order: a right isosceles one"
+    m = _TRIANGLE.fullmatch(words)
+    return m and frozenset(re.findall("isosceles|right|acute|obtuse|equilateral|scalene|[等直钝锐].", m[0]))
+
+# %% ../../nbs/inputs/11_parsers.ipynb #c78a631b
+_ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
+_ORDINALS += [f"{n}th" for n in "thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()]
+_ORDINALS = {word: f"{i}{({1: 'st', 2: 'nd', 3: 'rd'}).get(i, 'th')}" for i, word in enumerate(_ORDINALS, 1)}
+_ORDINAL = re.compile(rf"\b(?:{'|'.join(_ORDINALS)})\b")
+
+
+def _counted_off(words):
+    "`nineteenth century` as `19th century`, 第三名 as 第3名"
+    words = re.sub("(?<=第)[一二三四五六七八九十百]{1,6}", lambda m: str(_han(m[0])), words)
+    return _ORDINAL.sub(lambda m: _ORDINALS[m[0]], words)
+
+
+_SUBJECT = re.compile(r"^(?:it|they) (?!is|are|was|were)(?=[a-z]{3})")
+_CHANGES = re.compile(
+    r"((?:in|de)creas|attract|repel|ris|fall|grow|shrink|expand|contract|sink|float|melt|freez)(?:e?s|e|e?d|ing)?"
+)
+_WAY = re.compile(r"(?:(?:to|towards?) )?(up|down|left|right|north|south|east|west)(?:wards?)?")
+
+
+def _it(words):
+    "`it increases` as `increas`, `to left` as `left`: what a question asks about may stand before it"
+    words = _SUBJECT.sub("", words)
+    m = _CHANGES.fullmatch(words) or _WAY.fullmatch(words)
+    return m[1] if m else words
+
+
+# %% ../../nbs/inputs/11_parsers.ipynb #1536b977
+_BEARERS = {
+    "[A-Z]'?": "point|vertex|点",
+    "[A-Z]{2}": "line|segment|line segment|side|edge|ray|直线|线段|边|射线",
+    "[A-Z]{3,4}": "plane|triangle|quadrilateral|平面|三角形|四边形",
+    "[a-z]": "line|plane|直线|平面",
+}
+_BORNE = re.compile("|".join(rf"(?:the )?(?:{nouns}) ?(?={name}$)" for name, nouns in _BEARERS.items()))
+
+
+def _without_noun(p, g):
+    "Two names without the noun that only one of them has: `point O` for `O`; other texts as they are"
+    a, b = _BORNE.match(p), _BORNE.match(g)
+    if bool(a) is bool(b) or not re.fullmatch("[A-Z]{1,4}'?|[a-z]", g if a else p):
+        return p, g
+    return (p[a.end() :], g) if a else (p, g[b.end() :])
+
 # %% ../../nbs/inputs/11_parsers.ipynb #5c1e90da
 _NAMED_SO = re.compile(
     r"(?:(?:\\triangle|[△▱∠]|三角形|四边形|多边形|直线|线段)?\s*[A-Z]{1,6}(?:[与和][A-Z]{1,6})?(?:的形状|的位置关系)?"
-    r"|它|(?:这个|该)(?:三角形|四边形|多边形|图形))是(?:一?个|一种)?(?=[一-龥])"
+    r"|[它这]|(?:这个|该)(?:三角形|四边形|多边形|图形))?是(?:一?个|一种)?(?=[一-龥])"
 )
 
 
@@ -1075,6 +1227,10 @@ def _same_name(p, g, words_p, words_g):
     if re.search("quadrant|象限", words_g) and (one := _quadrant(words_g)) is not None:
         said = _quadrant(words_p)
         return None if said is None else said == one
+    if (shape := _triangle(words_g)) and _triangle(words_p) == shape:
+        return True
+    if _counted_off(words_p) == _counted_off(words_g) or _it(words_p) == _it(words_g):
+        return True
     m = _NAMED_SO.match(p) if re.search("[一-龥]", g) else None
     return True if m and p[m.end() :].rstrip("。") == g else None
 
@@ -1112,7 +1268,16 @@ def _lists(p, g):
     return (True, "the same things") if joined or gold == said else (None, "the same things in another order")
 
 # %% ../../nbs/inputs/11_parsers.ipynb #9808c57c
+_TRUTH = re.compile(
+    r"(?:(?:it|(?:this|that|given)?(?: ?(?:statement|claim|sentence|conjecture|assertion|proposition))?)"
+    r" (?:is|was) )?"
+    r"(yes|no|true|false)(?: statement| claim)?"
+)
+
+
 def _grade_yes(p, g):
+    if m := _TRUTH.fullmatch(p):
+        p = m[1]  # the statement is true
     said = {_YES[w] for w in p.split() if w in _YES}
     return p.split()[:1] != [] and said == {_YES[g]} and p.split()[0] in _YES, "yes or no"
 
@@ -1136,12 +1301,14 @@ _ASCII = _rules(
 (?<!\\)\bsqrt\s*(\d+(?:\.\d+)?|[A-Za-z]\b) → \\sqrt{\1}
 (?<![\\A-Za-z])(log)_?(\d+|[a-z])?\s*\( → \\\1_{\2}(
 (?<![\\A-Za-z])(log)_(\d+|[a-z])\s+ → \\\1_{\2}␣
+(?<![\\A-Za-z])(?=log_\{) → \\
 _\{\} →
 (?<=[\d}]) i(?![A-Za-z]) → i
 \\?\blog_\{?e\}?(?![a-z]) → \\ln␣
 (?<![\\A-Za-z])C\((\d+), ?(\d+)\) → \\binom{\1}{\2}
 (?<![\\A-Za-z_])(pi|FUNCTIONS|infty)\b → \\\1␣
-(\\(?:FUNCTIONS)\s*)[{(]?\s*(\d+(?:\.\d+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?)\s*[})]? → \1(\\frac{\2 \\pi}{180})
+(\\(?:FUNCTIONS)\s*)[{(]\s*(\d+(?:\.\d+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?)\s*[})] → \1(\\frac{\2 \\pi}{180})
+(\\(?:FUNCTIONS)\s*)(\d+(?:\.\d+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?) → \1(\\frac{\2 \\pi}{180})
 \\operatorname\s*\{(\w+)\} → \\\1␣
 \\lg(?![a-z]) → \\log_{10}␣
 \^\(([^()]*)\) → ^{\1}
@@ -1163,7 +1330,8 @@ def as_latex(
     "`text` with plain signs written as LaTeX."
     if not text.isascii():
         text = _raised(text, "^{{{}}}").replace("°", r"^\circ ").replace("·", r"\cdot ")
-        text = re.sub("[×÷≤≥≠∞∪∩∈±∅θαβ]", lambda m: rf"\{_SPELLED[m[0]]} ", text)
+        text = re.sub("[₀-₉]+", lambda m: f"_{{{m[0].translate(_DOWN)}}}", text)
+        text = re.sub("[×÷≤≥≠∞∪∩∈±∅αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΠΣΦΨΩ]", lambda m: rf"\{_SPELLED[m[0]]} ", text)
         for sign, latex in _VULGAR.items():
             text = text.replace(sign, r"\frac{%s}{%s}" % tuple(latex.split("/")))
     return _MIXED.sub(_mixed, _rewrite(_ASCII, _SIZE.sub("", text))).strip()
