@@ -13,7 +13,7 @@ from specs_nb import world
 from specs_nb.coldstart import train_coldstart
 from specs_nb.core import ColdStartStage, GRPOStage, QuestionSampling, Validation
 from specs_nb.engines.models import tokenizer_of
-from specs_nb.engines.ranks import is_main, rank, save_trained
+from specs_nb.engines.ranks import is_main, leave_group, rank, save_trained
 from specs_nb.formats import CORRUPTIONS, FORMATS
 from specs_nb.grpo import grpo_trainer, watch_held_out, watcher
 from specs_nb.pairs import make_pairs, write_pairs
@@ -130,7 +130,9 @@ if __name__ == "__main__":
         if not sys.argv[3:]:
             pretend_gpus()
         coldstart.save_trained = save
-        sys.exit(dict(pieces=in_pieces, shipped=as_shipped)[sys.argv[2]](out))
+        dict(pieces=in_pieces, shipped=as_shipped)[sys.argv[2]](out)
+        leave_group()
+        sys.exit()
     dpo(out / "dpo", "dpo")
     # the SFT term is a mean over the tokens of a micro-batch: two of 4 on one process are what two processes
     # have
@@ -139,3 +141,4 @@ if __name__ == "__main__":
     # groups that are replaced: a round of one question is four answers, two of each rank
     chosen = dict(sampling=QuestionSampling(by_pass_rate=True, refill=2.0), validate=Validation(every=2))
     grpo(out / "chosen", held=world.rows("train", 5, start=1000), chosen=chosen)
+    leave_group()

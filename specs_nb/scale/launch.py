@@ -26,7 +26,7 @@ from specs_nb.core import (
     stop_asked,
     write_json,
 )
-from ..engines.ranks import ask_stop, is_main, rank
+from ..engines.ranks import ask_stop, is_main, leave_group, rank
 
 # %% ../../nbs/scale/20_launch.ipynb #2a5f8583
 def accelerate_configs() -> dict:  # name → path
@@ -351,6 +351,7 @@ def main(
                 facts = dict(stopped=str(e))
         if is_main():
             write_json(folder / "facts.json", {**facts, "processes": n})
+        leave_group()  # not after an error: the others may never come
         return 0
     except BaseException as e:
         import traceback
