@@ -120,3 +120,17 @@ def test_make_gpu_without_a_card(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("SPECS_NEED_GPU", "1")
     assert check.gpu_tests(tmp_path) == "there is no CUDA card"
     assert all((ROOT / path).exists() for path in check.GPU_TESTS)
+
+
+def test_what_a_part_leaves_behind_goes_with_its_row():
+    "Folders that notebooks and tests leave for people to look at once filled a disk"
+    check, left = script("tools/check.py"), []
+
+    def leaves(tmp):
+        code = "import tempfile; print(tempfile.mkdtemp())"
+        left.append(Path(check.sh(sys.executable, "-c", code, quiet=True)[1].strip()))
+        return "" if left[0].is_dir() else "there is no folder"
+
+    ((_, failed),) = check.in_scratch([leaves])
+    assert not failed
+    assert not left[0].exists()
