@@ -57,6 +57,8 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)
     # columns that are left unread on purpose, though their names or values suggest one of ours
     ignore: list[str] = field(default_factory=list)
+    # 0 or 1: answers count the choices from it (ScienceQA and AI2D: 0); -1: they are letters or texts
+    first_choice: int = -1
     test: str = ""  # folder or file of the ID test; empty: the source's own, or rows held out of it
     n_train: int = 4000  # questions to train from
     n_test: int = 200  # questions of each test split
@@ -423,7 +425,10 @@ def _mapping(value, path):
 
 # %% ../nbs/method/00_core.ipynb #e2437062
 # what an entry of `data.sources` may set; the last five hold for all entries unless one sets its own
-PART = "source path subset split columns ignore images max_pixels shrink_to pass_rate bad_rows".split()
+PART = (
+    "source path subset split columns ignore first_choice images"
+    " max_pixels shrink_to pass_rate bad_rows"
+).split()
 
 
 def _part(data, entry, where):
@@ -1109,13 +1114,19 @@ class StageFolder:
 
     @property
     def info(self):
-        "What stage.json says, with the sections' present names"
+        "What stage.json says, in the terms of this version"
         info = read_json(self.dir / "stage.json") or {}
-        table = info.get("inputs") or {}
-        if present_names(table) != table and info.get("key") == fingerprint(table):
-            info["inputs"] = present_names(table)
+        before = info.get("inputs")
+        if before and info.get("key") == fingerprint(before):
+            info["inputs"] = self._in_present_terms(before)
             info["key"] = fingerprint(info["inputs"])
         return info
+
+    def _in_present_terms(self, before):
+        "The inputs with the sections' present names, and with the keys that came later, if at their defaults"
+        before, defaults = present_names(before), flat(dataclasses.asdict(Config()))
+        same = lambda k, v: k not in before and k in defaults and defaults[k] == v
+        return {**before, **{k: v for k, v in self.inputs.items() if same(k, v)}}
 
     @property
     def done(self):

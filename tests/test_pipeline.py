@@ -143,10 +143,10 @@ def test_a_killed_run_goes_on_and_ends_the_same(done, tmp_path):
         str(run),
     ]
     p = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    for _ in range(600):
-        if list(run.glob("zero/checkpoints/checkpoint-1/rng_state.pth")):
-            break
-        time.sleep(0.1)
+    until = time.time() + 300
+    while not list(run.glob("zero/checkpoints/checkpoint-1/rng_state.pth")):
+        assert p.poll() is None and time.time() < until, "no checkpoint came"
+        time.sleep(0.05)
     os.killpg(p.pid, 9)
     p.wait()
     assert states(run)["zero"]["state"] == "running"

@@ -1473,10 +1473,51 @@ def test_a_row_with_pictures_may_name_others(tmp_path):
 
 def test_pictures_in_numbered_columns_are_not_lost(tmp_path):
     "MMMU's image_1 … image_7"
-    d = lines(tmp_path, {**SUM, "image_1": {"bytes": None, "path": "a.png"}, "image_2": None})
-    with pytest.raises(SpecsError, match=r"names a picture \(a.png\)"):
-        read(DataConfig(source=str(d)))
-    assert read(DataConfig(source=str(d), images="without"))[1].kept == 1
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    Image.new("RGB", (50, 40)).save(tmp_path / "b.png")
+    ask = {**SUM, "question": "Is <image 2> wider than <image 1>?"}
+    pictures = {f"image_{i}": {"bytes": None, "path": n} for i, n in ((1, "a.png"), (2, "b.png"))}
+    d = lines(tmp_path, {**ask, **pictures, "image_3": None})
+    found, _ = read(DataConfig(source=str(d)))
+    assert [p.image.width for p in found[0]["images"]] == [40, 50]
+    assert read(DataConfig(source=str(d), images="without"))[1].kept == 0
+    lines(tmp_path, {**ask, "image_1": None, "image_2": "b.png"})
+    _, t = read(DataConfig(source=str(d)))
+    assert "column 'image_1' is empty, later ones aren't" in str(t)
+
+
+def test_an_answer_in_a_list(tmp_path):
+    "ChartQA's labels are lists of one"
+    lines(tmp_path, {**SUM, "answer": ["2"]}, {"question": "Who?", "answer": ["Ann", "Bob"]})
+    found, t = read(DataConfig(source=str(tmp_path)))
+    assert found[0]["answer"] == "2" and "name one of them, as in data.columns={answer: answer.0}" in str(t)
+
+
+@pytest.mark.parametrize("names", ["A B C D", "choice_a choice_b choice_c", "option1 option2 option3"])
+def test_choices_in_columns_of_their_own(names, tmp_path):
+    "MMBench's A … D, SEED-Bench's choice_a … choice_d, CMMMU's option1 …"
+    spread = dict(zip(names.split(), ("red", "blue", "", None)))
+    d = lines(tmp_path, {"question": "Which?", "answer": "B", **spread, "image_id": 7})
+    row = read(DataConfig(source=str(d)))[0][0]
+    assert (row["answer"], row["kind"], row["choices"]) == ("B", "choice", ["red", "blue"])
+    lines(tmp_path, {"question": "What is B?", "answer": 7, **dict(zip(names.split(), (3, 7)))})
+    assert read(DataConfig(source=str(d), ignore=names.split()))[0][0]["choices"] is None
+
+
+@pytest.mark.parametrize("first, right", [(0, "BA"), (1, "AC")])
+def test_answers_that_count_the_choices(first, right, tmp_path):
+    "ScienceQA's and AI2D's; in the first row the number is also a choice's text"
+    rows = [
+        {"question": "Which?", "choices": ["2", "1", "0"], "answer": 1},
+        {"question": "Who?", "choices": ["Ann", "Bob", "Cleo"], "answer": "0" if first == 0 else "3"},
+    ]
+    d = lines(tmp_path, *rows)
+    assert "".join(r["answer"] for r in read(DataConfig(source=str(d), first_choice=first))[0]) == right
+    with pytest.raises(SpecsError, match="line 2.*none of its choices.*say data.first_choice=0"):
+        prepare(DataConfig(source=str(d), test=str(VIRL)), tmp_path / "o")
+    lines(tmp_path, {**rows[1], "answer": 7})
+    _, t = read(DataConfig(source=str(d), first_choice=first))
+    assert "number 7 of ['Ann', 'Bob', 'Cleo'], counted from" in str(t)
 
 
 def test_an_answer_under_another_name_is_pointed_to(tmp_path):

@@ -114,11 +114,14 @@ def tidy_question(
 
 # %% ../../nbs/inputs/30_drafts.ipynb #46c2e7e2
 def unbox(
-    answer,  # as the set has it: text, a number, or None
+    answer,  # as the set has it: text, a number, a list of one, or None
 ) -> str:  # without its box
     "The answer alone; raises `Drop` if there is none, or its box isn't closed and can't be."
+    if isinstance(answer, (list, tuple)) and len(answer) == 1:
+        answer = answer[0]  # as ChartQA has it
     if isinstance(answer, (dict, list, tuple, bytes)):
-        raise Drop("its answer is no text and no number", repr(answer)[:80])
+        way = ": name one of them, as in data.columns={answer: answer.0}" * isinstance(answer, (list, tuple))
+        raise Drop("its answer is no text and no number", repr(answer)[:80] + way)
     text = _untagged(clean("" if answer is None or answer != answer else str(answer)))
     if "\\boxed" in text:
         text = ", ".join(dict.fromkeys(b.strip() for b in boxed(text) or [_unclosed(text)]))
@@ -156,7 +159,8 @@ def _letters(answer, choices, as_text=False):
     if not letters or not wrong and max(letters) > chr(64 + len(choices)):
         wrong = "none"
     if wrong:
-        raise Drop(f"its answer is {wrong} of its choices", f"{answer!r} of {choices}"[:200])
+        counts = ": if answers count the choices, say data.first_choice=0 (or 1)" * answer.isdecimal()
+        raise Drop(f"its answer is {wrong} of its choices", f"{answer!r} of {choices}"[:200] + counts)
     return letters
 
 # %% ../../nbs/inputs/30_drafts.ipynb #9d48569a
@@ -605,6 +609,28 @@ def _texts(choices):
         raise Drop("its choices can't be read", repr(choices)[:80])
     return plain_choices([str(c) for c in choices])
 
+# %% ../../nbs/inputs/30_drafts.ipynb #51a0e002
+_SPREAD = {  # names of columns over which a set spreads a list
+    "images": re.compile(r"(?:image|img)_?(\d{1,2})"),
+    "choices": re.compile(r"([A-J])|(?:option|choice)_?([A-Ja-j]|\d{1,2})"),
+}
+
+
+def _spread(d, ours):
+    "The list that a row spreads over columns, or an empty one"
+    found = {}
+    for name in d:
+        if m := _SPREAD[ours].fullmatch(str(name)):
+            place = next(filter(None, m.groups())).upper()
+            found[int(place) if place.isdigit() else ord(place)] = name
+    names = [found[place] for place in sorted(found)]
+    there = [d[n] is not None and d[n] == d[n] and d[n] != "" for n in names]
+    n = sum(there)
+    if not all(there[:n]):
+        gap = names[there.index(False)]
+        raise Drop(f"its {ours} can't be read", f"column {gap!r} is empty, later ones aren't")
+    return [d[name] for name in names[:n]]
+
 # %% ../../nbs/inputs/30_drafts.ipynb #606ad05c
 TURNS = ("prompt", "messages", "conversations")  # columns that hold a talk
 ASKERS, ANSWERERS = ("user", "human"), ("assistant", "gpt", "model")  # who speaks in it
@@ -661,6 +687,8 @@ def draft_mapped(
         answer = _said(turns, ANSWERERS) if answer is None and turns else answer
     images = _listed(get("images")) or ([] if "images" in columns else _listed(d.get("image")))
     images = images or (_shown(turns) if turns else [])
+    images = images or ([] if "images" in columns else _spread(d, "images"))
+    choices = get("choices") or (None if "choices" in columns else d.get("options") or _spread(d, "choices"))
     rate = get("pass_rate")
     if rate is not None and not (isinstance(rate, (int, float)) and rate == rate):
         raise Drop("its pass rate is no number", repr(rate))
@@ -669,7 +697,7 @@ def draft_mapped(
         question=_said(turns, ASKERS) if turns else asked,
         answer=answer,
         images=images,
-        choices=_texts(get("choices") or (None if "choices" in columns else d.get("options"))),
+        choices=_texts(choices),
         kind=get("kind"),
         source=get("source") or d.get("data_source"),
         rate=rate if rate is not None and 0 <= rate <= 1 else None,
@@ -883,7 +911,15 @@ def _question_of(draft, data, n_images):
     return tidy_question(asked, n_images)
 
 
-def _answer_of(draft, question):
+def _at_place(answer, choices, first):
+    "The choice that an answer names by its number; raises `Drop` if there are not so many"
+    place = int(float(answer)) - first
+    if not 0 <= place < len(choices):
+        raise Drop("its answer is none of its choices", f"number {answer} of {choices}, counted from {first}")
+    return choices[place]
+
+
+def _answer_of(draft, question, first_choice=-1):
     "A draft's answer, its kind and its choices"
     given = [str(c) for c in draft.get("choices") or ()]
     choices = plain_choices(given) or None
@@ -892,9 +928,12 @@ def _answer_of(draft, question):
     answer, bare = unbox(draft["answer"]), [*map(clean, given)]
     if given != (choices or []) and answer in bare:
         answer = choices[bare.index(answer)]  # given with its label
+    counted = first_choice >= 0 and choices and re.fullmatch(r"\d+(?:\.0)?", answer)
+    if counted:
+        answer = _at_place(answer, choices, first_choice)
     if draft.get("kind"):
         return answer, str(draft["kind"]), choices
-    return infer(question, answer, choices, draft.get("as_text", False))
+    return infer(question, answer, choices, counted or draft.get("as_text", False))
 
 # %% ../../nbs/inputs/30_drafts.ipynb #a56c16d8
 def finish(
@@ -907,7 +946,7 @@ def finish(
     "A draft as a valid row; raises `Drop`."
     images = _listed(draft["images"])
     question = _question_of(draft, data, len(images))
-    answer, kind, choices = _answer_of(draft, question)
+    answer, kind, choices = _answer_of(draft, question, data.first_choice)
     if limits and data.pass_rate and not data.pass_rate_samples:
         _within(draft["rate"], data.pass_rate)
     if not data.grader:
