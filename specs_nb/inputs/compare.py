@@ -1078,7 +1078,7 @@ _DIFFERENCE = re.compile(r"(?:\\Delta(?![a-z])|Δ)\s*([A-Za-z])")
 
 
 def _without_capitals(p, g):
-    """Another small letter for each capital beside whose own small letter it stands, as in `R^2 - r^2`:
+    """Another small letter for each capital whose own small letter occurs too, as in `R^2 - r^2`:
     Math-Verify would read both as one"""
     both = f"{p} {g}"
     there = {_symbol(t) for t in _SYMBOL.findall(both)}
@@ -1093,7 +1093,7 @@ def _without_capitals(p, g):
     return tuple(_SYMBOL.sub(new, _DIFFERENCE.sub(change, t)) for t in (p, g))
 
 # %% ../../nbs/inputs/14_compare.ipynb #973f3b6d
-_GLUED = re.compile(r"(?<![A-Za-z\\_^])[A-Za-z]\d")  # e4 is no 4e
+_GLUED = re.compile(r"(?<![A-Za-z\\_^])[A-Za-z]\d")  # e4 is not 4e
 def _by_algebra(p, g, a=None, b=None, tol=None, precision=None):
     "Compare two expressions, or two relations, by computer algebra"
     words = is_words(p)

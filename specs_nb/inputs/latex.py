@@ -28,7 +28,7 @@ def _depth(text, opening="{(["):
 
 # %% ../../nbs/inputs/13_latex.ipynb #d067c7d3
 def _tower(text):
-    "How many powers stand on each other's shoulders"
+    "How many powers are stacked on each other"
     level, most, stack = 0, 0, []
     for i, c in enumerate(text):
         if c == "{":
@@ -84,7 +84,7 @@ def _explodes(expr):
 # %% ../../nbs/inputs/13_latex.ipynb #8bf070c3
 @lru_cache(maxsize=1)
 def _reader():
-    "Math-Verify's reader of LaTeX without its removal of units, by which `x + 2s` were `x + 2`"
+    "Math-Verify's reader of LaTeX without its removal of units, which makes `x + 2` of `x + 2s`"
     from dataclasses import replace
 
     from math_verify import LatexExtractionConfig
@@ -189,7 +189,7 @@ def same_relation(
     g,  # SymPy relation
     p,  # the same
 ):  # True, False or None
-    "Do two equations or inequalities have the same solutions, up to a factor?"
+    "Are two equations or inequalities the same up to a factor?"
     from sympy import Eq, Ne
 
     flip = type(g) is not type(p)
@@ -231,7 +231,7 @@ def _compare(g, p):
     if isinstance(one, Relational) and isinstance(other, Expr):
         equation = any(e.is_Add or e.is_Pow for e in (one.lhs, *one.lhs.args))
         if equation or one.lhs.is_number or not isinstance(one, Eq):
-            return False  # x^2 = 4 is no x^2 - 4
+            return False  # x^2 = 4 is not x^2 - 4
     if isinstance(g, Relational) and isinstance(p, Relational):
         found = same_relation(g, p)
     elif isinstance(g, Expr) and isinstance(p, Expr):

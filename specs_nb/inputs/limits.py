@@ -27,7 +27,7 @@ _budget = _Budget()
 
 # %% ../../nbs/inputs/12_limits.ipynb #dc20148c
 def _raise_in(thread, error):
-    "Raise `error` in another thread at its next step; `None` calls a pending one back"
+    "Raise `error` in another thread at its next step; `None` cancels a pending one"
     import ctypes
 
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error and ctypes.py_object(error))
@@ -49,11 +49,11 @@ def _reaches(frame):
     return True
 
 
-_PATIENCE = 5  # times its limit, by the clock on the wall, after which work ends whatever it has spent
+_PATIENCE = 5  # times the limit, in wall-clock time, after which work ends whatever it has spent
 
 
 def _spent(thread):
-    "Seconds that a living thread has spent on a processor; by the clock on the wall where nobody can tell"
+    "Seconds that a living thread has spent on a processor; wall-clock time where the system can't tell"
     if not hasattr(time, "pthread_getcpuclockid"):
         return time.monotonic()
     return time.clock_gettime(time.pthread_getcpuclockid(thread))
@@ -85,7 +85,7 @@ class _Timer:
         self.gone = True
 
     def settle(self):
-        "Back only when nothing can arrive any more"
+        "Return only when nothing can arrive any more"
         while True:
             try:
                 self.done = True

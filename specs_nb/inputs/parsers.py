@@ -211,7 +211,7 @@ def _units(table):
     for dim, *pairs in map(str.split, table.strip().splitlines()):
         for name, factor in zip(pairs[::2], map(Fraction, pairs[1::2])):
             units[name] = units[f"{name}s"] = dim, factor
-            # 1 is a litre
+            # a volume of 1 is a litre
             if dim == "length":
                 units[f"{name}^2"], units[f"{name}^3"] = ("area", factor**2), ("volume", factor**3 * 1000)
     for dim, base, prefixes in map(str.split, re.split("[,\n]", _PREFIXED.strip())):
@@ -304,7 +304,7 @@ _NO_UNIT = re.compile(
 )
 
 # %% ../../nbs/inputs/11_parsers.ipynb #7b9f0841
-# words and signs that make another number of the one they stand beside, or deny it
+# words and signs that turn the number beside them into another one, or deny it
 _CHANGED = re.compile(
     r"""\b(?: no | not | cannot | too | never | neither | nor | none | without | except | but | anything
       | instead | wrong | incorrect | false | untrue | impossible | invalid | unlikely | mistake\w*

@@ -70,7 +70,7 @@ _NAMED_CLOCKS = {"noon": 12, "midday": 12, "12 noon": 12, "twelve noon": 12, "mi
 
 # %% ../../nbs/inputs/10_times.ipynb #00947c45
 def _half_of(text):
-    "`am`, `pm` or None of the words that say it"
+    "`am` or `pm`, from the words that say it, or None"
     if not text:
         return None
     text = text.replace(".", "")
