@@ -632,13 +632,13 @@ def _spread(d, ours):
     return [d[name] for name in names[:n]]
 
 # %% ../../nbs/inputs/30_drafts.ipynb #606ad05c
-TURNS = ("prompt", "messages", "conversations")  # columns that hold a talk
+TURNS = ("prompt", "messages", "conversations")  # columns that hold a conversation
 ASKERS, ANSWERERS = ("user", "human"), ("assistant", "gpt", "model")  # who speaks in it
 OURS = ("question", "answer", "images", "choices", "kind", "id", "source", "pass_rate", "tol", "precision")
 
 
 def _turns(turns):
-    "Speaker and words of each turn; raises `Drop` if it is no talk"
+    "Speaker and words of each turn; raises `Drop` if it is no conversation"
     turns = _read(turns)
     if not isinstance(turns, (list, tuple)) or not all(isinstance(t, dict) for t in turns):
         raise Drop("its question is no text", f"of type {type(turns).__name__}")
@@ -665,7 +665,7 @@ def _said(turns, who):
 
 
 def _shown(turns):
-    "The images that a talk's question holds itself"
+    "The images that a conversation's question holds itself"
     if isinstance(turns, str) and turns is _read(turns):
         return []
     parts = [p for speaker, content in _turns(turns) if speaker in ASKERS for p in _parts_of(content)]
@@ -940,7 +940,7 @@ def finish(
     draft: dict,  # from a `draft_…` function
     where: str,  # file and row: the id if it has none
     folder: Path,  # image paths lie below it
-    data: DataConfig,  # images, max_pixels, pass_rate
+    data: DataConfig,  # images, max_pixels, pass_rate, first_choice
     limits: bool = True,  # apply `data.pass_rate`
 ) -> dict:  # a row of the schema; its images are `Picture`s
     "A draft as a valid row; raises `Drop`."
