@@ -89,7 +89,7 @@ def _by_text(text, choices):
 def _labelled(letter, text, choices):
     others = _by_text(text, choices) or _by_value(unwrap(text), choices)
     if letter in others:
-        return (letter,)  # its own text, in which capitals may stand: `A. Vitamin C`
+        return (letter,)  # its own text, which may contain capitals: `A. Vitamin C`
     if _DENIED.search(text) and (
         choices or re.match(r"(?:is|was|can|should|would|does|has|must|will)\b", text)
     ):
@@ -143,7 +143,7 @@ _THING = (
 
 
 def _chooses(text, letter):
-    "Does the sentence choose the letter that stands in it?"
+    "Does the sentence choose the letter that it contains?"
     if re.match(
         r"(?i:some(?:one|body)|they|he|she|people|(?:\w+ ){1,3}(?:said|says|claim(?:s|ed)|told))\b", text
     ):
@@ -159,7 +159,7 @@ def _chooses(text, letter):
 
 # %% ../../nbs/inputs/14_compare.ipynb #44d578e2
 def _last_said(text, choices):
-    "The choice whose text ends a sentence, if no other choice stands in it"
+    "The choice whose text ends a sentence, if the sentence contains no other choice"
     first = re.match(r"([^,.;!]{1,80})[,.;!]\s+\S", text)  # Yes, it is
     m = re.fullmatch(
         r"(?:[^.!]{1,80}\b(?:is|are|was|were|will|shows?|be|stands? for|equals|means|points|represents|feels?"
@@ -175,7 +175,7 @@ def _last_said(text, choices):
 
 
 def _others_said(text, same, choices):
-    "Does the text of a choice other than `same` stand in `text`?"
+    "Does `text` contain the text of a choice other than `same`?"
     said = f" {plain_words(text)} "
     others = [c for i, c in enumerate(choices or ()) if chr(65 + i) not in same]
     return any(f" {plain_words(c)} " in said for c in others)
@@ -276,7 +276,7 @@ def read_letters(
 
 # %% ../../nbs/inputs/14_compare.ipynb #c81920eb
 def _gold_letters(g, choices):
-    "The letters that a gold answer means; none if it is no choice; None if it is a letter and another's text"
+    "The letters that a gold answer means; none if it isn't a choice, None if a letter and another's text"
     exact = _by_text(g, choices)
     letter = _LETTER.fullmatch(g)
     name = letter and letter[1].upper()
@@ -291,7 +291,7 @@ def _gold_letters(g, choices):
 
 # %% ../../nbs/inputs/14_compare.ipynb #1b45ef54
 def _only_said(p, gold, choices):
-    "Do the words of the gold choice stand in a sentence, and those of no other choice, denied by nothing?"
+    "Does a sentence contain the words of the gold choice and of no other, without denying them?"
     if not choices or len(gold) != 1 or _DENIED.search(p) or len(p) > 300:
         return False
     words = plain_words(choices[ord(gold[0]) - 65])
@@ -404,7 +404,7 @@ _UNKNOWN = re.compile(r"(?<![A-Za-z\\])([A-Za-z])(?:_\{?\w\}?|[\d₀-₉])?\s*="
 
 def _grade_set(p, g, **kw):
     if re.search(r"[=:]", g) and _labels(unwrap(g)):
-        return _grade_multi(p, g)  # x = 3, y = 4 is no set, whatever it is called
+        return _grade_multi(p, g)  # x = 3, y = 4 isn't a set, whatever it is called
     gold, said = read_set(g), read_set(p)
     if gold is None:
         return None, "the gold answer is no set"
@@ -844,7 +844,7 @@ def _unquoted(box):
 def read_boxes(
     text: str,  # JSON, perhaps in a code fence or answer tags
 ) -> list:  # of (box, label or None), or None
-    "Detection boxes; None if any of them is no proper box."
+    "Detection boxes; None if any of them isn't a proper box."
     boxes = _raw_boxes(text)
     if boxes is None or not all(_proper(box) for box, _ in boxes):
         return None
@@ -939,7 +939,7 @@ _NO_THING = re.compile(r"units?|in total|altogether")
 
 
 def _other_thing(p, g):
-    "Why `3 apples` may be no `3 pears`, or None: two nouns that are no units, and neither holds the other"
+    "Why `3 apples` may be no `3 pears`, or None: two nouns that aren't units, and neither contains the other"
     a, b = _THINGS.fullmatch(p), _THINGS.fullmatch(g)
     if not a or not b or a[1] != b[1]:
         return None
@@ -1083,7 +1083,7 @@ def _without_capitals(p, g):
     both = f"{p} {g}"
     there = {_symbol(t) for t in _SYMBOL.findall(both)}
     capitals = sorted(t for t in there if t != t.lower() and t.lower() in there)
-    changes = sorted({f"\\Delta {c}" for c in _DIFFERENCE.findall(both)})  # Δv/Δt is no v/t
+    changes = sorted({f"\\Delta {c}" for c in _DIFFERENCE.findall(both)})  # Δv/Δt is not v/t
     if not capitals and not changes or len(both) > 800:
         return p, g
     free = [c for c in "qwzukjvhpstrnmbadfgly" if not {c, c.upper()} & there]

@@ -53,7 +53,7 @@ class Tally:
     kept: int = 0  # rows that are of use
     dropped: Counter = field(default_factory=Counter)  # reason → rows
     examples: dict = field(default_factory=dict)  # reason → the first few, in words
-    notes: Counter = field(default_factory=Counter)  # what was mended or noticed → rows
+    notes: Counter = field(default_factory=Counter)  # what was repaired or noticed → rows
     kinds: Counter = field(default_factory=Counter)  # kind of answer → rows kept
 
     def drop(self, where, e):
@@ -131,7 +131,7 @@ def unbox(
 
 
 def _unclosed(text):
-    "What stands in a box that isn't closed, if its own braces balance"
+    "The content of a box that isn't closed, if its own braces balance"
     inside = text.split("\\boxed", 1)[1].strip(" $.").removeprefix("{")
     if inside.count("{") != inside.count("}"):
         raise Drop("the box of its answer isn't closed", text)
@@ -139,7 +139,7 @@ def _unclosed(text):
 
 
 def _untagged(text):
-    "What stands in the answer tags of a format, if the set wrote its gold answers as a model would"
+    "The content of a format's answer tags, if the set wrote its gold answers as a model would"
     for f in FORMATS.values():
         if parts := f.parse(text):
             return parts[1].strip()
@@ -291,7 +291,7 @@ _MAY_ORDER = re.compile(
 
 
 def _is_list(answer):
-    "Is an answer a list, of numbers or of words, that is no set in braces?"
+    "Is an answer a list, of numbers or of words, and not a set in braces?"
     if re.match(r"\\?\{", answer) or re.search(r"\\pm|±", answer):
         return False
     return _kind(answer) == "set" or _kind(answer) == "text" and _lists(answer, answer) is not None
@@ -571,7 +571,7 @@ def _read(value):
 
 
 def _inside(d, path):
-    "What lies at `meta.key` or `prompt.0.content`; None where there is nothing"
+    "The value at `meta.key` or `prompt.0.content`; None where there is nothing"
     if path in d:
         return d[path]  # a column whose own name has a dot
     value = d
@@ -638,7 +638,7 @@ OURS = ("question", "answer", "images", "choices", "kind", "id", "source", "pass
 
 
 def _turns(turns):
-    "Speaker and words of each turn; raises `Drop` if it is no conversation"
+    "Speaker and words of each turn; raises `Drop` if it isn't a conversation"
     turns = _read(turns)
     if not isinstance(turns, (list, tuple)) or not all(isinstance(t, dict) for t in turns):
         raise Drop("its question is no text", f"of type {type(turns).__name__}")
@@ -766,7 +766,7 @@ def resembles(
 
 # %% ../../nbs/inputs/30_drafts.ipynb #dbb278bf
 def _fits(value, ours):
-    "Could a value stand in a column of ours?"
+    "Could a value belong in a column of ours?"
     value = _read(value)
     if ours == "images":
         some = value if isinstance(value, (list, tuple)) else [value]

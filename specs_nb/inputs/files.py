@@ -87,7 +87,7 @@ class _Pieces:
         return bool(more)
 
     def peek(self):
-        "The next character that is no space; empty at the end"
+        "The next character that isn't a space; empty at the end"
         while True:
             while self.at < len(self.text) and self.text[self.at].isspace():
                 self.at += 1
@@ -206,8 +206,8 @@ def _members(file, p):
 def raw_rows(
     file: Path,  # Parquet, JSON lines or JSON
 ):  # yields (number from 1, dict or `Drop`)
-    """The rows of a file as they are, in order, a few in memory at a time; a line that is no JSON object
-    comes as a `Drop`. Raises `SpecsError` for a broken file."""
+    """The rows of a file as they are, in order, a few in memory at a time; a line that isn't a JSON
+    object comes as a `Drop`. Raises `SpecsError` for a broken file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

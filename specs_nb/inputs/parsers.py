@@ -272,7 +272,7 @@ def unit_of(
     return " ".join(f"{d}{n}" for d, n in sorted(dims.items())), factor
 
 # %% ../../nbs/inputs/11_parsers.ipynb #28aa7d77
-_DIGITS = 300  # more digits than this are no answer
+_DIGITS = 300  # a number with more digits than this isn't an answer
 _PLAIN = re.compile(rf"[-+]?(?:\d{{1,{_DIGITS}}}(?:\.(\d{{1,{_DIGITS}}}))?|\.(\d{{1,{_DIGITS}}}))", re.A)
 _INT = (
     r"[1-9]\d{0,2}(?:,\d{2,3})*,\d{3}(?!\d)|[1-9]\d{0,2}(?:"
@@ -450,7 +450,7 @@ def _first_unit(unit):
 
 
 def _after(m):
-    "What stands behind the number of a match of `_NUMBER`, with the currency that stands before it"
+    "What follows the number of a match of `_NUMBER`, with the currency that precedes it"
     per = m["cur"] and m["tail"].lstrip().startswith("/")  # $0.75/oz
     return f" {m['cur']}{m['tail'].strip()}" if per else m["tail"] + m["cur"]
 
@@ -501,7 +501,7 @@ _HAN_NUMBER = re.compile(
 
 # %% ../../nbs/inputs/11_parsers.ipynb #14c42a58
 def _count(words):
-    "The value of words such as two thousand five hundred, or None if they are no single number"
+    "The value of words such as two thousand five hundred, or None if they aren't a single number"
     total, now, last = 0, 0, None
     for w in re.split(r"[ -]", words.lower()):
         if w in ("and", "a", "an"):
@@ -691,7 +691,7 @@ def find_number(
 
 
 def _leads_to(left):
-    "May what stands left of `=` be a name or a worked sum, rather than an equation to be solved?"
+    "Could the left side of `=` be a name or a worked sum, rather than an equation to be solved?"
     left = left.strip()
     if not re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", left)) and not re.search(
         r"\\?(?:sqrt|log|ln)|√", left
@@ -707,7 +707,7 @@ def close(
     g: Fraction,  # gold
     p_places: int = None,  # digits after the point, as written; None: exact
     g_places: int = None,  # the same of the gold
-    tol: float = None,  # relative tolerance to allow besides
+    tol: float = None,  # relative tolerance, allowed in addition
     precision: int = None,  # compare both rounded to so many places
 ) -> bool:  # the same?
     "Equal, within `tol`, equal after rounding to `precision`, or an honest rounding of each other."
@@ -902,7 +902,7 @@ _ONE_KEY = _rules(r"""
 
 
 def _code_key(text):
-    "What two spellings of a code share; the charge of an ion is no power"
+    "What two spellings of a code share; the charge of an ion isn't a power"
     return _rewrite(_ONE_KEY, _spelled(_MACRO.sub(r"\1", text)).casefold())
 
 # %% ../../nbs/inputs/11_parsers.ipynb #44e4e1b3
@@ -929,7 +929,7 @@ _PLAIN_NAME = re.compile(r"(?:直线|线段|\\triangle)?(?:[A-Z]{1,3}'*|[a-z]'*|
 
 
 def _stands(p, g):
-    "Does `AB ∥ CD` say the relation `g`, such as 平行? None: `g` names none, or `p` is no statement"
+    "Does `AB ∥ CD` say the relation `g`, such as 平行? None: `g` names none, or `p` isn't a statement"
     sign, said = _BARE.get(g), statement(p)
     if not sign or not said or not all(_PLAIN_NAME.fullmatch(side) for side in said[1]):
         return None
