@@ -116,7 +116,7 @@ class _Flight:
 # %% ../../nbs/engines/10_fast.ipynb #c2890d00
 def write(
     model,  # of transformers, or an adapter around it
-    inputs: dict,  # of the model, one row a prompt, padded on the left
+    inputs: dict,  # of the model, one row for each prompt, padded on the left
     n: int,  # answers to each
     most: int,  # tokens of the longest answer
     ends,  # ids of tokens that end an answer
@@ -628,7 +628,7 @@ def _as_one(
     table,  # a row for each pass or process, a column for each name
     weights,  # tokens of each row
 ) -> list:  # one number for each name
-    "What the whole would have logged, computed from what its parts logged; NaN: not logged."
+    "What the whole would have logged, computed from what its parts logged; NaN: no opinion."
     import warnings
 
     import numpy as np

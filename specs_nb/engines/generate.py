@@ -44,7 +44,7 @@ def encode(
     processor,  # of the model, or its tokenizer
     rows: list,  # of the schema
     instructions: list,  # of the format that is asked for, one for each row
-):  # tensors by name, one row a question
+):  # tensors by name, one row for each question
     "Prompts of a batch as the model's inputs; raises `SpecsError` if tokens of an image are cut."
     prompts = [
         prompt(processor, row, instruction) for row, instruction in zip(rows, instructions, strict=True)

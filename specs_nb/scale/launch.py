@@ -262,7 +262,7 @@ class Share:
         batch: str,  # name: its job's, and the place of its first row
         size: int,  # rows of a batch
     ) -> int:  # rank
-        "The rank that answers a batch: ranks take turns, and each job begins with another."
+        "The rank that answers a batch: ranks take turns, from one that the job's name decides."
         job, place = batch.rsplit("-", 1)
         return (int(place) // size + derive_seed(0, job)) % self.n
 
