@@ -43,8 +43,8 @@ def prompt(
 def encode(
     processor,  # of the model, or its tokenizer
     rows: list,  # of the schema
-    instructions: list,  # of the format that is asked for, one a row
-):  # tensors by name, one row a question
+    instructions: list,  # of the format that is asked for, one for each row
+):  # tensors by name, one row for each question
     "Prompts of a batch as the model's inputs; raises `SpecsError` if tokens of an image are cut."
     prompts = [
         prompt(processor, row, instruction) for row, instruction in zip(rows, instructions, strict=True)
@@ -94,9 +94,9 @@ _STANDS_FOR = re.compile(
 
 def unwritable(
     processor,  # of the model, or its tokenizer
-    config=None,  # of the model; None: what the processor knows
+    config=None,  # of the model; None: ask the processor alone
 ) -> list:  # tokens, in order; empty for a model that reads text alone
-    "The tokens that stand for an image, a video, or where one begins and ends."
+    "The tokens that stand for an image or a video, or for where one begins or ends."
     tok = tokenizer_of(processor)
     if tok is processor:
         return []
@@ -114,7 +114,7 @@ def unwritable(
 def never(
     tokens: list,  # from `unwritable`
 ) -> dict:  # for vLLM's `logit_bias`; None if there are no tokens
-    "The bias that keeps tokens from being written: e⁻¹⁰⁰ is nothing in float32."
+    "The bias that keeps tokens from being written: a factor of e⁻¹⁰⁰ leaves nothing in float32."
     return {t: -100.0 for t in tokens} or None
 
 # %% ../../nbs/engines/30_generate.ipynb #79b39bac
@@ -177,16 +177,16 @@ class Failed:
     "A row without an answer"
 
     reason: str  # one line
-    id: str = None  # of the row, if the row itself can't be read
+    id: str = None  # of the row, where the row itself can't be read
 
 # %% ../../nbs/engines/30_generate.ipynb #bee7442b
 def too_long(
     n: int,  # tokens of the prompt
-    images: int,  # of them, tokens of images
+    images: int,  # how many of them are tokens of images
     new: int,  # tokens that may be written
     most: int,  # context of the model; None: unknown
 ):  # `Failed`, or None if it fits
-    "A message for a prompt that is too long, or nothing."
+    "The failure of a prompt that is too long, or None."
     if not most or n + new <= most:
         return None
     return Failed(
@@ -207,12 +207,12 @@ def score_tokens(
     model,  # of transformers
     processor,  # its processor or tokenizer
     rows: list,  # of the schema
-    instructions: list,  # of the format that is asked for, one a row
+    instructions: list,  # of the format that is asked for, one for each row
     answers: list,  # for each row a list of answers, each a list of tokens
     temperature: float = 1.0,  # of the distribution
-    bias: dict = None,  # token → what is added to its logit, as vLLM's `logit_bias`
+    bias: dict = None,  # token → number added to its logit, as vLLM's `logit_bias`
 ) -> list:  # for each row and answer, the log-probability of each token
-    "Log-probabilities of given answers; logits are made for the answers' tokens alone."
+    "Log-probabilities of given answers; logits are computed for the answers' tokens alone."
     return [
         _score_row(model, processor, *one, temperature, bias)
         for one in zip(rows, instructions, answers, strict=True)
@@ -313,7 +313,7 @@ def _encode_what_can_be(processor, rows, instructions, new, most):
 
 # %% ../../nbs/engines/30_generate.ipynb #ce8b7fea
 def _agree(a, b, most):
-    "Whether log-probabilities differ by at most so much on average"
+    "Whether log-probabilities differ by at most `most` on average"
     return sum(abs(x - y) for x, y in zip(a, b)) <= most * len(a)
 
 
@@ -362,7 +362,7 @@ def _written(model, inputs, how, seed, check, suppress=()):
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, NotImplementedError) as e:
             _writes[kind], why = False, f"{type(e).__name__}: {_line(e)}"
         print(f"{'sample':10} {kind[0]} is left to transformers' generate: {why}", flush=True)
-    torch.manual_seed(seed)  # whatever `write` has drawn before it was given up
+    torch.manual_seed(seed)  # as if `write` had drawn nothing before it failed
     with torch.no_grad():
         out = model.generate(
             **inputs,
@@ -379,7 +379,7 @@ def draw_completions(
     model,  # of transformers
     processor,  # its processor or tokenizer
     rows: list,  # of the schema
-    instructions: list,  # of the format that is asked for, one a row
+    instructions: list,  # of the format that is asked for, one for each row
     how: Sampling = Sampling(),  # how to draw
     seed: int = 0,  # of the batch
 ) -> list:  # for each row a list of `how.n` `Completion`s, or `Failed`
@@ -423,7 +423,7 @@ def sample_batch(
     model,  # of transformers
     processor,  # its processor or tokenizer
     rows: list,  # of the schema
-    instructions: list,  # of the format that is asked for, one a row
+    instructions: list,  # of the format that is asked for, one for each row
     how: Sampling = Sampling(),  # how to draw
     seed: int = 0,  # of the batch
 ) -> list:  # for each row a list of `how.n` texts; None for what has no answer
@@ -440,14 +440,14 @@ def texts_of(
 
 # %% ../../nbs/engines/30_generate.ipynb #e1a2b3c4
 class Engine:
-    "What answers questions"
+    "The interface of all engines: something that answers questions"
 
     workers = False  # may several processes share the work?
 
     def sample(
         self,
         rows: list,  # of the schema
-        instructions: list,  # of the format that is asked for, one a row
+        instructions: list,  # of the format that is asked for, one for each row
         how: Sampling,  # how to draw
         seed: int,  # of the batch
     ) -> list:  # for each row `how.n` `Completion`s, or `Failed`
@@ -463,10 +463,10 @@ class Engine:
     def score(
         self,
         rows: list,  # of the schema
-        instructions: list,  # of the format that is asked for, one a row
+        instructions: list,  # of the format that is asked for, one for each row
         answers: list,  # for each row a list of answers, each a list of tokens
     ) -> list:  # for each row and answer, the log-probability of each token
-        "Log-probabilities of given tokens; raises `SpecsError` where they can't be had."
+        "Log-probabilities of given tokens; raises `SpecsError` for an engine that can't compute them."
         raise SpecsError(
             "a chat server can't score given tokens: ask for logps when sampling, or use engine: vllm"
         )
@@ -481,7 +481,7 @@ class Transformers(Engine):
         self,
         path: str,  # of the model
         load: dict,  # keywords of `load_model`
-        options: dict,  # of other engines
+        options: dict,  # for other engines
     ):
         from specs_nb.engines.models import load_model
 

@@ -16,7 +16,7 @@ class Layout:
 
     prompts: list  # tokens of each prompt, without its last, (questions,)
     answers: list  # for each question the tokens of its answers, a list of lists
-    # what attention makes from this layout, kept for the next layer
+    # masks that attention made for this layout, kept for the next layer
     masks: dict = field(default_factory=dict)
 
     @property
@@ -56,7 +56,7 @@ def _lower_right(
     seen,  # keys
     device,
 ):  # (length, seen): True where a query may look; None: everywhere
-    "What an answer may see; on a GPU a description that kernels take without a mask in memory."
+    "What an answer may see; on a GPU a description of the mask, which kernels take instead of a tensor."
     import torch
     from torch.nn.attention.bias import causal_lower_right
 
@@ -98,7 +98,7 @@ def _each(
 
 # %% ../../nbs/engines/05_grouped.ipynb #ad28fc28
 def _pieces(layout):
-    "Of each piece: places of its queries, places of its keys, how many keys come before the queries"
+    "For each piece: places of its queries, places of its keys, how many keys come before the queries"
     import torch
 
     places, pieces = torch.arange(sum(layout.sizes)).split(layout.sizes), []
@@ -162,7 +162,7 @@ def _together(layout, attend, q, k, v):
 # %% ../../nbs/engines/05_grouped.ipynb #94246ca4
 _rows = []  # (layout, configuration of the language model) of the row that is being computed
 
-SHORT = 2**15  # queries × keys of a mean piece, below which pieces are padded and computed together
+SHORT = 2**15  # mean queries × keys of an answer, below which pieces are padded and computed together
 
 
 class _Seen(Layout):
@@ -230,9 +230,9 @@ def grouped_attention(
     layout,  # of the row
     scaling=None,  # of the products; None: one over the root of the width
     dropout: float = 0.0,  # share of the weights that are dropped
-    **kw,  # what else the model says
+    **kw,  # what else the model passes
 ):  # (1, places, heads, width)
-    "Attention of a row, by PyTorch's kernels; raises `NotImplementedError` for what they don't know."
+    "Attention of a row, by PyTorch's kernels; raises `NotImplementedError` for what they can't compute."
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if odd := [k for k in ("softcap", "s_aux", "position_bias", "cache") if kw.get(k) is not None]:
@@ -262,10 +262,10 @@ def teach(
 
 # %% ../../nbs/engines/05_grouped.ipynb #e9a91b2a
 def prompt_positions(
-    model,  # of transformers, whatever was wrapped around it taken off
+    model,  # of transformers, without wrappers around it
     ids,  # prompts, padded on the left, (questions, tokens)
     mask,  # attention mask, same shape
-    fields: dict,  # what the processor gave besides: images, and kinds of tokens
+    fields: dict,  # the processor's other fields: images, and kinds of tokens
 ):  # (axes, questions, tokens); one axis, or three where the model counts images so
     "Positions of the prompts' tokens."
     import inspect
@@ -297,7 +297,7 @@ def score_row(
     mask,  # attention mask, same shape
     n: int,  # tokens of the answers, the last of each row
     group,  # number of each row's question, (rows,)
-    images: dict,  # fields of the images, a question after the other in the order of their numbers
+    images: dict,  # fields of the images, question by question, in the order of their numbers
     kinds: dict,  # fields with a number for each token, such as `token_type_ids`, same shape as ids
 ):  # (log-probabilities, entropies), each (rows, n); zero for padding
     "What TRL's `_get_per_token_logps_and_entropies` gives, with each question's prompt computed once."

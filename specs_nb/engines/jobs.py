@@ -32,7 +32,7 @@ class Job:
     name: str  # of the file with the answers
     model: str  # `tiny`, a folder or a hub name
     rows: list  # of the schema; or a lazy sequence of them
-    instructions: list  # of the format that is asked for, one a row; or one for all
+    instructions: list  # of the format that is asked for, one for each row; or one for all
     how: Sampling = None  # how to draw, where that differs from the other jobs'
 
     def batches(
@@ -76,7 +76,7 @@ _loaded = {}  # the engine that this process used last
 
 
 def _engine_for(model, load, engine, options):
-    "An engine that answers as a model; with vLLM the same one for all adapters of a base"
+    "An engine that answers as a model; vLLM keeps one for a base and all its adapters"
     key = engine, root_of(model) if engine == "vllm" else model
     if key not in _loaded:
         _loaded.clear()
@@ -86,7 +86,7 @@ def _engine_for(model, load, engine, options):
 
 
 def _save_batch(path, rows, drawn, how):
-    "Write a batch's texts, what surprised the model, and why rows have no answer; returns the reasons"
+    "Write a batch's texts, each one's mean of -log p, and why rows have no answer; returns the reasons"
     failed = [
         dict(row=i, id=r.id if r is d else r.get("id"), reason=d.reason)
         for i, (r, d) in enumerate(zip(rows, drawn))
@@ -128,14 +128,14 @@ def answer(
 
 # %% ../../nbs/engines/33_jobs.ipynb #20e863f7
 class Answers:
-    """A job's answers on disk: for each row a list of texts. Batches may differ in size: a run may go on with
-    another one."""
+    """A job's answers on disk: for each row a list of texts. Batches may differ in size: a run may continue
+    with another."""
 
     def __init__(
         self,
         job: Job,  # whose
         folder: Path,  # of the batches' files
-        size: int,  # rows of a batch that is yet to be answered
+        size: int,  # rows of a batch that isn't answered yet
     ):
         self.job, self.folder, self.size = job, Path(folder), size
 
@@ -143,7 +143,7 @@ class Answers:
         return len(self.job.rows)
 
     def _kept(self):
-        "Of the batches that are there, in order: name and the place of the first row"
+        "Name and place of the first row of each batch that is there, in order"
         name = self.job.name
         places = [p.stem.removeprefix(f"{name}-") for p in self.folder.glob(f"{name}-*.json")]
         mine = sorted(int(place) for place in places if place.isdigit())
@@ -161,7 +161,7 @@ class Answers:
         for name, _ in self._kept():
             yield from read_json(self.folder / f"{name}.json")
 
-    def surprises(self):  # yields a list a row
+    def surprises(self):  # yields a list for each row
         "For each row and text the mean of -log p over its tokens, in nats; None where that wasn't kept."
         for name, _ in self._kept():
             yield from read_json(self.folder / f"{name}.surprise.json") or (
@@ -192,14 +192,14 @@ def _choose(engine, job, load, folder, stage):
 
 
 def _together(name, job, pool):
-    "What jobs have in common that the same processes can answer: the engine, with vLLM the whole model"
+    "A key that jobs share if the same processes can answer them: the engine, with vLLM the whole model, too"
     if name != "vllm":
         return name, None
     return name, job.model if getattr(pool, "one_model", False) else root_of(job.model)
 
 
 def _groups(jobs, names, options, pool):
-    "Engine, jobs and options of each group that the same processes work on, in the order of their first"
+    "Engine, jobs and options of each group that the same processes work on, ordered by their first jobs"
     from specs_nb.engines.models import is_adapter
 
     groups = {}
@@ -211,7 +211,7 @@ def _groups(jobs, names, options, pool):
 
 # %% ../../nbs/engines/33_jobs.ipynb #7f30a07e
 def _processes(engine, workers):
-    "How many processes, and whether they are apart from this one"
+    "How many processes, and whether they are other than this one"
     if engine is VLLM:
         return 1, True
     return (workers, workers > 1) if engine.workers else (1, False)
@@ -234,7 +234,7 @@ def _run(tasks, workers, apart, stage="sample"):
 
 # %% ../../nbs/engines/33_jobs.ipynb #629af0f4
 def _watched(results, bar, todo, stage, model):
-    "Go through results of `answer`; raises where a stop was asked for, or where nothing can be answered"
+    "Go through results of `answer`; raises if a stop was asked for, or if nothing can be answered"
     seen, lost = 0, 0
     for rows, failed in results:
         bar.update(rows)
@@ -266,13 +266,13 @@ def answer_all(
     stage: str = "sample",  # name on the progress bar
     engine: str = "auto",  # `auto`, `transformers`, `vllm` or `server`
     options: dict | None = None,  # fields of `core.VLLMConfig`
-    keep: bool = True,  # lists; else `Answers`, which stay on disk
+    keep: bool = True,  # return lists; false: `Answers`, which stay on disk
     # who works instead of `workers`: has `run(tasks, engine)` and `end()`, see `launch.Share` and
     # `fleet.Fleet`
     pool=None,
 ) -> dict:  # job's name → for each row a list of texts, None where there is no answer
-    """Answer all jobs' rows, batch by batch, but for batches that are there. Raises `SpecsError` if every row
-    of the beginning fails."""
+    """Answer all jobs' rows, batch by batch, except batches that are there. Raises `SpecsError` if every one
+    of the first rows fails."""
     load, options = load or {}, options or {}
     folder, hows = Path(folder), {job.name: job.how or how for job in jobs}
     sizes = {name: max(1, h.batch_size // h.n) for name, h in hows.items()}

@@ -29,7 +29,7 @@ EMBEDDED = ("tiny", "tiny_b")  # bases that come with the package, see `10_tiny_
 def resolve(
     path: str,  # `tiny`, a folder or a hub name
 ) -> str:  # what `from_pretrained` takes
-    "The place of a model; `tiny` and `tiny_b` are the embedded ones."
+    "Where a model lies; `tiny` and `tiny_b` are the embedded ones."
     import specs_nb
 
     return str(Path(specs_nb.__file__).parent / path) if path in EMBEDDED else str(path)
@@ -67,7 +67,7 @@ def base_of(
 
 
 def _speaks(path):
-    "The model whose configuration and processor are used: of an adapter, its base"
+    "The model whose configuration and processor are used: for an adapter, its base"
     return _speaks(base_of(path)) if is_adapter(path) else path
 
 # %% ../../nbs/engines/20_models.ipynb #d5e1aa14
@@ -150,7 +150,7 @@ def check_folder(
 
 
 def _check_weights(folder, again):
-    "Raise `SpecsError` for a file of weights whose header doesn't fit its size"
+    "Raise `SpecsError` for a weights file whose header doesn't fit its size"
     from safetensors import SafetensorError, safe_open
 
     for file in sorted(folder.glob("*.safetensors")):
@@ -191,7 +191,7 @@ def _check_template(processor, path):
 # %% ../../nbs/engines/20_models.ipynb #a3054f5c
 def load_processor(
     path: str,  # `tiny`, a folder or a hub name
-    chat: dict = None,  # how it is spoken to, see `set_chat`
+    chat: dict = None,  # system message and template arguments, see `set_chat`
 ):  # a processor with tokenizer and image processor; of a text model, the tokenizer
     "The processor of a model; raises `SpecsError` if there is none."
     from transformers import AutoProcessor, AutoTokenizer
@@ -232,7 +232,7 @@ def set_chat(
     processor,  # a processor or a tokenizer
     chat: dict = None,  # `system` and `kwargs` of the chat template; None leaves both empty
 ):  # the same processor
-    "Note on a tokenizer how its model is spoken to; raises `SpecsError` for arguments that trainers set."
+    "Note system message and arguments on a tokenizer; raises `SpecsError` for arguments that trainers set."
     chat = chat or {}
     taken = {"tokenize", "add_generation_prompt", "return_dict", "continue_final_message", "messages"}
     if bad := sorted(taken & set(chat.get("kwargs") or {})):
@@ -246,7 +246,7 @@ def set_chat(
 def chat_of(
     processor,  # a processor or a tokenizer
 ) -> dict:  # `system`: text, `kwargs`: dict
-    "How a model is spoken to: what `set_chat` noted, or nothing."
+    "The system message and template arguments that `set_chat` noted, or empty ones."
     return getattr(tokenizer_of(processor), "specs_chat", None) or dict(system="", kwargs={})
 
 # %% ../../nbs/engines/20_models.ipynb #21cab313
@@ -264,8 +264,7 @@ def quiet_libraries():
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     # On some CPUs bitsandbytes warns, when it is imported, that it lacks a kernel; `_exact_on_cpu` switches
-    # the
-    # layers that would use it to another
+    # the layers that would use it to another
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # %% ../../nbs/engines/20_models.ipynb #0647fcfc
@@ -295,7 +294,7 @@ def pick_attn(
     return attn
 
 # %% ../../nbs/engines/20_models.ipynb #f1ad1699
-_told = set()  # kinds of models for which it was said that Liger's kernels are left out
+_told = set()  # kinds of models for which a line said that Liger's kernels are left out
 
 
 def apply_liger(
@@ -303,7 +302,7 @@ def apply_liger(
     liger: str = "auto",  # `auto`, `need` or `none`
     cuda: bool = None,  # a GPU is there; None: look
 ) -> bool:  # whether it was applied
-    "Put Liger's kernels into a model; raises `SpecsError` when they are needed and can't be had."
+    "Put Liger's kernels into a model; raises `SpecsError` when they are needed and can't be used."
     import torch
 
     if liger not in ("auto", "need", "none"):
@@ -380,8 +379,8 @@ def load_model(
     attn: str = "sdpa",  # attention implementation, or `auto`
     quantize: bool = False,  # hold the language model's weights in 4 bits (NF4)
     liger: str = "auto",  # Liger's kernels: `auto`, `need` or `none`
-    chat: dict = None,  # how it is spoken to, see `set_chat`
-):  # (model, processor); of an adapter, its base with it: one model in float32, else a `PeftModel`
+    chat: dict = None,  # system message and template arguments, see `set_chat`
+):  # (model, processor); an adapter comes on its base: merged in float32, otherwise as a `PeftModel`
     "A model with its processor; raises `SpecsError` for what can't be loaded or doesn't belong together."
     import torch
 
@@ -421,7 +420,7 @@ _TEXT = dict(
     max_position_embeddings=2048,
 )
 _VISION = dict(hidden_size=32, intermediate_size=64)
-# what all but Qwen call their parts
+# in the names that all families but Qwen use
 _TOWER = dict(_VISION, num_hidden_layers=2, num_attention_heads=2, patch_size=14)
 _START, _IMAGE, _END, _VIDEO = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"
 _IDEFICS = dict(
@@ -595,7 +594,7 @@ LORA_TARGETS = rf"(?!.*({_EYES})).*\.(q|k|v|o|gate|up|down|qkv|gate_up)_proj"
 
 def lora_config(
     rank: int = 16,  # of the adapter
-    alpha: int = 0,  # its part is scaled by alpha / rank; 0: twice the rank
+    alpha: int = 0,  # its output is scaled by alpha / rank; 0: twice the rank
     dropout: float = 0.0,  # share of its inputs that is dropped in training
     targets: list = (),  # names of layers; empty: all projections of the language model
     tower: bool = False,  # the vision tower's linear layers too; needs `model`
@@ -662,7 +661,7 @@ def is_4bit(
 def base_digest(
     model,  # with or without an adapter, in any precision
 ) -> str:  # 16 hex digits; empty where the weights are spread over processes
-    "A checksum of what neither adapters nor quantisation change: some embeddings, biases and norms."
+    "A checksum of what neither adapters nor quantisation changes: some embeddings, biases and norms."
     import torch
 
     h = hashlib.sha256()
@@ -719,7 +718,7 @@ def note_base(
 # %% ../../nbs/engines/20_models.ipynb #ad300005
 def digest_of_files(
     path: str,  # of a whole model: `tiny`, a folder or a hub name
-) -> str:  # 16 hex digits; empty where files or names can't be told
+) -> str:  # 16 hex digits; empty if files are missing or names don't fit
     "`base_digest` of a model that isn't loaded: a few tensors are read from its files."
     import torch
     from safetensors import safe_open
@@ -752,7 +751,7 @@ def _folder_of(path):
 
 
 def _renamed(name, model):
-    "The name that transformers gives a tensor of a file; as it is where it is cut or joined"
+    "The name that transformers gives a file's tensor; unchanged where it splits or joins tensors"
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming
@@ -893,8 +892,8 @@ def least_step(
 
 
 def keeps_float32(
-    trainer: dict,  # what stands under `trainer:` of the stage
-) -> bool:  # beside weights in 16 bits
+    trainer: dict,  # the stage's `trainer:` section
+) -> bool:  # float32 weights are kept beside those in 16 bits
     "Whether this process was started so that float32 weights are kept: FSDP or DeepSpeed, mixed precision."
     named = [os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() for name in ("FSDP", "DEEPSPEED")]
     spread = "true" in named or bool(trainer.get("fsdp") or trainer.get("deepspeed"))
@@ -1003,7 +1002,7 @@ def whole_model(
     path: str,  # `tiny`, a folder (of a model or an adapter) or a hub name
     dtype: str = "auto",  # see `merge_adapter`
 ) -> str:  # of a whole model
-    """The path of a model that anybody can load: of an adapter's folder `model`, its neighbour `merged`,
+    """The path of a model that any program can load: for an adapter's folder `model`, its neighbour `merged`,
     which is made when needed."""
     if not is_adapter(path):
         return str(path)
@@ -1044,7 +1043,7 @@ def load_to_train(
     config,  # a stage's configuration with `lora`, `qlora` and `lora_rank`
     **load,  # keywords of `load_model`
 ):  # (model, processor, LoraConfig or None)
-    "A model as a stage wants to train it: whole, with LoRA, or with LoRA on 4 bits."
+    "A model as a stage trains it: whole, with LoRA, or with LoRA on 4 bits."
     lora = config.lora or config.qlora
     if lora and is_adapter(start):
         model, processor = _on_base(start, load.pop("dtype", "float32"), config.qlora, train=True, **load)
@@ -1064,7 +1063,7 @@ def load_to_train(
 
 
 def _new_adapter(config, model):
-    "The adapter that a stage's configuration asks for"
+    "The `LoraConfig` that a stage's configuration asks for"
     names = "alpha", "dropout", "targets", "tower"
     return lora_config(
         config.lora_rank,
@@ -1074,13 +1073,13 @@ def _new_adapter(config, model):
 
 # %% ../../nbs/engines/20_models.ipynb #8e2ed52a
 def _no_embeddings():
-    "The input embeddings of a part that isn't trained: none"
+    "Stands in for `get_input_embeddings` of a part that isn't trained; returns None"
 
 
 def rest_eyes(
     model,  # that a trainer has wrapped
 ):
-    "Have gradients end before a vision tower that isn't trained, under checkpointing, too."
+    "Stop gradients before a vision tower that isn't trained, even with checkpointing."
     from transformers import PreTrainedModel
 
     for part in model.modules():

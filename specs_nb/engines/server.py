@@ -22,7 +22,7 @@ from .generate import Completion, Engine, Failed, _line, never, too_long, unwrit
 # %% ../../nbs/engines/31_server.ipynb #72157340
 def serve_command(
     path: str,  # of the model
-    url: str = "http://localhost:8000/v1",  # where it shall answer
+    url: str = "http://localhost:8000/v1",  # where it should answer
 ) -> str:  # for a shell
     "The command that starts vLLM's server for a model."
     import torch
@@ -126,7 +126,7 @@ class _Found(Engine):
     def __init__(
         self,
         path: str,  # of the model; or the name by which a server knows it
-        load: dict,  # of other engines
+        load: dict,  # for other engines; of it, `chat` is used
         options: dict,  # fields of `core.VLLMConfig`
     ):
         self.chat = load.get("chat") or {}
@@ -146,7 +146,7 @@ class _Found(Engine):
         self.never = never(_unwritable_of(path))
 
     def _find(self, path):
-        "Look for a model, of an adapter merged with its base, at all addresses"
+        "Look for a model at all addresses; for an adapter, then for it merged with its base"
         from specs_nb.engines.models import is_adapter, whole_model
 
         self.url, self.name, self.most = self._served(path)
@@ -161,7 +161,7 @@ class _Found(Engine):
             )
 
     def _served(self, path):
-        "Address, name there and context of the model at `path`; three times None if no server has it"
+        "Address, name there and context of the model at `path`; all None if no server has it"
         for url, models in self.up.items():
             for known in models:
                 if _is_model(known, path):

@@ -17,16 +17,16 @@ from ..formats import CORRUPTIONS, FORMATS
 # %% ../../nbs/engines/40_templates.ipynb #4221f1eb
 @dataclass
 class Turn:
-    "What a chat template makes of a question and of a pair of answers"
+    "A question and a pair of answers as a chat template renders them"
 
     asked: str  # the prompt before a new answer
-    prompt: str  # the prompt in front of the answers that are trained
-    chosen: str  # the better answer, without what ends the turn
+    prompt: str  # the prompt before the answers that are trained on
+    chosen: str  # the better answer, without the text that ends the turn
     rejected: str  # the worse one
     whole: str  # prompt and better answer as one text
 
 
-_PROBE = "Xprobe7X"  # an answer that no template looks into
+_PROBE = "Xprobe7X"  # an answer that no template changes
 
 
 def render_turn(
@@ -71,7 +71,7 @@ def _squeezed(text):
 def marks_of(
     format,  # of `FORMATS`
 ) -> list:  # of texts
-    "The signs that make a format's form."
+    "The texts that mark the parts of a format."
     if hasattr(format, "think"):
         return [*format.think, *format.answer]
     marks = {
@@ -84,14 +84,14 @@ def marks_of(
 
 
 def changes(
-    text: str,  # as it came out of the template
+    text: str,  # of an answer, as it came out of the template
     original: str,  # as it went in
     format,  # of `FORMATS`
 ) -> str:  # words; empty if nothing but white space differs
     "What a template did to an answer."
     if _squeezed(text) == _squeezed(original):
         return ""
-    # tags of thought are what templates touch, whatever the format
+    # templates touch the tags of a thought, whatever the format
     marks = dict.fromkeys([*marks_of(format), "<think>", "</think>"])
     lost = [m for m in marks if text.count(m) < original.count(m)]
     added = [m for m in marks if text.count(m) > original.count(m)]
@@ -123,7 +123,7 @@ def _pairs_for(format, corruptions):
 
 
 def _faults_of_prompt(format, prompt, system, asked):
-    "What a template does to a prompt for a new answer"
+    "Faults of a template in a prompt for a new answer"
     faults = []
     for what, text in (("the question and its instruction", prompt[-1]["content"]), ("data.system", system)):
         if _squeezed(text) not in _squeezed(asked):
@@ -137,7 +137,7 @@ def _faults_of_prompt(format, prompt, system, asked):
 
 # %% ../../nbs/engines/40_templates.ipynb #843b492a
 def _faults_of_pairs(processor, format, turns, good, bad):
-    "What a template does to answers that are trained on"
+    "Faults of a template in answers that are trained on"
     faults, turn = [], next(iter(turns.values()))
     if any(t.asked != t.prompt for t in turns.values()):
         short = min((t.prompt for t in turns.values()), key=len)
@@ -167,12 +167,12 @@ def _faults_of_pairs(processor, format, turns, good, bad):
 # %% ../../nbs/engines/40_templates.ipynb #8deeab03
 def template_faults(
     processor,  # of the model, or its tokenizer
-    format,  # that is trained, of `FORMATS`
+    format,  # that the model is trained on, of `FORMATS`
     corruptions: list = ("drop_all_tags", "drop_think_tags"),  # names of `CORRUPTIONS`
-    pairs: bool = True,  # pairs are trained; False: only prompts matter
-    images: bool = True,  # questions have images, where the model reads them
-) -> list:  # of words; empty: all reads back
-    "What a chat template does to a format."
+    pairs: bool = True,  # the model is trained on pairs; False: only prompts matter
+    images: bool = True,  # questions have images, if the model reads them
+) -> list:  # of words; empty: everything reads back
+    "The faults of a chat template for a format."
     from jinja2 import TemplateError
     from PIL import Image
 
@@ -219,7 +219,7 @@ def way_out(
 
 
 def _settings(chat, format, system, kwargs, fmt):
-    "What differs from the run's own settings, as on the command line"
+    "The settings that differ from the run's own, as on the command line"
     words = []
     if fmt is not format:
         words.append(f"data.format={fmt.name}")
@@ -233,12 +233,12 @@ def _settings(chat, format, system, kwargs, fmt):
 # %% ../../nbs/engines/40_templates.ipynb #705e9a5c
 def check_template(
     processor,  # of the model, or its tokenizer
-    formats: list,  # that are trained, of `FORMATS`; the first is the run's own
+    formats: list,  # that the model is trained on, of `FORMATS`; the first is the run's own
     where: str = "the model",  # its path, for the message
     **how,  # keywords of `template_faults`
 ):
-    """Raise `SpecsError` if an answer doesn't survive the model's chat template: what is lost, and what to
-    set."""
+    """Raise `SpecsError` if an answer doesn't survive the model's chat template; it says what is lost, and
+    what to set."""
     for format in formats:
         faults = template_faults(processor, format, **how)
         if not faults:

@@ -42,9 +42,9 @@ def tracked(
     name: str,  # of the stage
     run_dir: Path,  # the run's folder
     report_to,  # as for `trackers`
-):  # the same with tracking under `trainer`
+):  # the same stage with tracking under `trainer`
     """A stage's configuration with tracking switched on; trackio's and W&B's files stay in the run's folder
-    (of the process's first run: trackio looks once)."""
+    (in that of the process's first run, since trackio reads it once)."""
     run_dir, names = Path(run_dir), trackers(report_to)
     if "trackio" in names:
         os.environ.setdefault("TRACKIO_DIR", str((run_dir / "trackio").resolve()))
@@ -59,8 +59,8 @@ def tracked(
 def hush_trackio(
     trainer,  # of transformers or TRL
 ):
-    """Have trackio print nothing, and show no page of its server in a notebook: its address has a token with
-    which one may write, and a notebook is passed on."""
+    """Have trackio print nothing, and show no page of its server in a notebook: the page's address has a
+    token that allows writing, and notebooks are passed on."""
     import contextlib
     import io
     from functools import partial
@@ -171,7 +171,7 @@ def _to_tensorboard(writer, found, step):
 def samples(
     trainer,  # a `GRPOTrainer`
     out: Path,  # the stage's folder: gets `samples/`
-    every: int = 10,  # steps from one look to the next; 0: never
+    every: int = 10,  # steps between samples; 0: never
     n: int = 4,  # completions each time
 ):  # a `TrainerCallback`
     "A callback that keeps a few completions with their images, and shows them to the trackers."

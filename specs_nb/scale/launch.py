@@ -80,8 +80,8 @@ def _accelerate(words):
 # %% ../../nbs/scale/20_launch.ipynb #0784ea31
 def launcher_words(
     launcher: str,  # as given: a command, or the name of one of `accelerate_configs`
-) -> list:  # words of a command, to be followed by `-m module …`
-    "A launcher's command; raises `SpecsError` if it is none."
+) -> list:  # words of the command, to be followed by `-m module …`
+    "A launcher's command; raises `SpecsError` if there is no such command."
     try:
         words = shlex.split(launcher)
     except ValueError as e:
@@ -109,7 +109,7 @@ def launcher_words(
 
 # %% ../../nbs/scale/20_launch.ipynb #bb71189f
 def die_with_parent(
-    signal: int = 9,  # that the kernel sends when the parent is gone
+    signal: int = 9,  # the one that the kernel sends when the parent is gone
 ):
     "Have the kernel end this process when the one that started it ends (Linux)."
     if sys.platform == "linux":
@@ -140,7 +140,7 @@ def _end(proc):
 
 
 def _await(command, folder, log, keep):
-    "Run a command to its end, passing a stop on to its ranks; gives its exit code"
+    "Run a command to its end, passing a stop on to its ranks; returns its exit code"
     sys.stdout.flush()
     with open(log, "a") as err:
         proc = subprocess.Popen(
@@ -163,7 +163,7 @@ def _await(command, folder, log, keep):
 
 
 def _outcome(code, folder, log, first_word):
-    "What rank 0 left in facts.json; raises what the ranks failed of"
+    "What rank 0 left in facts.json; raises the error with which the ranks failed"
     note, facts = fallen(folder), read_json(folder / "facts.json")
     if note and note["mend"]:
         raise SpecsError(note["error"])
@@ -189,7 +189,7 @@ def _outcome(code, folder, log, first_word):
 def start_ranks(
     launcher: str,  # see `launcher_words`
     folder: Path,  # the stage's folder
-    module: str,  # to be run by each rank: leaves `facts.json` or `fallen-RANK.json` in the folder
+    module: str,  # that each rank runs; it leaves `facts.json` or `fallen-RANK.json` in the folder
     *words,  # its arguments
     keep=(),  # files that the launcher holds open with us
 ) -> dict:  # what rank 0 left in facts.json
@@ -230,11 +230,11 @@ class Joined(Run):
 
 # %% ../../nbs/scale/20_launch.ipynb #23cc26e2
 class ShareDone(Exception):
-    "This rank's share of the answers lies in its files"
+    "This rank's share of the answers is written"
 
 
 class Share:
-    "One rank's part of the batches, for `answer_all(pool=…)`: every n-th of a job, whatever is there already"
+    "One rank's part of the batches, for `answer_all(pool=…)`: every n-th of a job, no matter which exist"
 
     def __init__(
         self,
@@ -262,12 +262,12 @@ class Share:
         batch: str,  # name: its job's, and the place of its first row
         size: int,  # rows of a batch
     ) -> int:  # rank
-        "The rank that answers a batch: in turn, each job beginning with another rank."
+        "The rank that answers a batch: ranks take turns, from one that the job's name decides."
         job, place = batch.rsplit("-", 1)
         return (int(place) // size + derive_seed(0, job)) % self.n
 
     def end(self):
-        "Stop here: the files are what the others need."
+        "Stop here: the process that started the ranks reads the files."
         raise ShareDone
 
 # %% ../../nbs/scale/20_launch.ipynb #e97fbca4
@@ -295,7 +295,7 @@ def work_as_rank(
 
 # %% ../../nbs/scale/20_launch.ipynb #3a258fae
 def _settle(config):
-    "As the pipeline does before its first stage; it has looked at the names already."
+    "Set up as the pipeline does before its first stage; it has checked the names already."
     import torch
 
     from specs_nb.engines.models import quiet_libraries
@@ -306,7 +306,7 @@ def _settle(config):
 
 
 def _own_gpu():
-    "This rank's GPU, for itself and for the processes it starts (vLLM's), which see no other."
+    "Give this rank, and the processes it starts (vLLM's), one GPU of their own; they see no other."
     import torch
 
     if not torch.cuda.is_available():
