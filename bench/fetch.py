@@ -29,7 +29,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # rows of a micro-batch and accumulation steps (of a rank), 8 generations
-SHAPES = {"qwen7b_qlora_80gb": (4, 32), "paper_7b": (2, 64)}
+SHAPES = {"qwen7b_qlora_48gb": (4, 32), "paper_7b": (2, 64)}
 GENERATIONS, SIDE, QUESTIONS, SEED = 8, 1000, 64, 0
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from specs_nb.core import ColdStartStage, Config, GRPOStage, PairsStage, Stage, fingerprint, load_config
+from specs_nb.core import ColdStartStage, Config, GRPOStage, PairsStage, Stage, load_config
 from specs_nb.pipeline import inputs, keys
 
 STEPS = dict(
@@ -121,21 +121,12 @@ def test_an_older_run_is_kept_and_named(tmp_path, capsys):
     assert (tmp_path / "zero.before-1/model/config.json").exists() and stage.why() == "it was cut off"
 
 
-def test_a_key_of_a_newer_version_at_its_default_changes_nothing(tmp_path):
-    "An upgrade that adds settings throws no trained stage away"
-    table = inputs(Config())["zero"]
-    older = {k: v for k, v in table.items() if k not in ("data.first_choice", "data.ignore")}
-    (tmp_path / "zero").mkdir()
-    record = {"state": "done", "key": fingerprint(older), "inputs": older}
-    (tmp_path / "zero/stage.json").write_text(json.dumps(record))
-
-    def why(config):
-        table = inputs(config)["zero"]
-        return Stage(tmp_path / "zero", fingerprint(table), (), table).why()
-
-    assert why(Config()) == "done"
-    assert why(load_config(None, ["data.first_choice=1"])) == "changed: data.first_choice unset → 1"
-    assert "seed 0 → 1" in why(load_config(None, ["seed=1"]))
+@pytest.mark.parametrize("on", ["data.first_choice=0", "data.ignore=[A]"])
+def test_an_option_that_is_off_is_no_input(on):
+    "An upgrade that adds an option keeps trained stages, and a grid's too, whose folders are named by keys"
+    assert on.partition("=")[0] not in inputs(Config())["zero"]
+    changed = load_config(None, [on])
+    assert on.partition("=")[0] in inputs(changed)["zero"] and keys(changed)["zero"] != keys(Config())["zero"]
 
 
 def test_several_gpus_are_refused_before_anything_is_answered(tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ def _parts(d):
     images = []
     for k, v in d.items():
         found = v if isinstance(v, list) else [v]
-        images += [x for x in found if _is_image(x, "image" in k.lower())]
+        images += [x for x in found if _is_image(x, bool(re.search("image|img", k.lower())))]
     if any(not isinstance(x, str) for x in images):  # a path beside the bytes is its name
         images = [x for x in images if not isinstance(x, str)]
     return [t for t in texts if isinstance(t, str) and stem(t)], images
