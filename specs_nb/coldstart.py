@@ -20,7 +20,7 @@ from specs_nb.engines.models import (
     is_adapter,
     is_vlm,
     load_to_train,
-    rest_eyes,
+    skip_frozen_tower,
 )
 from .engines.monitor import monitor
 from .engines.ranks import is_main, rank, save_trained, stop_agreed
@@ -205,11 +205,11 @@ def share_images(
     trainer,  # a `DPOTrainer`
 ) -> bool:  # whether the model reads images
     "Prepare and encode the image of a pair once instead of once for each answer."
-    eyes = [m for m in trainer.model.modules() if hasattr(type(m), "get_image_features")]
-    if not eyes or not hasattr(trainer.data_collator, "processor"):
+    tower = [m for m in trainer.model.modules() if hasattr(type(m), "get_image_features")]
+    if not tower or not hasattr(trainer.data_collator, "processor"):
         return False
     # the innermost: the others ask it
-    eyes[-1].get_image_features = _encode_once(eyes[-1].get_image_features)
+    tower[-1].get_image_features = _encode_once(tower[-1].get_image_features)
     trainer.data_collator.processor = _ProcessOnce(trainer.data_collator.processor)
     return True
 
@@ -397,7 +397,7 @@ def coldstart_trainer(
         callbacks=list(callbacks),
     )
     float32_adapter(trainer.model)  # TRL rounds the adapter of a 4-bit model to bfloat16
-    rest_eyes(trainer.model)
+    skip_frozen_tower(trainer.model)
     if config.fast:
         share_images(trainer)
         answers_only(trainer)

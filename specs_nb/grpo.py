@@ -28,14 +28,14 @@ from .engines.generate import context_of
 from specs_nb.engines.models import (
     base_of,
     chat_of,
-    check_eyes,
+    check_images,
     check_moves,
     float32_adapter,
     is_adapter,
     load_to_train,
     model_class,
     note_base,
-    rest_eyes,
+    skip_frozen_tower,
     tokenizer_of,
 )
 from .engines.monitor import monitor
@@ -465,7 +465,7 @@ def grpo_trainer(
     funcs, weights = resolve_rewards(config.rewards)
     args = grpo_args(config, out, weights, seed, stage)
     model, processor, adapter = load_to_train(start, config, **load)
-    check_eyes(model, rows, start)
+    check_images(model, rows, start)
     # TRL pads prompts on the left, and asks the processor for the places of image tokens
     tokenizer_of(processor).padding_side = "left"
     chat, ask = chat_of(processor), format.instruction
@@ -479,7 +479,7 @@ def grpo_trainer(
         )
     trainer.tokens_per_microbatch = config.tokens_per_microbatch
     float32_adapter(trainer.model)  # TRL rounds the adapter of a 4-bit model to bfloat16
-    rest_eyes(trainer.model)
+    skip_frozen_tower(trainer.model)
     watch_vllm(trainer, rows, ask, vllm)
     mix_text(trainer)
     choose_questions(trainer, config, seed, _rates(out, rates), stage)

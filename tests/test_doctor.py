@@ -239,7 +239,7 @@ def test_shape_of_every_family(family, tmp_path):
     from peft import get_peft_model
 
     s, model = shape_of(random_model(family, tmp_path)), load_model(str(tmp_path))[0]
-    assert s.total == model.num_parameters() and (s.vision > 0) == (family != "text") == bool(s.eyes)
+    assert s.total == model.num_parameters() and (s.vision > 0) == (family != "text") == bool(s.tower)
     assert (s.hidden, s.layers, s.q, s.kv) == (64, 2, 64, 32) and s.qk_norm == (
         family in ("qwen3-vl", "gemma3", "text")
     )

@@ -148,7 +148,7 @@ def test_a_frozen_tower_is_not_computed_backward(tmp_path, pay, monkeypatch):
         return any(asked), {n: p.grad.clone() for n, p in t.model.named_parameters() if p.grad is not None}
 
     rested, mine = gradients("rested")
-    monkeypatch.setattr(grpo, "rest_eyes", lambda model: None)
+    monkeypatch.setattr(grpo, "skip_frozen_tower", lambda model: None)
     stock, theirs = gradients("stock")
     assert stock and not rested and mine.keys() == theirs.keys() and any(g.any() for g in mine.values())
     for n in mine:

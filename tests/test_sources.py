@@ -1486,6 +1486,29 @@ def test_pictures_in_numbered_columns_are_not_lost(tmp_path):
     assert "column 'image_1' is empty, later ones aren't; data.ignore=[image_1]" in str(t)
 
 
+def test_a_first_picture_without_its_number(tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    Image.new("RGB", (50, 40)).save(tmp_path / "b.png")
+    widths = {}
+    for more in ({"image_2": "b.png"}, {"image_2": None}, {"image_1": "b.png"}, {"image_3": "b.png"}):
+        lines(tmp_path, {**SUM, "image": "a.png", **more})
+        found, _ = read(DataConfig(source=str(tmp_path)))
+        widths[next(iter(more.items()))] = [p.image.width for p in found[0]["images"]]
+    assert [*widths.values()] == [[40, 50], [40], [40], [40]]
+    lines(tmp_path, {**SUM, "image": None, "image_2": "b.png"})
+    with pytest.raises(SpecsError, match="column 'image_2' isn't read"):
+        read(DataConfig(source=str(tmp_path)))
+
+
+def test_a_context_is_read_where_it_is_mapped(tmp_path):
+    "The hints of ScienceQA and MMBench"
+    d = lines(tmp_path, {**SUM, "hint": "Count twice."}, {**SUM, "question": "And now?", "hint": ""})
+    asked = [r["question"] for r in read(DataConfig(source=str(d)))[0]]
+    assert asked == [SUM["question"], "And now?"]
+    asked = [r["question"] for r in read(DataConfig(source=str(d), columns={"context": "hint"}))[0]]
+    assert asked == [f"Count twice.\n{SUM['question']}", "And now?"]
+
+
 def test_an_answer_in_a_list(tmp_path):
     "ChartQA's labels are lists of one"
     lines(tmp_path, {**SUM, "answer": ["2"]}, {"question": "Who?", "answer": ["Ann", "Bob"]})

@@ -8,7 +8,7 @@ __all__ = ['EMBEDDED', 'FAMILIES', 'LORA_TARGETS', 'TYPICAL', 'resolve', 'embedd
            'quiet_libraries', 'pick_attn', 'apply_liger', 'check_fit', 'load_model', 'random_model', 'lora_config',
            'save_model', 'is_4bit', 'base_digest', 'save_adapter', 'note_base', 'digest_of_files', 'load_adapter',
            'dense_from_4bit', 'nf4_config', 'float32_adapter', 'least_step', 'keeps_float32', 'check_moves',
-           'merge_adapter', 'whole_model', 'rounded_base', 'load_to_train', 'rest_eyes', 'check_eyes']
+           'merge_adapter', 'whole_model', 'rounded_base', 'load_to_train', 'skip_frozen_tower', 'check_images']
 
 # %% ../../nbs/engines/20_models.ipynb #507e1bb6
 import contextlib
@@ -588,8 +588,8 @@ def random_model(
     return str(folder)
 
 # %% ../../nbs/engines/20_models.ipynb #5e569d45
-_EYES = "visual|vision|image|multi_modal|connector|projector|merger|audio"
-LORA_TARGETS = rf"(?!.*({_EYES})).*\.(q|k|v|o|gate|up|down|qkv|gate_up)_proj"
+_TOWER_NAMES = "visual|vision|image|multi_modal|connector|projector|merger|audio"
+LORA_TARGETS = rf"(?!.*({_TOWER_NAMES})).*\.(q|k|v|o|gate|up|down|qkv|gate_up)_proj"
 
 
 def lora_config(
@@ -620,20 +620,20 @@ def _lora_layers(model, targets, tower):
     import torch
 
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    eyes = [n for n in linear if re.search(_EYES, n)]
-    language = [n for n in linear if n not in eyes]
+    vision = [n for n in linear if re.search(_TOWER_NAMES, n)]
+    language = [n for n in linear if n not in vision]
     ends = sorted({n.split(".")[-1] for n in language})
     for target in targets:
         if target not in ends:
             raise SpecsError(f"lora_targets: the language model has no {target!r}; {nearest(target, ends)}")
-    if tower and not eyes:
+    if tower and not vision:
         raise SpecsError(
             "lora_tower is for a vision-language model, and this one has no tower: set it to false"
         )
     chosen = [
         n for n in language if (n.split(".")[-1] in targets if targets else re.fullmatch(LORA_TARGETS, n))
     ]
-    return chosen + (eyes if tower else [])
+    return chosen + (vision if tower else [])
 
 # %% ../../nbs/engines/20_models.ipynb #00684510
 def save_model(
@@ -1076,7 +1076,7 @@ def _no_embeddings():
     "Stands in for `get_input_embeddings` of a part that isn't trained; returns None"
 
 
-def rest_eyes(
+def skip_frozen_tower(
     model,  # that a trainer has wrapped
 ):
     "Stop gradients before a vision tower that isn't trained, even with checkpointing."
@@ -1095,7 +1095,7 @@ def rest_eyes(
         part.get_input_embeddings = _no_embeddings  # none can be hooked again
 
 # %% ../../nbs/engines/20_models.ipynb #9bd12133
-def check_eyes(
+def check_images(
     model,  # of transformers
     rows: list,  # of the schema
     where: str,  # the model's path, for messages

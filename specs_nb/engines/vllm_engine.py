@@ -233,7 +233,7 @@ def unfit_adapter(
     "Why vLLM can't take an adapter by itself, so that it needs merged weights."
     import torch
 
-    from specs_nb.engines.models import _EYES
+    from specs_nb.engines.models import _TOWER_NAMES
 
     if (kind := str(config.get("peft_type") or "LORA").split(".")[-1]) != "LORA":
         return f"it is no LoRA adapter but {kind}"
@@ -244,7 +244,7 @@ def unfit_adapter(
         return "it changes biases"
     if config["r"] > VLLM_RANKS[-1]:
         return f"its rank {config['r']} is above vLLM's largest, {VLLM_RANKS[-1]}"
-    seeing = [name for name in layers if re.search(_EYES, name)]
+    seeing = [name for name in layers if re.search(_TOWER_NAMES, name)]
     if seeing:
         return f"it changes the vision tower ({seeing[0]})"
     if dtype == "float32" and torch.cuda.is_available():
@@ -451,7 +451,7 @@ _THEIRS = dict(
 )
 
 
-def _start_vllm(folder, path, load, options, eyes, rank=0):
+def _start_vllm(folder, path, load, options, tower, rank=0):
     "vLLM's engine for a model"
     import torch
 
@@ -463,7 +463,7 @@ def _start_vllm(folder, path, load, options, eyes, rank=0):
         disable_log_stats=True,
         **settle(),
     )
-    if eyes:
+    if tower:
         how["limit_mm_per_prompt"] = {"video": 0}
     if rank:
         how.update(lora_keywords(rank))
@@ -521,8 +521,8 @@ class _Holder(Engine):
             return
         more = f" once, for adapters up to rank {rank}" if rank else ""
         _over_bar(f"vLLM starts: it holds {path}{more}")
-        eyes = tokenizer_of(self.processor) is not self.processor
-        self.llm = _start_vllm(resolve(path), path, self.load, self.options, eyes, rank)
+        tower = tokenizer_of(self.processor) is not self.processor
+        self.llm = _start_vllm(resolve(path), path, self.load, self.options, tower, rank)
         self.held, self.rank = root_of(path), rank
         self.most = self.llm.llm_engine.model_config.max_model_len
         self.never = never(unwritable(self.processor, self.llm.llm_engine.model_config.hf_config))

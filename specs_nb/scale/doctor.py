@@ -26,7 +26,7 @@ from ..engines.models import LORA_TARGETS, is_vlm, load_config_of, resolve
 _TEXT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _TEXT += ("num_key_value_heads", "vocab_size")
 _TOWER = ("hidden_size", "intermediate_size", "depth", "num_heads", "patch_size", "spatial_merge_size")
-_EYES_25 = dict(zip(_TOWER, (1280, 3420, 32, 16, 14, 2)))
+_TOWER_25 = dict(zip(_TOWER, (1280, 3420, 32, 16, 14, 2)))
 
 
 def _text(
@@ -36,7 +36,7 @@ def _text(
     return dict(zip(_TEXT, sizes), **more)
 
 
-def _eyes_3(width, inter, layers, deep):
+def _tower_3(width, inter, layers, deep):
     "Qwen3-VL's tower, which feeds the language model from three of its layers"
     sizes = dict(zip(_TOWER, (width, inter, layers, 16, 16, 2)))
     return dict(sizes, num_position_embeddings=2304, deepstack_visual_indexes=deep)
@@ -47,25 +47,25 @@ KNOWN = {
         model_type="qwen2_5_vl",
         tie_word_embeddings=False,
         text_config=_text(3584, 18944, 28, 28, 4, 152064),
-        vision_config=_EYES_25,
+        vision_config=_TOWER_25,
     ),
     "Qwen/Qwen2.5-VL-3B-Instruct": dict(
         model_type="qwen2_5_vl",
         tie_word_embeddings=True,
         text_config=_text(2048, 11008, 36, 16, 2, 151936),
-        vision_config=_EYES_25,
+        vision_config=_TOWER_25,
     ),
     "Qwen/Qwen3-VL-8B-Instruct": dict(
         model_type="qwen3_vl",
         tie_word_embeddings=False,
         text_config=_text(4096, 12288, 36, 32, 8, 151936, head_dim=128),
-        vision_config=_eyes_3(1152, 4304, 27, [8, 16, 24]),
+        vision_config=_tower_3(1152, 4304, 27, [8, 16, 24]),
     ),
     "Qwen/Qwen3-VL-4B-Instruct": dict(
         model_type="qwen3_vl",
         tie_word_embeddings=True,
         text_config=_text(2560, 9728, 36, 32, 8, 151936, head_dim=128),
-        vision_config=_eyes_3(1024, 4096, 24, [5, 11, 17]),
+        vision_config=_tower_3(1024, 4096, 24, [5, 11, 17]),
     ),
     "Qwen/Qwen2.5-1.5B-Instruct": dict(
         model_type="qwen2",
@@ -119,7 +119,7 @@ class Shape:
     largest: int  # of them in the largest single tensor
     head: int  # of them in the output embeddings
     qk_norm: bool = False  # queries and keys are normalised
-    eyes: tuple = ()  # (width, MLP width, layers, patches a token) of the vision tower; () without one
+    tower: tuple = ()  # (width, MLP width, layers, patches a token) of the vision tower; () without one
     lora: dict = field(default_factory=dict, repr=False)  # rank 1: numbers of an adapter
 
 # %% ../../nbs/scale/30_doctor.ipynb #b4a0767c
@@ -166,7 +166,7 @@ def shape_of(
         largest=max(sizes.values()),
         head=m.get_output_embeddings().weight.numel(),
         qk_norm=any(re.fullmatch(LORA_TARGETS.replace("proj", "norm"), n) for n in modules),
-        eyes=_tower_of(c),
+        tower=_tower_of(c),
         lora={1: sum(x.in_features + x.out_features for x in linear)},
     )
 
@@ -259,8 +259,8 @@ def _layers(shape, sequences, tokens, image_tokens, full, checkpoint, flash, siz
     )
     more, turn = (0, 2 * shape.inter * n * size) if full else around_adapters(shape, n, size)
     seen = view = 0
-    if shape.eyes and image_tokens:
-        width, inter, layers, patches = shape.eyes
+    if shape.tower and image_tokens:
+        width, inter, layers, patches = shape.tower
         shown = sequences * image_tokens * patches
         seen, view, glance = activations(width, inter, width, layers, shown, size=size)
         seen = (layers * glance if checkpoint else seen) if full else 0
@@ -326,8 +326,8 @@ def generation(
     p = Parts(_weights(shape, dtype, four_bit) + adapter * 4)
     p.kv_cache = 2 * shape.kv * shape.layers * longest * sequences * w
     read = 3 * (shape.hidden + shape.inter) * prompt * sequences * w
-    if shape.eyes and image_tokens:
-        width, inter, layers, patches = shape.eyes
+    if shape.tower and image_tokens:
+        width, inter, layers, patches = shape.tower
         read = max(read, (4 * width + 3 * inter) * sequences * image_tokens * patches * w)
     last = 2 * (shape.kv + (shape.q if shape.q > shape.kv else 0)) * longest * sequences * w
     p.logits = 4 * sequences * shape.vocab * 4
@@ -408,10 +408,10 @@ def token_side(
 ) -> int:  # pixels
     "The side of the square of pixels that becomes one token; 28, as for Qwen2.5-VL, where it isn't known."
     try:
-        eyes = getattr(config_of_model(path), "vision_config", None)
+        tower = getattr(config_of_model(path), "vision_config", None)
     except SpecsError:
         return 28
-    side = getattr(eyes, "patch_size", None), getattr(eyes, "spatial_merge_size", None)
+    side = getattr(tower, "patch_size", None), getattr(tower, "spatial_merge_size", None)
     return side[0] * side[1] if all(isinstance(s, int) for s in side) else 28
 
 # %% ../../nbs/scale/30_doctor.ipynb #44d35fde
@@ -986,7 +986,7 @@ def host(
     return {
         "libraries": machine.gpus * BASE_CPU,
         "loading": machine.gpus * shape.total * SIZES[config.model.dtype],
-        "pictures": machine.gpus * most if shape.eyes and config.data.images != "without" else 0,
+        "pictures": machine.gpus * most if shape.tower and config.data.images != "without" else 0,
     }
 
 # %% ../../nbs/scale/30_doctor.ipynb #3056e247
