@@ -28,18 +28,37 @@ def result(run):
     )
 
 
+def pair_styles(folder, costs):
+    "How the answers of each pair begin: arm, seed, first words of chosen and rejected, n"
+    import re
+
+    import pandas as pd
+
+    def begins(turns):
+        words = re.sub(r"<[^>]*>", " ", turns[-1]["content"]).split()
+        return words[0] if words else ""
+
+    rows = []
+    for cost in costs[costs.node.str.startswith("pairs")].itertuples():
+        for path in (folder / "stages" / cost.node).glob("*/pairs.parquet"):
+            pairs = pd.read_parquet(path, columns=["chosen", "rejected"])
+            rows += [dict(arm=cost.arm, seed=cost.seed, **p) for p in pairs.map(begins).to_dict("records")]
+    return pd.DataFrame(rows).groupby(["arm", "seed", "chosen", "rejected"], sort=False).size().reset_index(name="n")
+
+
 def save_grid(folder, out):
     "Copy a grid's tables; its answers, one row a question, are added up by format"
     import pandas as pd
 
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("results.parquet", "history.parquet", "claims.json"):
+    for name in ("results.parquet", "history.parquet", "costs.parquet", "claims.json"):
         shutil.copy(folder / name, out / name)
     questions = pd.read_parquet(folder / "questions.parquet")
     counts = ["n", "accuracy_n", "format_n", "strict_n"]
     by = ["arm", "seed", "model", "split", "asked"]
     plain = questions[~questions.deep]
     plain.groupby(by, as_index=False)[counts].sum().to_parquet(out / "formats.parquet", index=False)
+    pair_styles(folder, pd.read_parquet(folder / "costs.parquet")).to_parquet(out / "pairs.parquet", index=False)
 
 
 if __name__ == "__main__":
