@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ..analysis import METRICS, MODELS, SPLITS, value_at
 from ..core import read_json
-from ..formats import FORMATS
-from ..grading import grade
+from ..evaluate import grade_answer
+from ..grading import is_right
 from .charts import LOOKS, Drawing, dots, draw_chart, lines
 from .report import data_uri, duration
 
@@ -44,10 +44,9 @@ def verdicts(
     text: str,  # an answer to it
     format: str = "think_answer",  # name of the form that was asked for
 ) -> tuple:  # (in the form?, right?): True, False, or None where the grader has no opinion
-    "The form and the content of an answer; without the form, the whole text counts as the answer."
-    said = FORMATS[format].parse(text)
-    answer = said[1] if said else text
-    return bool(said), grade(answer, row["answer"], row["kind"], row["choices"])
+    "The form and the content of an answer, as the evaluation grades them: an answer may be right out of form."
+    graded = grade_answer(text, row, format)
+    return graded["format"], is_right(graded["accuracy"])
 
 # %% ../../nbs/study/45_show.ipynb #00e8ad5c
 BOX = "border:1px solid #bbb; border-radius:6px; padding:.5em .8em; margin:.3em 0; flex:1; min-width:15em"
