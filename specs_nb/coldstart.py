@@ -205,11 +205,11 @@ def share_images(
     trainer,  # a `DPOTrainer`
 ) -> bool:  # whether the model reads images
     "Prepare and encode the image of a pair once instead of once for each answer."
-    tower = [m for m in trainer.model.modules() if hasattr(type(m), "get_image_features")]
-    if not tower or not hasattr(trainer.data_collator, "processor"):
+    seeing = [m for m in trainer.model.modules() if hasattr(type(m), "get_image_features")]
+    if not seeing or not hasattr(trainer.data_collator, "processor"):
         return False
     # the innermost: the others ask it
-    tower[-1].get_image_features = _encode_once(tower[-1].get_image_features)
+    seeing[-1].get_image_features = _encode_once(seeing[-1].get_image_features)
     trainer.data_collator.processor = _ProcessOnce(trainer.data_collator.processor)
     return True
 

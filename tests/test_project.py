@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tokenize
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -515,13 +516,35 @@ def test_readme_has_the_figures_of_its_run():
     assert f"{minutes:.0f} minutes" in " ".join(text.split())
 
 
-def test_readme_says_of_plain_grpo_what_was_found():
-    found = (ROOT / "nbs/appendix/20_simple_world.ipynb").read_text()
-    line = re.search(r"final: a cold start over none, equal time [^\n]*", found)[0]
-    ours, plain, effect, lo, hi = re.search(r"([\d.]+) / ([\d.]+) +(\S+) +\[(\S+), (\S+)\]", line).groups()
-    said = f"{ours} against {plain} % right, a difference of {effect} points [{lo}, {hi}]"
-    assert "can't tell" in line
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("C3", "{} points [{}, {}] ahead after 24 steps of RL"),
+        ("C3 later", "after 64 steps the difference, {} points [{}, {}], can't be told from zero"),
+        ("C3 compute B", "by {} points [{}, {}] on that base"),
+        ("C3 compute", "by {} [{}, {}] on the default one"),
+        ("C3 compute B 64", "after 64 steps, by {} [{}, {}] and"),
+        ("C3 compute 64", "and {} [{}, {}]. (These are not among the seven"),
+        ("rft", "not detectably different: +{} points [{}, {}]"),
+    ],
+)
+def test_readme_says_what_was_found(name, said):
+    "Effects are those of the saved tables; where plain GRPO is ahead, by how much it is"
+    claims = json.loads((ROOT / "docs/results/score/claims.json").read_text())
+    (c,) = (c for c in claims if c["claim"] == name)
+    span = [c["effect"], c["lo"], c["hi"]]
+    if "compute" in name:
+        assert c["effect"] < 0, "the README says that plain GRPO is ahead"
+        span = [-c["effect"], -c["hi"], -c["lo"]]
+    said = said.format(*(f"{100 * x:.1f}" for x in span))
     assert said in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_readme_counts_the_verdicts():
+    claims = json.loads((ROOT / "docs/results/score/claims.json").read_text())
+    found = Counter(c["verdict"] for c in claims if c["verdict"] != "not tested")
+    assert found == {"holds": 4, "does not hold": 2, "can't tell": 1}
+    assert "four hold, two don't, one is inconclusive" in " ".join((ROOT / "README.md").read_text().split())
 
 
 def test_one_gpu_has_the_figures_of_the_card():

@@ -603,26 +603,24 @@ junk = st.recursive(
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(
     st.sampled_from([draft_virl39k, draft_orsta, draft_mathvista, draft_mapped]),
-    st.fixed_dictionaries(
-        {
-            k: junk
-            for k in (
-                "qid",
-                "pid",
-                "question",
-                "answer",
-                "image",
-                "images",
-                "choices",
-                "prompt",
-                "reward_model",
-                "data_source",
-                "answer_type",
-                "kind",
-                "pass_rate",
-            )
-        }
-    ),
+    st.fixed_dictionaries({
+        k: junk
+        for k in (
+            "qid",
+            "pid",
+            "question",
+            "answer",
+            "image",
+            "images",
+            "choices",
+            "prompt",
+            "reward_model",
+            "data_source",
+            "answer_type",
+            "kind",
+            "pass_rate",
+        )
+    }),
 )
 def test_any_row_becomes_a_row_or_is_dropped(draft, d):
     from specs_nb.inputs.sources import Source
@@ -1486,27 +1484,18 @@ def test_pictures_in_numbered_columns_are_not_lost(tmp_path):
     assert "column 'image_1' is empty, later ones aren't; data.ignore=[image_1]" in str(t)
 
 
-def test_a_first_picture_without_its_number(tmp_path):
-    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
-    Image.new("RGB", (50, 40)).save(tmp_path / "b.png")
-    widths = {}
-    for more in ({"image_2": "b.png"}, {"image_2": None}, {"image_1": "b.png"}, {"image_3": "b.png"}):
-        lines(tmp_path, {**SUM, "image": "a.png", **more})
-        found, _ = read(DataConfig(source=str(tmp_path)))
-        widths[next(iter(more.items()))] = [p.image.width for p in found[0]["images"]]
-    assert [*widths.values()] == [[40, 50], [40], [40], [40]]
-    lines(tmp_path, {**SUM, "image": None, "image_2": "b.png"})
-    with pytest.raises(SpecsError, match="column 'image_2' isn't read"):
-        read(DataConfig(source=str(tmp_path)))
-
-
-def test_a_context_is_read_where_it_is_mapped(tmp_path):
-    "The hints of ScienceQA and MMBench"
-    d = lines(tmp_path, {**SUM, "hint": "Count twice."}, {**SUM, "question": "And now?", "hint": ""})
-    asked = [r["question"] for r in read(DataConfig(source=str(d)))[0]]
-    assert asked == [SUM["question"], "And now?"]
-    asked = [r["question"] for r in read(DataConfig(source=str(d), columns={"context": "hint"}))[0]]
-    assert asked == [f"Count twice.\n{SUM['question']}", "And now?"]
+@pytest.mark.parametrize("name", ["image_1", "image_2", "image02", "img_3"])
+def test_a_picture_beside_the_one_that_is_read_stops(name, tmp_path):
+    for size, file in ((40, "a.png"), (50, "b.png")):
+        Image.new("RGB", (size, size)).save(tmp_path / file)
+    d = lines(tmp_path, {**SUM, "image": "a.png", name: "b.png"})
+    with pytest.raises(SpecsError, match=f"column '{name}' isn't read.*data.ignore=.{name}"):
+        read(DataConfig(source=str(d)))
+    found, _ = read(DataConfig(source=str(d), ignore=[name]))
+    assert [p.image.width for p in found[0]["images"]] == [40]
+    lines(tmp_path, {**SUM, "image_1": "a.png", "image_2": "b.png"})
+    found, _ = read(DataConfig(source=str(d)))
+    assert [p.image.width for p in found[0]["images"]] == [40, 50]
 
 
 def test_an_answer_in_a_list(tmp_path):

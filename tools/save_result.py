@@ -38,12 +38,12 @@ def pair_styles(folder, costs):
         words = re.sub(r"<[^>]*>", " ", turns[-1]["content"]).split()
         return words[0] if words else ""
 
-    rows = []
+    rows, columns = [], ["arm", "seed", "chosen", "rejected"]
     for cost in costs[costs.node.str.startswith("pairs")].itertuples():
-        for path in (folder / "stages" / cost.node).glob("*/pairs.parquet"):
-            pairs = pd.read_parquet(path, columns=["chosen", "rejected"])
-            rows += [dict(arm=cost.arm, seed=cost.seed, **p) for p in pairs.map(begins).to_dict("records")]
-    return pd.DataFrame(rows).groupby(["arm", "seed", "chosen", "rejected"], sort=False).size().reset_index(name="n")
+        (path,) = (folder / "stages" / cost.node).glob("*/pairs.parquet")
+        pairs = pd.read_parquet(path, columns=["chosen", "rejected"])
+        rows += [(cost.arm, cost.seed, begins(p.chosen), begins(p.rejected)) for p in pairs.itertuples()]
+    return pd.DataFrame(rows, columns=columns).groupby(columns, sort=False).size().reset_index(name="n")
 
 
 def save_grid(folder, out):
@@ -58,7 +58,8 @@ def save_grid(folder, out):
     by = ["arm", "seed", "model", "split", "asked"]
     plain = questions[~questions.deep]
     plain.groupby(by, as_index=False)[counts].sum().to_parquet(out / "formats.parquet", index=False)
-    pair_styles(folder, pd.read_parquet(folder / "costs.parquet")).to_parquet(out / "pairs.parquet", index=False)
+    styles = pair_styles(folder, pd.read_parquet(folder / "costs.parquet"))
+    styles.to_parquet(out / "pairs.parquet", index=False)
 
 
 if __name__ == "__main__":

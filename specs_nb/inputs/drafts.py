@@ -654,10 +654,7 @@ def _in_a_row(d, ours, skip):
             begins, place = (g for g in m.groups() if g is not None)
             at = int(place) if place.isdigit() else ord(place.upper()) - ord("A")
             found.setdefault((begins, place.isdigit()), {})[at] = name
-    for (begins, numbered), names in found.items():
-        alone = begins.rstrip("_")
-        if numbered and min(names) == 2 and isinstance(d.get(alone), (str, dict, bytes)):
-            names[1] = alone  # `image`, then `image_2`
+    for (_, numbered), names in found.items():
         first = min(names)
         if first <= numbered and sorted(names) == [*range(first, first + len(names))]:
             yield [names[at] for at in sorted(names)]
@@ -704,7 +701,7 @@ def _spread(
 # %% ../../nbs/inputs/30_drafts.ipynb #606ad05c
 TURNS = ("prompt", "messages", "conversations")  # columns that hold a conversation
 ASKERS, ANSWERERS = ("user", "human"), ("assistant", "gpt", "model")  # who speaks in it
-OURS = "question answer images choices kind id source pass_rate tol precision context".split()
+OURS = ("question", "answer", "images", "choices", "kind", "id", "source", "pass_rate", "tol", "precision")
 
 
 def _turns(turns):
@@ -742,28 +739,6 @@ def _shown(turns):
     return [p for p in parts if p.get("type") in ("image", "image_url") and set(p) & set(_INSIDE)]
 
 # %% ../../nbs/inputs/30_drafts.ipynb #86d4786d
-def _images_of(d, mapped, columns, turns):
-    "The images of a row, from the first place that has any"
-    if mapped or "images" in columns:
-        return mapped or (_shown(turns) if turns else [])
-    image = _listed(d.get("image"))
-    if image and not {"image_2", "image2"} & set(d):
-        return image
-    spread = _spread(d, "images", skip=columns.values())
-    if spread and spread[0] is d.get("image"):
-        return spread
-    return image or (_shown(turns) if turns else []) or spread
-
-
-def _in_context(context, question):
-    "A question with what has to be read before it; raises `Drop` for a context that is no text"
-    if _empty(context):
-        return question
-    if not isinstance(context, str):
-        raise Drop("its context is no text", f"of type {type(context).__name__}")
-    return f"{context.strip()}\n{question}" if isinstance(question, str) and question.strip() else question
-
-
 def draft_mapped(
     d: dict,  # a row of any set
     columns: dict,  # our name → theirs
@@ -777,17 +752,20 @@ def draft_mapped(
     if answer is None and "answer" not in columns:
         answer = _inside(d, "reward_model.ground_truth")
         answer = _said(turns, ANSWERERS) if answer is None and turns else answer
+    images = _listed(get("images")) or ([] if "images" in columns else _listed(d.get("image")))
+    images = images or (_shown(turns) if turns else [])
+    mapped = {*columns.values()}
+    images = images or ([] if "images" in columns else _spread(d, "images", skip=mapped))
     choices = get("choices") or (None if "choices" in columns else d.get("options"))
-    choices = choices or ([] if "choices" in columns else _spread(d, "choices", answer, columns.values()))
-    context = get("context") if "context" in columns else None
+    choices = choices or ([] if "choices" in columns else _spread(d, "choices", answer, mapped))
     rate = get("pass_rate")
     if rate is not None and not (isinstance(rate, (int, float)) and rate == rate):
         raise Drop("its pass rate is no number", repr(rate))
     return dict(
         id=get("id"),
-        question=_in_context(context, _said(turns, ASKERS) if turns else asked),
+        question=_said(turns, ASKERS) if turns else asked,
         answer=answer,
-        images=_images_of(d, _listed(get("images")), columns, turns),
+        images=images,
         choices=_texts(choices),
         kind=get("kind"),
         source=get("source") or d.get("data_source"),
@@ -879,6 +857,14 @@ def _unread(d, columns, ignore):
                 yield f"{name}.{key}", v
 
 # %% ../../nbs/inputs/30_drafts.ipynb #12cd519b
+def _pictures_beside(d, columns, unread):
+    "Columns with pictures beside `image`, which alone is read"
+    alone = _listed(d.get("image")) and not _listed(d.get("images")) and "images" not in columns
+    for name, value in unread if alone else ():
+        if _SPREAD["images"].fullmatch(name) and shows_picture(value):
+            yield name
+
+
 def overlooked(
     d: dict,  # a row of any set
     draft: dict,  # what `draft_mapped` made of it
@@ -894,6 +880,9 @@ def overlooked(
         for name, value in unread if ours == "images" else ():
             if picture := shows_picture(value):
                 _stop_at(name, ours, f"names a picture ({picture}), and the row shows none")
+    for name in _pictures_beside(d, columns, unread) if data.images != "without" else ():
+        ways = f"Name them image_1, image_2, … if both belong here; say data.ignore=[{name}] if not"
+        raise Overlooked(f"its column {name!r} isn't read", f"it holds a picture beside `image`. {ways}")
 
 
 def _may_be(name, value, ours):
@@ -1002,7 +991,7 @@ def _answer_of(draft, question, first_choice=-1):
     return infer(question, answer, choices, draft.get("as_text", False))
 
 # %% ../../nbs/inputs/30_drafts.ipynb #51a0e007
-READING = 3  # raise it with every change of which rows are kept
+READING = 2  # raise it with every change of which rows are kept
 
 # %% ../../nbs/inputs/30_drafts.ipynb #a56c16d8
 def finish(

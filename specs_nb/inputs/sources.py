@@ -34,6 +34,7 @@ from ..grading import grade_row
 from .apart import Guard, options, stem
 from specs_nb.inputs.drafts import (
     OURS,
+    READING,
     Drop,
     Overlooked,
     Tally,
@@ -482,7 +483,8 @@ def prepare(
         del mine[later]
     if data.pass_rate_samples:
         mine["pass_rate"] = []  # measured later, on prepared rows
-    key, report = fingerprint(__version__, mine, digest(data)), read_json(out / "report.json")
+    key = fingerprint(__version__, READING, mine, digest(data))
+    report = read_json(out / "report.json")
     if report and report["key"] == key and all((out / f).exists() for f in report["files"]):
         return report
     start, sources = time.monotonic(), _open_all(data)

@@ -44,7 +44,7 @@ def verdicts(
     text: str,  # an answer to it
     format: str = "think_answer",  # name of the form that was asked for
 ) -> tuple:  # (in the form?, right?): True, False, or None where the grader has no opinion
-    "The form and the content of an answer, as the evaluation grades them: an answer may be right out of form."
+    "Form and content of an answer, as the evaluation grades them: it may be right out of form."
     graded = grade_answer(text, row, format)
     return graded["format"], is_right(graded["accuracy"])
 
