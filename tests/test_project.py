@@ -524,7 +524,7 @@ def test_readme_has_the_figures_of_its_run():
         ("C3 compute B", "by {} points [{}, {}] on that base"),
         ("C3 compute", "by {} [{}, {}] on the default one"),
         ("C3 compute B 64", "after 64 steps, by {} [{}, {}] and"),
-        ("C3 compute 64", "and {} [{}, {}]. (These are not among the seven"),
+        ("C3 compute 64", "and {} [{}, {}]. It also keeps"),
         ("rft", "not detectably different: +{} points [{}, {}]"),
     ],
 )
@@ -537,6 +537,20 @@ def test_readme_says_what_was_found(name, said):
         assert c["effect"] < 0, "the README says that plain GRPO is ahead"
         span = [-c["effect"], -c["hi"], -c["lo"]]
     said = said.format(*(f"{100 * x:.1f}" for x in span))
+    assert said in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_readme_says_which_formats_are_kept_after_rl():
+    import pandas as pd
+
+    rows = pd.read_parquet(ROOT / "docs/results/score/formats.parquet")
+    rows = rows[(rows.model == "final") & (rows.asked != "think_answer")]
+    counts = rows[rows.arm.isin(["none", "specs", "sft"])].groupby("arm")[["format_n", "n"]].sum()
+    kept = 100 * counts.format_n / counts.n
+    said = (
+        f"{kept['none']:.0f} % of its answers there are in form, against {kept['specs']:.0f} % of SPECS and"
+        f" {kept['sft']:.0f} % of SFT"
+    )
     assert said in " ".join((ROOT / "README.md").read_text().split())
 
 
