@@ -524,7 +524,7 @@ def test_readme_has_the_figures_of_its_run():
         ("C3 compute B", "by {} points [{}, {}] on that base"),
         ("C3 compute", "by {} [{}, {}] on the default one"),
         ("C3 compute B 64", "after 64 steps, by {} [{}, {}] and"),
-        ("C3 compute 64", "and {} [{}, {}]. It also keeps"),
+        ("C3 compute 64", "and {} [{}, {}]. On the default base it also keeps"),
         ("rft", "not detectably different: +{} points [{}, {}]"),
     ],
 )
