@@ -1377,6 +1377,14 @@ def test_a_column_is_mapped_as_the_message_says(tmp_path):
     assert len(found[0]["images"]) == 1 and json.loads(found[0]["grading"]) == {"tol": 0.1}
 
 
+@pytest.mark.parametrize("name", ["virl39k", "orsta", "mathvista"])
+def test_a_map_that_a_named_set_does_not_read_is_refused(name):
+    named = DataConfig(source=name, path=str(DATA / name), columns={"answer": "hint"})
+    with pytest.raises(SpecsError, match=f"{name} is read by its own columns"):
+        open_source(named)
+    assert open_source(replace(named, columns={})).name == name
+
+
 def test_a_map_of_columns_is_checked_for_a_folder_of_ones_own(tmp_path):
     lines(tmp_path, SUM, {**SUM, "imges": ["a.png"]})
     for columns, says in (

@@ -132,6 +132,11 @@ def _schema_for(file, name, columns, key):
         )
     if schema in FREE:
         _check_columns(columns, has, file, schema)
+    elif schema and set(columns) - ({"pass_rate"} if schema == "virl39k" else set()):
+        raise SpecsError(
+            f"data.columns: {schema} is read by its own columns, so that a map does nothing: leave it out, or"
+            " give the path as data.source, and the set is read by the map alone"
+        )
     if schema is None:
         raise SpecsError(
             f"{key}: {file} is in no known schema. Its columns are {', '.join(sorted(has))}: map ours to"
