@@ -554,6 +554,16 @@ def test_readme_says_which_formats_are_kept_after_rl():
     assert said in " ".join((ROOT / "README.md").read_text().split())
 
 
+def test_readme_says_how_form_goes_over_ten_seeds():
+    import pandas as pd
+
+    rows = pd.read_parquet(ROOT / "docs/results/score/results.parquet")
+    rows = rows[(rows.arm == "specs") & (rows.split == "id") & (rows.metric == "format") & ~rows.deep]
+    kept = 100 * rows.groupby("model")["mean"].mean()
+    said = f"there form is not lost: {kept['coldstart']:.0f} against {kept['zero']:.0f} %"
+    assert said in " ".join((ROOT / "README.md").read_text().split())
+
+
 def test_readme_counts_the_verdicts():
     claims = json.loads((ROOT / "docs/results/score/claims.json").read_text())
     found = Counter(c["verdict"] for c in claims if c["verdict"] != "not tested")

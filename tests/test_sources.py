@@ -1377,6 +1377,16 @@ def test_a_column_is_mapped_as_the_message_says(tmp_path):
     assert len(found[0]["images"]) == 1 and json.loads(found[0]["grading"]) == {"tol": 0.1}
 
 
+def test_rows_that_are_read_in_another_way_are_prepared_again(tmp_path, monkeypatch):
+    from specs_nb.inputs import sources
+
+    data = DataConfig(source="virl39k", path=str(DATA / "virl39k"), n_train=2, n_test=1)
+    key = prepare(data, tmp_path)["key"]
+    assert prepare(data, tmp_path)["key"] == key
+    monkeypatch.setattr(sources, "READING", sources.READING + 1)
+    assert prepare(data, tmp_path)["key"] != key
+
+
 @pytest.mark.parametrize("name", ["virl39k", "orsta", "mathvista"])
 def test_a_map_that_a_named_set_does_not_read_is_refused(name):
     named = DataConfig(source=name, path=str(DATA / name), columns={"answer": "hint"})
